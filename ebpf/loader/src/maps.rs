@@ -1,0 +1,291 @@
+//! The pinned maps, typed, and what this process knows to be in them.
+
+use std::{
+    collections::{HashMap as Table, HashSet},
+    os::fd::BorrowedFd,
+};
+
+use aya::{
+    Ebpf, Pod,
+    maps::{HashMap, Map, MapData, MapError, PerCpuArray, SockHash, lpm_trie},
+};
+use ebpf_abi::{AddressKey, Counter, Enrolled, ExcludedKey, ListenerKey, MAX_ADDRESSES, MAX_EXCLUDED, MAX_NETNS, Slot};
+
+use crate::{LoadError, NetnsCookie, PodCapture, Prefix, pins::Pins, pod};
+
+const ENROLLED: &str = "ENROLLED";
+const LISTENERS: &str = "LISTENERS";
+const ADDRESSES: &str = "ADDRESSES";
+const EXCLUDED: &str = "EXCLUDED";
+const COUNTERS: &str = "COUNTERS";
+
+/// Name, key size and value size of every pinned map.
+const LAYOUT: [(&str, usize, usize); 5] = [
+    (ENROLLED, size_of::<u64>(), size_of::<Enrolled>()),
+    (LISTENERS, size_of::<ListenerKey>(), size_of::<u32>()),
+    (ADDRESSES, size_of::<AddressKey>(), size_of::<u32>()),
+    (EXCLUDED, size_of::<u32>() + size_of::<ExcludedKey>(), size_of::<u32>()),
+    (COUNTERS, size_of::<u32>(), size_of::<u64>()),
+];
+
+/// How often each thing happened since the maps were made, on all CPUs together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Outbound connections marked for capture.
+    pub captured: u64,
+    /// Connections of ztunnel itself.
+    pub bypassed: u64,
+    /// Outbound connections to an excluded prefix.
+    pub excluded: u64,
+    /// Outbound connections refused because no ztunnel listens.
+    pub refused: u64,
+    /// Connections let through because no ztunnel listens and the pod asked for that.
+    pub failed_open: u64,
+    /// Plaintext connections to a pod handed to ztunnel.
+    pub inbound: u64,
+    /// HBONE connections handed to ztunnel.
+    pub hbone: u64,
+    /// Packets dropped because no ztunnel listens.
+    pub dropped: u64,
+    /// DNS packets handed to ztunnel.
+    pub dns: u64,
+}
+
+/// A prefix as the kernel compares it: bits that must match, and the data.
+type Excluded = (u32, ExcludedKey);
+
+pub(crate) struct Maps {
+    enrolled: HashMap<MapData, u64, Enrolled>,
+    listeners: SockHash<MapData, ListenerKey>,
+    addresses: HashMap<MapData, AddressKey, u32>,
+    excluded: lpm_trie::LpmTrie<MapData, ExcludedKey, u32>,
+    counters: PerCpuArray<MapData, u64>,
+    /// Contents of `addresses` and `excluded` by cookie, so that an update costs what it changes.
+    known_addresses: Table<u64, HashSet<[u8; 16]>>,
+    known_excluded: Table<u64, HashSet<Excluded>>,
+}
+
+impl Maps {
+    /// Takes the maps out of a loaded object and reads what a predecessor left in them.
+    pub(crate) fn take(object: &mut Ebpf) -> Result<Maps, LoadError> {
+        let mut maps = Maps {
+            enrolled: take(object, ENROLLED)?,
+            listeners: take(object, LISTENERS)?,
+            addresses: take(object, ADDRESSES)?,
+            excluded: take(object, EXCLUDED)?,
+            counters: take(object, COUNTERS)?,
+            known_addresses: Table::new(),
+            known_excluded: Table::new(),
+        };
+        for key in maps.addresses.keys() {
+            let key = key.map_err(|error| LoadError::map(ADDRESSES, MAX_ADDRESSES, error))?;
+            maps.known_addresses.entry(key.cookie).or_default().insert(key.address);
+        }
+        for key in maps.excluded.keys() {
+            let key = key.map_err(|error| LoadError::map(EXCLUDED, MAX_EXCLUDED, error))?;
+            let cookie = u64::from_ne_bytes(key.data().cookie);
+            maps.known_excluded.entry(cookie).or_default().insert((key.prefix_len(), key.data()));
+        }
+        Ok(maps)
+    }
+
+    pub(crate) fn set_listener(
+        &mut self,
+        cookie: NetnsCookie,
+        slot: Slot,
+        listener: BorrowedFd<'_>,
+    ) -> Result<(), LoadError> {
+        self.listeners.insert(ListenerKey::new(cookie.0, slot), listener, 0).map_err(listeners_error)
+    }
+
+    pub(crate) fn clear_listener(&mut self, cookie: NetnsCookie, slot: Slot) -> Result<(), LoadError> {
+        absent_is_fine(self.listeners.remove(&ListenerKey::new(cookie.0, slot))).map_err(listeners_error)
+    }
+
+    /// What the verdict is made of comes first and goes last, so that no packet meets half of it.
+    pub(crate) fn enrol(&mut self, cookie: NetnsCookie, pod: &PodCapture, state: Enrolled) -> Result<(), LoadError> {
+        let addresses: HashSet<_> = pod.addresses.iter().copied().map(pod::mapped).collect();
+        let excluded = keys(cookie, &pod.excluded);
+        self.add_addresses(cookie, &addresses)?;
+        self.add_excluded(cookie, &excluded)?;
+        self.set_state(cookie, state)?;
+        self.retain_addresses(cookie, &addresses)?;
+        self.retain_excluded(cookie, &excluded)
+    }
+
+    pub(crate) fn set_global_exclusions(&mut self, prefixes: &[Prefix]) -> Result<(), LoadError> {
+        let global = NetnsCookie(ExcludedKey::GLOBAL);
+        let excluded = keys(global, prefixes);
+        self.add_excluded(global, &excluded)?;
+        self.retain_excluded(global, &excluded)
+    }
+
+    pub(crate) fn state(&self, cookie: NetnsCookie) -> Result<Option<Enrolled>, LoadError> {
+        match self.enrolled.get(&cookie.0, 0) {
+            Ok(state) => Ok(Some(state)),
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(error) => Err(LoadError::map(ENROLLED, MAX_NETNS, error)),
+        }
+    }
+
+    pub(crate) fn set_state(&mut self, cookie: NetnsCookie, state: Enrolled) -> Result<(), LoadError> {
+        self.enrolled.insert(cookie.0, state, 0).map_err(|error| LoadError::map(ENROLLED, MAX_NETNS, error))
+    }
+
+    pub(crate) fn remove_state(&mut self, cookie: NetnsCookie) -> Result<(), LoadError> {
+        absent_is_fine(self.enrolled.remove(&cookie.0)).map_err(|error| LoadError::map(ENROLLED, MAX_NETNS, error))
+    }
+
+    /// Removes all but the state, which has its own moment.
+    pub(crate) fn forget(&mut self, cookie: NetnsCookie) -> Result<(), LoadError> {
+        for slot in Slot::ALL {
+            self.clear_listener(cookie, slot)?;
+        }
+        self.retain_addresses(cookie, &HashSet::new())?;
+        self.retain_excluded(cookie, &HashSet::new())
+    }
+
+    /// Every netns these maps say something about.
+    pub(crate) fn cookies(&self) -> Result<HashSet<NetnsCookie>, LoadError> {
+        let mut cookies = HashSet::new();
+        for cookie in self.enrolled.keys() {
+            cookies.insert(NetnsCookie(cookie.map_err(|error| LoadError::map(ENROLLED, MAX_NETNS, error))?));
+        }
+        cookies.extend(self.known_addresses.keys().chain(self.known_excluded.keys()).copied().map(NetnsCookie));
+        cookies.remove(&NetnsCookie(ExcludedKey::GLOBAL));
+        Ok(cookies)
+    }
+
+    pub(crate) fn counters(&self) -> Result<Counters, LoadError> {
+        let sum = |counter: Counter| -> Result<u64, LoadError> {
+            let values = self
+                .counters
+                .get(&(counter as u32), 0)
+                .map_err(|error| LoadError::map(COUNTERS, Counter::COUNT, error))?;
+            Ok(values.iter().sum())
+        };
+        Ok(Counters {
+            captured: sum(Counter::Captured)?,
+            bypassed: sum(Counter::Bypassed)?,
+            excluded: sum(Counter::Excluded)?,
+            refused: sum(Counter::Refused)?,
+            failed_open: sum(Counter::FailedOpen)?,
+            inbound: sum(Counter::Inbound)?,
+            hbone: sum(Counter::Hbone)?,
+            dropped: sum(Counter::Dropped)?,
+            dns: sum(Counter::Dns)?,
+        })
+    }
+
+    fn add_addresses(&mut self, cookie: NetnsCookie, wanted: &HashSet<[u8; 16]>) -> Result<(), LoadError> {
+        let known = self.known_addresses.entry(cookie.0).or_default();
+        for address in wanted {
+            if !known.contains(address) {
+                self.addresses
+                    .insert(AddressKey { cookie: cookie.0, address: *address }, 1, 0)
+                    .map_err(|error| LoadError::map(ADDRESSES, MAX_ADDRESSES, error))?;
+                known.insert(*address);
+            }
+        }
+        Ok(())
+    }
+
+    fn retain_addresses(&mut self, cookie: NetnsCookie, wanted: &HashSet<[u8; 16]>) -> Result<(), LoadError> {
+        let Some(known) = self.known_addresses.get_mut(&cookie.0) else { return Ok(()) };
+        let stale: Vec<_> = known.difference(wanted).copied().collect();
+        for address in stale {
+            absent_is_fine(self.addresses.remove(&AddressKey { cookie: cookie.0, address }))
+                .map_err(|error| LoadError::map(ADDRESSES, MAX_ADDRESSES, error))?;
+            known.remove(&address);
+        }
+        if known.is_empty() {
+            self.known_addresses.remove(&cookie.0);
+        }
+        Ok(())
+    }
+
+    fn add_excluded(&mut self, cookie: NetnsCookie, wanted: &HashSet<Excluded>) -> Result<(), LoadError> {
+        let known = self.known_excluded.entry(cookie.0).or_default();
+        for (bits, data) in wanted {
+            if !known.contains(&(*bits, *data)) {
+                self.excluded
+                    .insert(&lpm_trie::Key::new(*bits, *data), 1, 0)
+                    .map_err(|error| LoadError::map(EXCLUDED, MAX_EXCLUDED, error))?;
+                known.insert((*bits, *data));
+            }
+        }
+        Ok(())
+    }
+
+    fn retain_excluded(&mut self, cookie: NetnsCookie, wanted: &HashSet<Excluded>) -> Result<(), LoadError> {
+        let Some(known) = self.known_excluded.get_mut(&cookie.0) else { return Ok(()) };
+        let stale: Vec<_> = known.difference(wanted).copied().collect();
+        for (bits, data) in stale {
+            absent_is_fine(self.excluded.remove(&lpm_trie::Key::new(bits, data)))
+                .map_err(|error| LoadError::map(EXCLUDED, MAX_EXCLUDED, error))?;
+            known.remove(&(bits, data));
+        }
+        if known.is_empty() {
+            self.known_excluded.remove(&cookie.0);
+        }
+        Ok(())
+    }
+}
+
+/// Compares the pinned maps with what this build expects. The kernel copies keys and values by the size of the map, so a
+/// difference would read past our own.
+pub(crate) fn check_layout(pins: &Pins) -> Result<(), LoadError> {
+    for (name, key, value) in LAYOUT {
+        let path = pins.map(name);
+        let info = MapData::from_pin(&path)
+            .and_then(|map| map.info())
+            .map_err(|error| LoadError::Map { map: name, source: Box::new(error) })?;
+        if (info.key_size() as usize, info.value_size() as usize) != (key, value) {
+            return Err(LoadError::IncompatiblePins { path });
+        }
+    }
+    Ok(())
+}
+
+/// The kernel's id of the map every program uses.
+pub(crate) fn shared_map_id(pins: &Pins) -> Result<u32, LoadError> {
+    let info = MapData::from_pin(pins.map(ENROLLED)).and_then(|map| map.info());
+    info.map(|info| info.id()).map_err(|error| LoadError::map(ENROLLED, MAX_NETNS, error))
+}
+
+fn keys(cookie: NetnsCookie, prefixes: &[Prefix]) -> HashSet<Excluded> {
+    prefixes.iter().map(|prefix| prefix.key(cookie)).collect()
+}
+
+fn take<T: TryFrom<Map, Error = MapError>>(object: &mut Ebpf, name: &'static str) -> Result<T, LoadError> {
+    object
+        .take_map(name)
+        .ok_or(MapError::InvalidName { name: name.to_owned() })
+        .and_then(T::try_from)
+        .map_err(|error| LoadError::Map { map: name, source: Box::new(error) })
+}
+
+fn listeners_error(error: MapError) -> LoadError {
+    LoadError::map(LISTENERS, MAX_NETNS * Slot::ALL.len() as u32, error)
+}
+
+fn absent_is_fine(result: Result<(), MapError>) -> Result<(), MapError> {
+    match result {
+        Err(MapError::KeyNotFound | MapError::ElementNotFound) => Ok(()),
+        Err(MapError::SyscallError(error))
+            if matches!(error.io_error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL)) =>
+        {
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+/// A map key or value must be plain data; this keeps the list above honest when a type is added.
+const _: fn() = || {
+    fn plain<T: Pod>() {}
+    plain::<Enrolled>();
+    plain::<ListenerKey>();
+    plain::<AddressKey>();
+    plain::<ExcludedKey>();
+};

@@ -1,0 +1,19 @@
+//! `connect(2)` on an IPv6 socket, also to IPv4-mapped destinations.
+
+use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
+
+use crate::lookup::{Address, connect};
+
+#[cgroup_sock_addr(connect6)]
+pub fn connect6(ctx: SockAddrContext) -> i32 {
+    // SAFETY: the kernel hands a valid context; the address is read word by word, as the verifier wants it.
+    let destination = Address::v6(unsafe {
+        [
+            (&raw const (*ctx.sock_addr).user_ip6[0]).read_volatile(),
+            (&raw const (*ctx.sock_addr).user_ip6[1]).read_volatile(),
+            (&raw const (*ctx.sock_addr).user_ip6[2]).read_volatile(),
+            (&raw const (*ctx.sock_addr).user_ip6[3]).read_volatile(),
+        ]
+    });
+    connect(ctx.sock_addr, destination)
+}

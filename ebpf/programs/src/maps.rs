@@ -1,0 +1,43 @@
+//! State shared with user space and between the hooks. All maps are pinned by the loader and outlive it.
+
+use aya_ebpf::{
+    bindings::BPF_F_NO_PREALLOC,
+    macros::map,
+    maps::{HashMap, LpmTrie, PerCpuArray, SockHash},
+};
+use ebpf_abi::{AddressKey, Counter, Enrolled, ExcludedKey, ListenerKey, MAX_ADDRESSES, MAX_EXCLUDED, MAX_NETNS, Slot};
+
+/// Netns cookie → what is captured there. Not preallocated: a preallocated element may be reused by another netns
+/// while a program still reads it.
+#[map]
+pub static ENROLLED: HashMap<u64, Enrolled> = HashMap::pinned(MAX_NETNS, BPF_F_NO_PREALLOC);
+
+/// The listeners of each netns. A listener that is closed leaves by itself, so an empty slot means a dead ztunnel.
+#[map]
+pub static LISTENERS: SockHash<ListenerKey> = SockHash::pinned(MAX_NETNS * Slot::ALL.len() as u32, 0);
+
+/// The pod's own addresses.
+#[map]
+pub static ADDRESSES: HashMap<AddressKey, u32> = HashMap::pinned(MAX_ADDRESSES, BPF_F_NO_PREALLOC);
+
+/// Destinations that are reached directly, for one netns or for all.
+#[map]
+pub static EXCLUDED: LpmTrie<ExcludedKey, u32> = LpmTrie::pinned(MAX_EXCLUDED, 0);
+
+#[map]
+pub static COUNTERS: PerCpuArray<u64> = PerCpuArray::pinned(Counter::COUNT, 0);
+
+/// What `ENROLLED` says of a netns.
+#[inline(always)]
+pub fn enrolled(cookie: u64) -> Option<Enrolled> {
+    // SAFETY: the map does not preallocate, so the element cannot become another one's before RCU lets it go.
+    unsafe { ENROLLED.get(&cookie) }.copied()
+}
+
+#[inline(always)]
+pub fn count(counter: Counter) {
+    if let Some(value) = COUNTERS.get_ptr_mut(counter as u32) {
+        // SAFETY: the pointer is this CPU's element; an interrupted increment can lose one, never more.
+        unsafe { *value += 1 };
+    }
+}
