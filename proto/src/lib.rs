@@ -4,7 +4,13 @@
 //! Type URLs stand beside the types because they are as much wire contract as the field numbers.
 
 #![forbid(unsafe_code)]
-#![allow(clippy::all, clippy::pedantic, rust_2018_idioms, reason = "generated code is not ours to style")]
+#![allow(
+    clippy::all,
+    clippy::pedantic,
+    clippy::allow_attributes_without_reason,
+    rust_2018_idioms,
+    reason = "generated code is not ours to style"
+)]
 
 /// Delta xDS (Envoy discovery service v3).
 pub mod ads {

@@ -1,0 +1,190 @@
+//! The matching rules: groups are ORed, clauses of a group ANDed, matches of a clause ORed, fields of a match ANDed and
+//! the values of a field ORed. The empty cases are where the semantics live; each has a test by name.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use super::Connection;
+
+/// Matches when all clauses do; none = always.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Group(pub Vec<Clause>);
+
+/// Matches when any match does; none = always.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Clause(pub Vec<Match>);
+
+/// Conditions on a connection. An empty field does not constrain; a match with nothing but empty fields never matches.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct Match {
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub namespaces: Vec<StringMatch>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub not_namespaces: Vec<StringMatch>,
+    /// Against the SPIFFE ID without its scheme.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub principals: Vec<StringMatch>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub not_principals: Vec<StringMatch>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub service_accounts: Vec<ServiceAccountMatch>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub not_service_accounts: Vec<ServiceAccountMatch>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub source_ips: Vec<Cidr>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub not_source_ips: Vec<Cidr>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub destination_ips: Vec<Cidr>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub not_destination_ips: Vec<Cidr>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub destination_ports: Vec<u16>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub not_destination_ports: Vec<u16>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StringMatch {
+    Exact(String),
+    Prefix(String),
+    Suffix(String),
+    /// Any text but the empty one. Written `Presence: []`.
+    Presence([(); 0]),
+}
+
+impl StringMatch {
+    fn matches(&self, text: &str) -> bool {
+        match self {
+            Self::Exact(exact) => text == exact,
+            Self::Prefix(prefix) => text.starts_with(prefix.as_str()),
+            Self::Suffix(suffix) => text.ends_with(suffix.as_str()),
+            Self::Presence(_) => !text.is_empty(),
+        }
+    }
+}
+
+/// A service account, whatever its trust domain.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ServiceAccountMatch {
+    pub namespace: String,
+    pub service_account: String,
+}
+
+/// An address range; a lone address reads as the range that holds only it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Cidr(pub IpNet);
+
+impl TryFrom<String> for Cidr {
+    type Error = ipnet::AddrParseError;
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse::<IpNet>().or_else(|error| text.parse::<IpAddr>().map(IpNet::from).map_err(|_| error)).map(Cidr)
+    }
+}
+
+/// The connection in the form the rules compare with, made once per decision.
+pub(super) struct Subject<'a> {
+    /// SPIFFE ID without the scheme; empty without an identity.
+    principal: String,
+    namespace: &'a str,
+    service_account: Option<&'a str>,
+    source_ip: IpAddr,
+    destination_ip: IpAddr,
+    destination_port: u16,
+}
+
+impl<'a> Subject<'a> {
+    pub(super) fn new(conn: &'a Connection) -> Self {
+        let identity = conn.source.as_ref();
+        let spiffe = identity.map(ToString::to_string).unwrap_or_default();
+        Self {
+            principal: spiffe.strip_prefix("spiffe://").unwrap_or(&spiffe).to_owned(),
+            namespace: identity.map_or("", |identity| identity.namespace()),
+            service_account: identity.map(|identity| &**identity.service_account()),
+            source_ip: conn.source_ip.to_canonical(),
+            destination_ip: conn.destination.ip().to_canonical(),
+            destination_port: conn.destination.port(),
+        }
+    }
+
+    /// Without an identity a pattern holds for nobody, so that `not_principals` holds for everybody unidentified.
+    fn principal_is(&self, pattern: &StringMatch) -> bool {
+        !self.principal.is_empty() && pattern.matches(&self.principal)
+    }
+
+    fn service_account_is(&self, wanted: &ServiceAccountMatch) -> bool {
+        self.service_account == Some(&wanted.service_account) && self.namespace == wanted.namespace
+    }
+}
+
+pub(super) fn any_matches(groups: &[Group], subject: &Subject<'_>) -> bool {
+    groups.iter().any(|group| group.0.iter().all(|clause| clause.matches(subject)))
+}
+
+impl Clause {
+    fn matches(&self, subject: &Subject<'_>) -> bool {
+        self.0.is_empty() || self.0.iter().any(|m| m.matches(subject))
+    }
+}
+
+/// A positive list constrains only when it has entries.
+fn any_of<T>(list: &[T], holds: impl Fn(&T) -> bool) -> bool {
+    list.is_empty() || list.iter().any(holds)
+}
+
+fn none_of<T>(list: &[T], holds: impl Fn(&T) -> bool) -> bool {
+    !list.iter().any(holds)
+}
+
+impl Match {
+    fn matches(&self, subject: &Subject<'_>) -> bool {
+        let namespace = |m: &StringMatch| m.matches(subject.namespace);
+        let principal = |m: &StringMatch| subject.principal_is(m);
+        let account = |m: &ServiceAccountMatch| subject.service_account_is(m);
+        let source = |cidr: &Cidr| cidr.0.contains(&subject.source_ip);
+        let destination = |cidr: &Cidr| cidr.0.contains(&subject.destination_ip);
+        let port = |port: &u16| *port == subject.destination_port;
+        !self.is_empty()
+            && any_of(&self.destination_ports, port)
+            && none_of(&self.not_destination_ports, port)
+            && any_of(&self.namespaces, namespace)
+            && none_of(&self.not_namespaces, namespace)
+            && any_of(&self.service_accounts, account)
+            && none_of(&self.not_service_accounts, account)
+            && any_of(&self.principals, principal)
+            && none_of(&self.not_principals, principal)
+            && any_of(&self.source_ips, source)
+            && none_of(&self.not_source_ips, source)
+            && any_of(&self.destination_ips, destination)
+            && none_of(&self.not_destination_ips, destination)
+    }
+
+    /// Listing every field by name, so that a new one cannot be forgotten here.
+    fn is_empty(&self) -> bool {
+        let Self {
+            namespaces,
+            not_namespaces,
+            principals,
+            not_principals,
+            service_accounts,
+            not_service_accounts,
+            source_ips,
+            not_source_ips,
+            destination_ips,
+            not_destination_ips,
+            destination_ports,
+            not_destination_ports,
+        } = self;
+        [namespaces, not_namespaces, principals, not_principals].into_iter().all(Vec::is_empty)
+            && [service_accounts, not_service_accounts].into_iter().all(Vec::is_empty)
+            && [source_ips, not_source_ips, destination_ips, not_destination_ips].into_iter().all(Vec::is_empty)
+            && [destination_ports, not_destination_ports].into_iter().all(Vec::is_empty)
+    }
+}

@@ -1,0 +1,317 @@
+//! The driver around [`delta`](super::delta): one stream at a time, again and again until the drain.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_proto::ads::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
+use mesh_proto::ads::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
+use mesh_proto::workload::ADDRESS_TYPE;
+use prost::Message;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::ResourceHandler;
+use super::delta::{DeltaClient, Interest};
+use crate::drain::DrainWatcher;
+use crate::grpc::{self, GrpcConfig, GrpcError};
+
+/// The first wait after a lost stream, doubled for each that brought nothing.
+const BACKOFF_MIN: Duration = Duration::from_millis(10);
+const BACKOFF_MAX: Duration = Duration::from_secs(15);
+/// A mesh of a hundred thousand workloads arrives as one message.
+const MAX_MESSAGE: usize = 200 * 1024 * 1024;
+/// Requests on their way; more than the first requests and one answer never are, on-demand names wait their turn.
+const REQUESTS: usize = 64;
+
+/// What kind of proxy speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NodeRole {
+    Ztunnel,
+    Waypoint,
+}
+
+impl NodeRole {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Ztunnel => "ztunnel",
+            Self::Waypoint => "waypoint",
+        }
+    }
+}
+
+/// Who we say we are. The control plane believes the token and uses this for its logs and for scoping.
+#[derive(Clone, Debug)]
+pub struct NodeInfo {
+    pub role: NodeRole,
+    /// The proxy's own address; a placeholder is sent where it is unknown.
+    pub ip: Option<IpAddr>,
+    /// The pod's name and namespace.
+    pub name: String,
+    pub namespace: String,
+    /// The Kubernetes node.
+    pub node_name: String,
+    pub cluster_id: String,
+    /// Further metadata, see [`NodeInfo::metadata_from`].
+    pub metadata: BTreeMap<String, serde_json::Value>,
+}
+
+impl NodeInfo {
+    /// The metadata among environment variables: `ISTIO_META_<KEY>` as text, `ISTIO_METAJSON_<KEY>` as JSON.
+    ///
+    /// # Errors
+    /// One text for each variable that should hold JSON and does not.
+    pub fn metadata_from(
+        variables: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<BTreeMap<String, serde_json::Value>, Vec<String>> {
+        let (mut metadata, mut mistakes) = (BTreeMap::new(), Vec::new());
+        for (name, value) in variables {
+            if let Some(key) = name.strip_prefix("ISTIO_META_") {
+                metadata.insert(key.to_owned(), value.into());
+            } else if let Some(key) = name.strip_prefix("ISTIO_METAJSON_") {
+                match serde_json::from_str(&value) {
+                    Ok(json) => drop(metadata.insert(key.to_owned(), json)),
+                    Err(error) => mistakes.push(format!("{name}: {error}")),
+                }
+            }
+        }
+        if mistakes.is_empty() { Ok(metadata) } else { Err(mistakes) }
+    }
+
+    fn to_wire(&self) -> Node {
+        let ip = self.ip.unwrap_or(IpAddr::V4(Ipv4Addr::new(1, 1, 1, 1)));
+        let (role, name, namespace) = (self.role.as_str(), &self.name, &self.namespace);
+        let own = [
+            ("NAME", name.clone()),
+            ("NAMESPACE", namespace.clone()),
+            ("INSTANCE_IPS", self.ip.map(|ip| ip.to_string()).unwrap_or_default()),
+            ("NODE_NAME", self.node_name.clone()),
+            ("CLUSTER_ID", self.cluster_id.clone()),
+        ];
+        let own = own.into_iter().filter(|(_, value)| !value.is_empty()).map(|(key, value)| (key.into(), value.into()));
+        let fields = self.metadata.clone().into_iter().chain(own).map(|(key, value)| (key, to_struct_value(value)));
+        Node {
+            id: format!("{role}~{ip}~{name}.{namespace}~{namespace}.svc.cluster.local"),
+            metadata: Some(prost_types::Struct { fields: fields.collect() }),
+            ..Default::default()
+        }
+    }
+}
+
+fn to_struct_value(json: serde_json::Value) -> prost_types::Value {
+    use prost_types::value::Kind;
+    let kind = match json {
+        serde_json::Value::Null => Kind::NullValue(0),
+        serde_json::Value::Bool(value) => Kind::BoolValue(value),
+        serde_json::Value::Number(value) => Kind::NumberValue(value.as_f64().unwrap_or_default()),
+        serde_json::Value::String(value) => Kind::StringValue(value),
+        serde_json::Value::Array(values) => {
+            Kind::ListValue(prost_types::ListValue { values: values.into_iter().map(to_struct_value).collect() })
+        }
+        serde_json::Value::Object(fields) => Kind::StructValue(prost_types::Struct {
+            fields: fields.into_iter().map(|(key, value)| (key, to_struct_value(value))).collect(),
+        }),
+    };
+    prost_types::Value { kind: Some(kind) }
+}
+
+/// Where the control plane is and who we are to it.
+#[derive(Clone, Debug)]
+pub struct XdsConfig {
+    pub grpc: GrpcConfig,
+    pub node: NodeInfo,
+    /// Workloads and services are asked for by name (see [`Demand`]) instead of all being sent.
+    pub on_demand: bool,
+}
+
+/// Asks for single workloads and services where the client is on demand.
+#[derive(Clone, Debug)]
+pub struct Demand(mpsc::Sender<String>);
+
+impl Demand {
+    /// Asks for `network/ip`, a workload UID or `<namespace>/<hostname>`; the answer is a change of the store. Waits
+    /// while many names are on their way. Does nothing where everything is sent anyway, or after the drain.
+    pub async fn subscribe(&self, name: impl Into<String>) {
+        // The receiver is gone only after the drain.
+        let _ = self.0.send(name.into()).await;
+    }
+}
+
+/// The xDS client of one process.
+pub struct XdsClient {
+    config: XdsConfig,
+    handlers: Vec<Arc<dyn ResourceHandler>>,
+    delta: DeltaClient,
+    demand: Demand,
+    demanded: mpsc::Receiver<String>,
+    synced: watch::Sender<bool>,
+    connected: watch::Sender<bool>,
+}
+
+/// How a stream ended.
+#[derive(Debug, thiserror::Error)]
+enum StreamEnd {
+    #[error("channel to the control plane: {0}")]
+    Channel(#[from] GrpcError),
+    #[error("control plane is not reachable: {0}")]
+    Connect(tonic::Status),
+    #[error("stream broke: {0}")]
+    Broken(tonic::Status),
+    #[error("control plane ended the stream")]
+    Complete,
+}
+
+impl StreamEnd {
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::Channel(_) | Self::Connect(_) => "ConnectionError",
+            Self::Broken(status) if is_expected(status) => "Reconnect",
+            Self::Broken(_) => "Error",
+            Self::Complete => "Complete",
+        }
+    }
+}
+
+/// Ends that a rolling control plane or a middlebox with a maximum age brings about.
+fn is_expected(status: &tonic::Status) -> bool {
+    use tonic::Code;
+    let gone = || ["transport is closing", "connection reset", "goaway", "GOAWAY", "h2 protocol error"];
+    matches!(status.code(), Code::Unknown | Code::Cancelled | Code::DeadlineExceeded)
+        || gone().iter().any(|text| status.message().contains(text))
+}
+
+impl XdsClient {
+    /// A client that feeds `handlers`, whose types it subscribes to in this order.
+    pub fn new(config: XdsConfig, handlers: Vec<Arc<dyn ResourceHandler>>) -> Self {
+        let interest = |type_url| match config.on_demand && type_url == ADDRESS_TYPE {
+            true => Interest::OnDemand,
+            false => Interest::All,
+        };
+        let types: Vec<_> = handlers.iter().map(|h| (h.type_url(), interest(h.type_url()))).collect();
+        let (demand, demanded) = mpsc::channel(REQUESTS);
+        Self {
+            delta: DeltaClient::new(config.node.to_wire(), types),
+            config,
+            handlers,
+            demand: Demand(demand),
+            demanded,
+            synced: watch::Sender::new(false),
+            connected: watch::Sender::new(false),
+        }
+    }
+
+    /// True once every type has had its first answer; stays so while the control plane is away.
+    pub fn synced(&self) -> watch::Receiver<bool> {
+        self.synced.subscribe()
+    }
+
+    /// Whether a stream is up and has brought something.
+    pub fn connected(&self) -> watch::Receiver<bool> {
+        self.connected.subscribe()
+    }
+
+    pub fn demand(&self) -> Demand {
+        self.demand.clone()
+    }
+
+    /// Keeps a stream up until the drain begins; from then on nothing changes any more.
+    pub async fn run(mut self, drain: DrainWatcher) {
+        let gauge = metrics::gauge!("xds_connected");
+        gauge.set(0.0);
+        let mut backoff = BACKOFF_MIN;
+        loop {
+            let end = tokio::select! {
+                () = drain.draining() => break,
+                end = self.stream() => end,
+            };
+            // A stream that brought something was a good one: the next attempt starts afresh.
+            if self.connected.send_replace(false) {
+                backoff = BACKOFF_MIN;
+            }
+            gauge.set(0.0);
+            metrics::counter!("istio_xds_connection_terminations_total", "reason" => end.reason()).increment(1);
+            tracing::warn!(address = %self.config.grpc.address, retry_in = ?backoff, "xds: {end}");
+            tokio::select! {
+                () = drain.draining() => break,
+                () = tokio::time::sleep(backoff) => {}
+            }
+            backoff = (backoff * 2).min(BACKOFF_MAX);
+        }
+        self.connected.send_replace(false);
+        gauge.set(0.0);
+    }
+
+    /// One stream from connect to end. The channel is new each time: name, roots and token may have changed.
+    async fn stream(&mut self) -> StreamEnd {
+        match self.exchange().await {
+            Ok(()) => StreamEnd::Complete,
+            Err(end) => end,
+        }
+    }
+
+    async fn exchange(&mut self) -> Result<(), StreamEnd> {
+        let channel = grpc::channel(self.config.grpc.clone())?;
+        let mut client = AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
+        let first = self.delta.handle_connected();
+        let (requests, outgoing) = mpsc::channel(REQUESTS.max(first.len()));
+        for request in first {
+            // There is room for all; servers may hold their headers back until they have read the first.
+            let _ = requests.try_send(request);
+        }
+        let response = client.delta_aggregated_resources(ReceiverStream::new(outgoing));
+        let mut responses = response.await.map_err(StreamEnd::Connect)?.into_inner();
+        tracing::info!(address = %self.config.grpc.address, "xds: stream is open");
+        loop {
+            tokio::select! {
+                response = responses.message() => match response.map_err(StreamEnd::Broken)? {
+                    Some(response) => self.receive(response, &requests).await,
+                    None => return Ok(()),
+                },
+                Some(name) = self.demanded.recv() => {
+                    if let Some(request) = self.delta.subscribe(ADDRESS_TYPE, &name) {
+                        send(&requests, request).await;
+                    }
+                }
+            }
+        }
+    }
+
+    async fn receive(&mut self, response: DeltaDiscoveryResponse, requests: &mpsc::Sender<DeltaDiscoveryRequest>) {
+        let bytes = response.encoded_len() as u64;
+        let mut delivery = match self.delta.handle_response(response) {
+            Ok(delivery) => delivery,
+            // No label: the type is the peer's choice of text.
+            Err(error) => return tracing::warn!(bytes, "xds: {error}"),
+        };
+        let url = delivery.type_url;
+        metrics::counter!("istio_xds_message_total", "url" => url).increment(1);
+        metrics::counter!("istio_xds_message_bytes_total", "url" => url).increment(bytes);
+        let (updated, removed) = (std::mem::take(&mut delivery.updated), delivery.removed.clone());
+        tracing::debug!(url, updated = updated.len(), removed = removed.len(), bytes, "xds: received");
+        let handler = self.handlers.iter().find(|handler| handler.type_url() == url);
+        let rejected: Vec<_> = match handler {
+            Some(handler) => handler.apply(updated, removed),
+            None => Vec::new(),
+        };
+        for rejection in &rejected {
+            tracing::warn!(url, name = %rejection.name, reason = %rejection.reason, "xds: resource rejected");
+        }
+        if let Some(answer) = self.delta.handle_applied(delivery, rejected) {
+            send(requests, answer).await;
+        }
+        if !self.connected.send_replace(true) {
+            metrics::gauge!("xds_connected").set(1.0);
+        }
+        let synced = self.delta.is_synced();
+        self.synced.send_if_modified(|known| synced && !std::mem::replace(known, true));
+    }
+}
+
+/// Hands a request to the stream. Where that has ended, the next receive says so.
+async fn send(requests: &mpsc::Sender<DeltaDiscoveryRequest>, request: DeltaDiscoveryRequest) {
+    let _ = requests.send(request).await;
+}
+
+#[cfg(test)]
+mod tests;

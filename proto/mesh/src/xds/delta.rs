@@ -1,0 +1,210 @@
+//! The client's half of the delta xDS exchange, without I/O: messages in, messages out.
+//!
+//! ```text
+//! handle_connected ─► first request of each type (node, subscription, retained versions)
+//!                        │
+//! handle_response ◄──────┘  ─► Delivery for the handler
+//! handle_applied(delivery, rejected) ─► ACK or NACK
+//! subscribe ─► request for one more name (on-demand types)
+//! ```
+//! What is retained survives a reconnect: the server is told the versions we hold and sends the difference. A rejected
+//! resource is retained under no version: it comes again, and if it is deleted meanwhile we are told, as the handler may
+//! hold an earlier version of it or have closed a door on its account.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use bytes::Bytes;
+use mesh_proto::ads::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Status};
+
+use super::Rejected;
+
+/// The name that stands for every resource of a type.
+const WILDCARD: &str = "*";
+
+/// The version of what was rejected; equals no version a server sends.
+const UNREADABLE: &str = "";
+
+/// Which resources of a type are wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Interest {
+    All,
+    /// Those asked for by [`DeltaClient::subscribe`].
+    OnDemand,
+}
+
+/// The state of the exchange for all types.
+#[derive(Debug)]
+pub struct DeltaClient {
+    node: Node,
+    /// In the order in which they are requested.
+    types: Vec<TypeState>,
+    /// Which connection this is; answers to an earlier one are not sent.
+    connection: u64,
+}
+
+#[derive(Debug)]
+struct TypeState {
+    type_url: &'static str,
+    interest: Interest,
+    /// Name and version of what the handler holds.
+    retained: HashMap<String, String>,
+    /// On-demand names that have not been answered.
+    pending: BTreeSet<String>,
+    synced: bool,
+}
+
+/// The content of one response, to be applied and then reported by [`DeltaClient::handle_applied`].
+#[derive(Debug)]
+pub struct Delivery {
+    pub type_url: &'static str,
+    /// Name, version and encoded message.
+    pub updated: Vec<(String, String, Bytes)>,
+    pub removed: Vec<String>,
+    /// Resources that are wrong before any handler sees them.
+    rejected: Vec<Rejected>,
+    /// Name and version of what was sent: it is retained when applied.
+    versions: Vec<(String, String)>,
+    nonce: String,
+    connection: u64,
+}
+
+/// A response of a type that was not asked for.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the control plane sent {0:?}, which was not asked for")]
+pub struct UnknownType(pub String);
+
+impl DeltaClient {
+    /// An exchange for `types`, requested in this order.
+    pub fn new(node: Node, types: impl IntoIterator<Item = (&'static str, Interest)>) -> Self {
+        let types = types
+            .into_iter()
+            .map(|(type_url, interest)| TypeState {
+                type_url,
+                interest,
+                retained: HashMap::new(),
+                pending: BTreeSet::new(),
+                synced: false,
+            })
+            .collect();
+        Self { node, types, connection: 0 }
+    }
+
+    /// A new stream: what to send first on it. Only these requests carry the node.
+    pub fn handle_connected(&mut self) -> Vec<DeltaDiscoveryRequest> {
+        self.connection += 1;
+        self.types.iter().map(|state| state.first_request(&self.node)).collect()
+    }
+
+    /// Takes a response apart.
+    ///
+    /// # Errors
+    /// [`UnknownType`]: nothing is to be sent, since even a NACK would subscribe to the type.
+    pub fn handle_response(&mut self, response: DeltaDiscoveryResponse) -> Result<Delivery, UnknownType> {
+        let Some(state) = self.types.iter().find(|state| state.type_url == response.type_url) else {
+            return Err(UnknownType(response.type_url));
+        };
+        let mut delivery = Delivery {
+            type_url: state.type_url,
+            updated: Vec::with_capacity(response.resources.len()),
+            removed: response.removed_resources,
+            rejected: Vec::new(),
+            versions: Vec::with_capacity(response.resources.len()),
+            nonce: response.nonce,
+            connection: self.connection,
+        };
+        for resource in response.resources {
+            match resource.resource {
+                Some(any) if any.type_url == state.type_url => {
+                    delivery.versions.push((resource.name.clone(), resource.version.clone()));
+                    delivery.updated.push((resource.name, resource.version, any.value.into()));
+                }
+                Some(any) => {
+                    delivery.rejected.push(Rejected::new(resource.name, format_args!("is a {:?}", any.type_url)));
+                }
+                None => delivery.rejected.push(Rejected::new(resource.name, "has no content")),
+            }
+        }
+        Ok(delivery)
+    }
+
+    /// A delivery was applied but for `rejected`: the ACK or NACK to send. `None` when the stream it came on is gone: its
+    /// nonce means nothing to the next one.
+    pub fn handle_applied(&mut self, delivery: Delivery, mut rejected: Vec<Rejected>) -> Option<DeltaDiscoveryRequest> {
+        let state = self.types.iter_mut().find(|state| state.type_url == delivery.type_url)?;
+        rejected.splice(0..0, delivery.rejected);
+        for (name, version) in delivery.versions {
+            state.pending.remove(&name);
+            state.retained.insert(name, version);
+        }
+        for name in &delivery.removed {
+            state.pending.remove(name);
+            state.retained.remove(name);
+        }
+        for Rejected { name, .. } in &rejected {
+            state.pending.remove(name);
+            state.retained.insert(name.clone(), UNREADABLE.to_owned());
+        }
+        state.synced = true;
+        let answer = DeltaDiscoveryRequest {
+            type_url: state.type_url.to_owned(),
+            response_nonce: delivery.nonce,
+            error_detail: error_detail(&rejected),
+            ..Default::default()
+        };
+        (delivery.connection == self.connection).then_some(answer)
+    }
+
+    /// Asks for one more name of an on-demand type. `None` when it is already held or asked for, or all are. The request
+    /// is to be sent if there is a stream; the next stream's first request repeats it.
+    pub fn subscribe(&mut self, type_url: &str, name: &str) -> Option<DeltaDiscoveryRequest> {
+        let state = self.types.iter_mut().find(|state| state.type_url == type_url)?;
+        if state.interest == Interest::All || state.retained.contains_key(name) || !state.pending.insert(name.into()) {
+            return None;
+        }
+        Some(DeltaDiscoveryRequest {
+            type_url: state.type_url.to_owned(),
+            resource_names_subscribe: vec![name.to_owned()],
+            ..Default::default()
+        })
+    }
+
+    /// Whether every type has had an answer, be it an empty one.
+    pub fn is_synced(&self) -> bool {
+        self.types.iter().all(|state| state.synced)
+    }
+}
+
+impl TypeState {
+    fn first_request(&self, node: &Node) -> DeltaDiscoveryRequest {
+        let (subscribe, unsubscribe) = match self.interest {
+            // An empty first subscription means everything.
+            Interest::All => (vec![], vec![]),
+            // Naming and dropping the wildcard is how a client says that it will name what it wants.
+            Interest::OnDemand => {
+                let held: BTreeSet<&String> = self.retained.keys().chain(&self.pending).collect();
+                let names = [WILDCARD.to_owned()].into_iter().chain(held.into_iter().cloned());
+                (names.collect(), vec![WILDCARD.to_owned()])
+            }
+        };
+        DeltaDiscoveryRequest {
+            node: Some(node.clone()),
+            type_url: self.type_url.to_owned(),
+            resource_names_subscribe: subscribe,
+            resource_names_unsubscribe: unsubscribe,
+            initial_resource_versions: self.retained.clone().into_iter().collect::<BTreeMap<_, _>>(),
+            ..Default::default()
+        }
+    }
+}
+
+/// `None` = ACK. The server looks at the presence only; the text is for its log.
+fn error_detail(rejected: &[Rejected]) -> Option<Status> {
+    if rejected.is_empty() {
+        return None;
+    }
+    let reasons: Vec<_> = rejected.iter().map(|r| format!("{}: {}", r.name, r.reason)).collect();
+    Some(Status { code: 0, message: reasons.join("; ") })
+}
+
+#[cfg(test)]
+mod tests;
