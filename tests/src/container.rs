@@ -91,6 +91,10 @@ pub struct Root {
     /// Empty directory to build the root on; nothing is left in it.
     pub scratch: PathBuf,
     pub binds: Vec<Bind>,
+    /// Host programs that appear in `/usr/local/bin` under another name.
+    pub programs: Vec<(String, PathBuf)>,
+    /// Directories to make, absolute.
+    pub directories: Vec<PathBuf>,
     pub hostname: String,
     pub read_only: bool,
 }
@@ -195,7 +199,7 @@ impl Root {
         let shared: Vec<&str> = SHARED.to_vec();
         s += "cd \"$R\" && mkdir -p etc sys run tmp var/log var/lib var/tmp var/cache root home mnt ";
         let _ = writeln!(s, "{}", shared.join(" "));
-        s += "chmod 1777 tmp var/tmp\nln -s /run var/run\n";
+        s += "chmod 1777 tmp var/tmp\nln -s ../run var/run\n";
         for dir in &shared {
             let _ = writeln!(s, "mount --rbind /{dir} {dir}");
         }
@@ -217,6 +221,14 @@ impl Root {
         let _ = writeln!(s, "printf %s {} > etc/passwd; printf %s {} > etc/group", quote(ACCOUNTS), quote(GROUPS));
         let hosts = format!("127.0.0.1 localhost\n::1 localhost\n127.0.1.1 {}\n", self.hostname);
         let _ = writeln!(s, "printf %s {} > etc/hosts; echo {} > etc/hostname", quote(&hosts), quote(&self.hostname));
+        for directory in &self.directories {
+            let _ = writeln!(s, "mkdir -p \"$R\"{}", quote(&directory.display().to_string()));
+        }
+        // The mount namespace is private: the host's /usr/local/bin stays as it is.
+        s += "mount -t tmpfs -o mode=0755 programs usr/local/bin\n";
+        for (name, program) in &self.programs {
+            s += &Bind::new(program, Path::new("/usr/local/bin").join(name)).script();
+        }
         for bind in &self.binds {
             s += &bind.script();
         }

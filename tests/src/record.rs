@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde::{Deserialize, Serialize};
@@ -54,6 +54,9 @@ pub struct Record {
     pub run_dir: PathBuf,
     /// A bpffs instance of its own: unmounting it lets go of every pinned program, link and map.
     pub bpffs: PathBuf,
+    /// Its owner is taking it down.
+    #[serde(default)]
+    pub ending: bool,
 }
 
 impl Record {
@@ -74,11 +77,9 @@ impl Record {
             cgroup: sys::cgroup2_root()?.join(format!("mesh-lab-{id}")),
             bpffs: base.join("bpf"),
             run_dir: base,
+            ending: false,
         };
-        let _lock = lock()?;
-        if let Ok(other) = load(&record.path()) {
-            bail!("a lab named {id} is already up (process {}): take it down first", other.owner.pid);
-        }
+        let _lock = record.wait_for_name()?;
         record.write()?;
         record.prepare().inspect_err(|_| {
             if let Err(e) = record.take_down() {
@@ -86,6 +87,22 @@ impl Record {
             }
         })?;
         Ok(record)
+    }
+
+    /// Holds the lock once no other lab has the name; one that is ending is waited for.
+    fn wait_for_name(&self) -> Result<Flock<fs::File>> {
+        wait::until("the lab of that name to end", Duration::from_secs(15), || {
+            let lock = lock()?;
+            match load(&self.path()) {
+                Ok(other) if other.ending => bail!("process {} is taking it down", other.owner.pid),
+                Ok(other) => Ok(Err(anyhow!(
+                    "a lab named {} is already up (process {}): take it down first",
+                    self.id,
+                    other.owner.pid
+                ))),
+                Err(_) => Ok(Ok(lock)),
+            }
+        })?
     }
 
     fn prepare(&self) -> Result<()> {
@@ -121,6 +138,9 @@ impl Record {
 
     /// Removes all the record names, the record itself last. Doing it twice is harmless.
     pub fn take_down(&self) -> Result<()> {
+        if self.path().exists() {
+            Self { ending: true, ..self.clone() }.write()?;
+        }
         kill_cgroup(&self.cgroup)?;
         for netns in netns_with_prefix(&self.netns_prefix)? {
             sys::check(sys::command("ip").args(["netns", "delete", &netns]))?;
@@ -142,6 +162,11 @@ fn lock() -> Result<Flock<fs::File>> {
     fs::create_dir_all(RECORDS).context("cannot make /run/mesh-lab: run as root")?;
     let file = fs::File::create(Path::new(RECORDS).join("lock"))?;
     Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| e.into())
+}
+
+/// The record of a lab that is up.
+pub fn find(id: &str) -> Option<Record> {
+    load(&Path::new(RECORDS).join(format!("{id}.json"))).ok().filter(|record| record.owner.alive())
 }
 
 /// All records there are, readable ones only: a record is replaced by rename, so a broken one is not ours.

@@ -51,6 +51,12 @@ impl Netns {
                 ("net/ipv6/conf/all/accept_dad", "0"),
                 ("net/ipv6/conf/default/accept_dad", "0"),
                 ("net/ipv6/conf/default/accept_ra", "0"),
+                ("net/ipv4/conf/all/send_redirects", "0"),
+                ("net/ipv4/conf/default/send_redirects", "0"),
+                ("net/ipv4/conf/all/accept_redirects", "0"),
+                ("net/ipv4/conf/default/accept_redirects", "0"),
+                ("net/ipv6/conf/all/accept_redirects", "0"),
+                ("net/ipv6/conf/default/accept_redirects", "0"),
                 ("net/bridge/bridge-nf-call-iptables", "0"),
                 ("net/bridge/bridge-nf-call-ip6tables", "0"),
             ],
@@ -221,10 +227,13 @@ impl NodeNet {
                 netns.name
             ),
         )?;
+        // Host routes only: pods of one node reach each other through the node, whose connection tracking undoes the DNAT of
+        // service addresses on the way back.
         sys::ip_batch(
             Some(&netns.name),
             &format!(
-                "addr add {ipv4}/24 dev eth0\naddr add {ipv6}/64 dev eth0 nodad\nlink set eth0 up\n\
+                "addr add {ipv4}/32 dev eth0\naddr add {ipv6}/128 dev eth0 nodad\nlink set eth0 up\n\
+                 route add {gateway4} dev eth0\nroute add {gateway6} dev eth0\n\
                  route add default via {gateway4}\nroute add ::/0 via {gateway6}\n"
             ),
         )?;

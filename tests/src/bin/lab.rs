@@ -1,2 +1,177 @@
-//! The lab's command.
-fn main() {}
+//! `lab`: brings a mesh up on this machine, plays with it, tells its story. Usually run by `cargo xtask`.
+#![forbid(unsafe_code)]
+
+use std::io::Read as _;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use mesh_tests::cluster::{Options, Supervisor};
+use mesh_tests::demo;
+use mesh_tests::places::Places;
+use mesh_tests::raw::NODES;
+use mesh_tests::record;
+use mesh_tests::session::{self, DEFAULT, KEEP, Session};
+use mesh_tests::topology::WIRE;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// A mesh in a box.
+#[derive(Parser)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Bring up two nodes, the API server, the mesh and a few pods, and leave them up.
+    Up {
+        /// Only the nodes and the API server: no control plane, no pods.
+        #[arg(long)]
+        bare: bool,
+    },
+    /// Take everything down.
+    Down,
+    /// Say what is up.
+    Status,
+    /// Run a command in a pod, found by name, beginning of the name or label `app`.
+    Exec {
+        pod: String,
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    /// Show what crosses between the nodes (tcpdump; its options and filter may follow `--`).
+    Capture {
+        #[arg(last = true)]
+        options: Vec<String>,
+    },
+    /// Walk the whole story, line by line.
+    Demo {
+        /// Leave the lab up afterwards.
+        #[arg(long)]
+        keep: bool,
+        /// Only the lines with these letters, in order.
+        #[arg(long, value_delimiter = ',')]
+        only: Vec<char>,
+    },
+    /// The process that answers for a lab; started by `up` and `demo`.
+    #[command(hide = true)]
+    Supervise {
+        #[arg(long)]
+        id: String,
+    },
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse().command) {
+        Ok(code) => code,
+        Err(e) => {
+            eprintln!("lab: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(task: Task) -> Result<ExitCode> {
+    let places = Places::find()?;
+    match task {
+        Task::Up { bare } => up(&places, bare)?,
+        Task::Down => down(&places)?,
+        Task::Status => status(&places)?,
+        Task::Exec { pod, command } => {
+            let words: Vec<&str> = command.iter().map(String::as_str).collect();
+            // Only returns where it fails.
+            return Err(Session::attach(DEFAULT, &places)?.exec(&pod, &words)?.exec().into());
+        }
+        Task::Capture { options } => {
+            let wire = Session::attach(DEFAULT, &places)?.wire();
+            let mut tcpdump = Command::new("ip");
+            tcpdump.args(["netns", "exec", &wire.name, "tcpdump", "-nn", "-i", WIRE]).args(options);
+            return Err(tcpdump.exec()).context("cannot run tcpdump: `cargo xtask setup`");
+        }
+        Task::Demo { keep, only } => return demo::run(&places, keep, &only),
+        Task::Supervise { id } => supervise(&places, id)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn up(places: &Places, bare: bool) -> Result<()> {
+    let mut session = Session::start(DEFAULT, places)?;
+    if !bare {
+        demo::install(&session)?;
+    }
+    session.keep()?;
+    println!("{}", demo::how_to_play(&session));
+    Ok(())
+}
+
+fn down(places: &Places) -> Result<()> {
+    record::reap_dead()?;
+    match Session::attach(DEFAULT, places) {
+        Ok(session) => session.stop(),
+        Err(_) => {
+            println!("no lab is up");
+            Ok(())
+        }
+    }
+}
+
+fn status(places: &Places) -> Result<()> {
+    for reaped in record::reap_dead()? {
+        println!("cleaned up after lab {reaped}, which was killed");
+    }
+    let session = Session::attach(DEFAULT, places)?;
+    println!("supervisor {}  run directory {}", session.record.owner.pid, session.record.run_dir.display());
+    for pod in session.pods() {
+        let addresses: Vec<String> = pod.addresses.iter().map(ToString::to_string).collect();
+        println!("{:14} {:36} {:8} {}", pod.namespace, pod.name, pod.node, addresses.join(" "));
+        for container in &pod.containers {
+            println!("{:14}   {} pid {} restarts {}", "", container.name, container.pid, container.restarts);
+        }
+    }
+    Ok(())
+}
+
+/// Runs the lab until a signal, or until whoever started it is gone.
+fn supervise(places: &Places, id: String) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let options = Options { id, nodes: NODES.map(str::to_owned).to_vec(), images: places.images() };
+        let abandoned = abandoned();
+        let end = async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+                () = abandoned => {}
+            }
+        };
+        let mut end = std::pin::pin!(end);
+        let supervisor = tokio::select! {
+            supervisor = Supervisor::start(&options) => supervisor?,
+            // The record names what has been made so far; this process's successor, or the next command, removes it.
+            () = &mut end => return Ok(()),
+        };
+        std::fs::write(session::ready_file(&supervisor.record), "")?;
+        supervisor.run(places.images(), end).await
+    })
+}
+
+/// Resolves when standard input ends without the word that we are to live on.
+async fn abandoned() {
+    let (sender, receiver) = tokio::sync::oneshot::channel();
+    // Blocks in `read` for the life of the process; nobody waits for it.
+    std::thread::spawn(move || {
+        let mut said = Vec::new();
+        // An error counts as silence.
+        let _ = std::io::stdin().read_to_end(&mut said);
+        if said != KEEP {
+            let _ = sender.send(());
+        }
+    });
+    if receiver.await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}

@@ -1,0 +1,64 @@
+//! Where things are: the workspace, its built binaries, the tools that `cargo xtask setup` unpacked.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::cluster::images::Images;
+
+/// Directories the lab works with.
+#[derive(Clone, Debug)]
+pub struct Places {
+    /// Root of the workspace.
+    pub workspace: PathBuf,
+    /// Cargo's target directory.
+    pub target: PathBuf,
+    /// Binaries of the profile this program was built with.
+    pub binaries: PathBuf,
+}
+
+impl Places {
+    /// From the running program's own path: cargo put it below the target directory.
+    ///
+    /// # Errors
+    /// When the program was moved elsewhere.
+    pub fn find() -> Result<Self> {
+        let program = std::env::current_exe()?;
+        let target = program
+            .ancestors()
+            .find(|path| path.join("CACHEDIR.TAG").exists())
+            .context("this program is not in cargo's target directory: run it by `cargo xtask`")?;
+        let profile = program.strip_prefix(target)?.iter().next().context("no profile directory")?;
+        let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("no workspace")?;
+        Ok(Self { workspace: workspace.to_owned(), binaries: target.join(profile), target: target.to_owned() })
+    }
+
+    /// Unpacked tools.
+    pub fn tools(&self) -> PathBuf {
+        self.target.join("tools")
+    }
+
+    /// What pods are made of.
+    pub fn images(&self) -> Images {
+        Images { binaries: self.binaries.clone(), tools: self.tools() }
+    }
+
+    /// Debian's kubectl 1.20, the oldest the demo must work with.
+    pub fn kubectl(&self) -> Result<PathBuf> {
+        let path = self.tools().join("kubectl-1.20/usr/bin/kubectl");
+        ensure!(path.exists(), "{} is missing: run `cargo xtask setup`", path.display());
+        Ok(path)
+    }
+
+    /// A present kubectl, from the Python package.
+    pub fn current_kubectl(&self) -> Result<PathBuf> {
+        let path = self.tools().join("venv/bin/kubectl");
+        ensure!(path.exists(), "{} is missing: run `cargo xtask setup`", path.display());
+        Ok(path)
+    }
+
+    /// A file of the workspace.
+    pub fn file(&self, path: &str) -> PathBuf {
+        self.workspace.join(path)
+    }
+}

@@ -1,0 +1,157 @@
+//! A lab with a cluster, from the side of who plays with it: start and end its supervisor, speak `kubectl`, run commands in pods.
+
+use std::fs;
+use std::io::Write as _;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Output, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::capture::Capture;
+use crate::cluster::state::{self, Pod};
+use crate::container;
+use crate::places::Places;
+use crate::record::{self, RECORDS, Record};
+use crate::topology::Netns;
+use crate::wait;
+
+/// The lab that `lab up` and the demo bring up.
+pub const DEFAULT: &str = "lab";
+/// Said on the supervisor's standard input when it is to live on without us.
+pub const KEEP: &[u8] = b"keep";
+
+/// A running lab with a cluster.
+pub struct Session {
+    pub record: Record,
+    pub places: Places,
+    supervisor: Option<(Child, ChildStdin)>,
+}
+
+impl Session {
+    /// Brings up nodes and API server and waits until they serve. The supervisor ends with this process unless [`Session::keep`] is called.
+    pub fn start(id: &str, places: &Places) -> Result<Self> {
+        for reaped in record::reap_dead()? {
+            eprintln!("cleaned up after lab {reaped}, which was killed");
+        }
+        let log = Path::new(RECORDS).join(format!("{id}.log"));
+        let output = fs::File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
+        let mut child = Command::new(places.binaries.join("lab"))
+            .args(["supervise", "--id", id])
+            .stdin(Stdio::piped())
+            .stdout(output.try_clone()?)
+            .stderr(output)
+            .process_group(0)
+            .spawn()
+            .context("cannot start the lab's supervisor")?;
+        let stdin = child.stdin.take().context("standard input was piped")?;
+        let started = wait::until("the lab to come up", Duration::from_secs(60), || {
+            if let Some(status) = child.try_wait()? {
+                let said = fs::read_to_string(&log).unwrap_or_default();
+                return Ok(Err(anyhow!("the lab did not come up ({status}):\n{said}")));
+            }
+            let record = record::find(id).context("no record yet")?;
+            if !ready_file(&record).exists() {
+                bail!("the API server is starting");
+            }
+            Ok(Ok(record))
+        });
+        let record = started??;
+        Ok(Self { record, places: places.clone(), supervisor: Some((child, stdin)) })
+    }
+
+    /// The lab that is up already.
+    pub fn attach(id: &str, places: &Places) -> Result<Self> {
+        let record = record::find(id).context("no lab is up: `cargo xtask lab up`")?;
+        Ok(Self { record, places: places.clone(), supervisor: None })
+    }
+
+    /// Leaves the lab standing when this process ends.
+    pub fn keep(&mut self) -> Result<()> {
+        let (_, mut stdin) = self.supervisor.take().context("this process did not start the lab")?;
+        stdin.write_all(KEEP)?;
+        Ok(())
+    }
+
+    /// Ends the supervisor and waits until everything is gone.
+    pub fn stop(mut self) -> Result<()> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Result<()> {
+        let owner = self.record.owner;
+        if owner.alive() {
+            kill(Pid::from_raw(i32::try_from(owner.pid)?), Signal::SIGTERM)?;
+        }
+        if let Some((mut child, _)) = self.supervisor.take() {
+            child.wait()?;
+        }
+        wait::until_true("the lab's supervisor to end", Duration::from_secs(30), || !owner.alive())?;
+        record::reap_dead().map(drop)
+    }
+
+    /// Kubeconfig of the administrator.
+    pub fn kubeconfig(&self) -> PathBuf {
+        self.record.run_dir.join("kubeconfig")
+    }
+
+    /// `kubectl` (Debian's 1.20) as administrator, not yet run.
+    pub fn kubectl(&self, arguments: &[&str]) -> Result<Command> {
+        let mut command = Command::new(self.places.kubectl()?);
+        command.arg("--kubeconfig").arg(self.kubeconfig()).args(arguments);
+        // Its caches belong to the lab, not to the user.
+        command.env("HOME", &self.record.run_dir).current_dir(&self.places.workspace);
+        Ok(command)
+    }
+
+    /// Runs `kubectl` to its end.
+    pub fn kubectl_output(&self, arguments: &[&str]) -> Result<Output> {
+        Ok(self.kubectl(arguments)?.output()?)
+    }
+
+    /// All pods with running containers.
+    pub fn pods(&self) -> Vec<Pod> {
+        state::pods(&self.record.run_dir)
+    }
+
+    /// A pod by name, beginning of the name, or label `app`.
+    pub fn pod(&self, name: &str) -> Result<Pod> {
+        state::find(&self.record.run_dir, name)
+    }
+
+    /// A command inside a pod's first container, not yet run.
+    pub fn exec(&self, pod: &str, argv: &[&str]) -> Result<Command> {
+        let pod = self.pod(pod)?;
+        let container = pod.main()?;
+        let argv: Vec<String> = argv.iter().map(|word| (*word).to_owned()).collect();
+        Ok(container::exec_command(container.pid, &container.cgroup, &container.env, &argv))
+    }
+
+    /// The namespace between the nodes.
+    pub fn wire(&self) -> Netns {
+        Netns { name: format!("{}parent", self.record.netns_prefix) }
+    }
+
+    /// Captures what crosses between the nodes from now on.
+    pub fn capture(&self) -> Result<Capture> {
+        Capture::start(&self.wire())
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        if self.supervisor.is_some()
+            && let Err(e) = self.end()
+        {
+            eprintln!("the lab cannot be taken down: {e:#}");
+        }
+    }
+}
+
+/// Exists once the lab serves.
+pub fn ready_file(record: &Record) -> PathBuf {
+    record.run_dir.join("ready")
+}
