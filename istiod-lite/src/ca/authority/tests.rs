@@ -1,0 +1,150 @@
+use x509_parser::extensions::{GeneralName, ParsedExtension};
+use x509_parser::pem::parse_x509_pem;
+
+use super::*;
+
+const NOW: OffsetDateTime = time::macros::datetime!(2030-01-01 0:00 UTC);
+const SPIFFE: &str = "spiffe://cluster.local/ns/shop/sa/cart";
+
+fn authority() -> Authority {
+    Authority::from_material(&Authority::self_signed("cluster.local", NOW).unwrap()).unwrap()
+}
+
+fn csr() -> String {
+    let key = KeyPair::generate().unwrap();
+    CertificateParams::new(["ignored.example".to_owned()]).unwrap().serialize_request(&key).unwrap().pem().unwrap()
+}
+
+fn sign(validity: i64) -> Result<Issued, SignError> {
+    authority().sign(&csr(), SPIFFE, validity, LeafLifetime::default(), NOW)
+}
+
+/// An intermediate below a root, with the root.
+fn intermediate() -> (CaMaterial, String) {
+    let root = Authority::self_signed("corp", NOW).unwrap();
+    let issuer = Issuer::from_ca_cert_pem(&root.certificate, KeyPair::from_pem(&root.key).unwrap()).unwrap();
+    let key = KeyPair::generate().unwrap();
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name.push(DnType::CommonName, "intermediate");
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+    params.not_before = NOW - CLOCK_SKEW;
+    params.not_after = NOW + Duration::from_secs(3600);
+    let certificate = params.signed_by(&key, &issuer).unwrap().pem();
+    let material =
+        CaMaterial { certificate, key: key.serialize_pem(), chain: String::new(), roots: root.certificate.clone() };
+    (material, root.certificate)
+}
+
+#[test]
+fn a_leaf_has_the_properties_peers_check() {
+    let issued = sign(3600).unwrap();
+    let (_, pem) = parse_x509_pem(issued.leaf.as_bytes()).unwrap();
+    let leaf = pem.parse_x509().unwrap();
+    assert_eq!(leaf.subject().iter().count(), 0, "the subject is empty");
+    assert_eq!(leaf.validity().not_before.to_datetime(), NOW - CLOCK_SKEW);
+    assert_eq!(leaf.validity().not_after.to_datetime(), NOW + Duration::from_secs(3600));
+    assert!(!leaf.is_ca());
+    assert!((15..=16).contains(&leaf.raw_serial().len()));
+    let usage = leaf.key_usage().unwrap().unwrap().value;
+    assert!(usage.digital_signature() && usage.key_encipherment() && !usage.key_cert_sign());
+    let extended = leaf.extended_key_usage().unwrap().unwrap().value;
+    assert!(extended.server_auth && extended.client_auth);
+    let names = leaf.subject_alternative_name().unwrap().unwrap();
+    assert!(names.critical);
+    assert_eq!(names.value.general_names, [GeneralName::URI(SPIFFE)], "nothing of the CSR but its key");
+    assert!(leaf.extensions().iter().any(|e| matches!(e.parsed_extension(), ParsedExtension::BasicConstraints(_))));
+}
+
+#[test]
+fn serial_numbers_differ() {
+    let serial_of = |issued: Issued| {
+        let (_, pem) = parse_x509_pem(issued.leaf.as_bytes()).unwrap();
+        pem.parse_x509().unwrap().raw_serial().to_vec()
+    };
+    assert_ne!(serial_of(sign(60).unwrap()), serial_of(sign(60).unwrap()));
+}
+
+#[test]
+fn the_validity_asked_for_is_bounded() {
+    let lifetime = LeafLifetime::default();
+    for none in [0, -1, i64::MIN] {
+        assert_eq!(sign(none).unwrap().not_after, NOW + lifetime.default);
+    }
+    let max = i64::try_from(lifetime.max.as_secs()).unwrap();
+    assert_eq!(sign(max).unwrap().not_after, NOW + lifetime.max);
+    assert!(matches!(sign(max + 1), Err(SignError::LifetimeTooLong { .. })));
+    assert!(matches!(sign(i64::MAX), Err(SignError::LifetimeTooLong { .. })));
+}
+
+#[test]
+fn a_csr_not_signed_by_its_own_key_is_refused() {
+    let mut der = CertificateSigningRequestDer::from_pem_slice(csr().as_bytes()).unwrap().to_vec();
+    // The last byte belongs to the signature.
+    *der.last_mut().unwrap() ^= 1;
+    let pem = to_pem(&CertificateDer::from(der)).replace("CERTIFICATE", "CERTIFICATE REQUEST");
+    let refused = authority().sign(&pem, SPIFFE, 60, LeafLifetime::default(), NOW);
+    assert!(matches!(refused, Err(SignError::BadSignature)), "{refused:?}");
+}
+
+#[test]
+fn what_is_no_csr_is_refused() {
+    let truncated = csr().lines().take(3).collect::<Vec<_>>().join("\n");
+    for text in ["", "garbage", &truncated, &sign(60).unwrap().leaf] {
+        let refused = authority().sign(text, SPIFFE, 60, LeafLifetime::default(), NOW);
+        assert!(matches!(refused, Err(SignError::Unparsable(_))), "{refused:?}");
+    }
+}
+
+#[test]
+fn no_leaf_outlives_its_signer() {
+    let (material, root) = intermediate();
+    let authority = Authority::from_material(&material).unwrap();
+    let issued = authority.sign(&csr(), SPIFFE, 86_400, LeafLifetime::default(), NOW).unwrap();
+    assert_eq!(issued.not_after, NOW + Duration::from_secs(3600));
+    let late = authority.sign(&csr(), SPIFFE, 60, LeafLifetime::default(), NOW + Duration::from_secs(3600));
+    assert!(matches!(late, Err(SignError::CaExpired)));
+
+    let chain = issued.into_cert_chain();
+    assert_eq!(chain.len(), 3, "leaf, intermediate, roots");
+    assert_eq!(chain[1].trim().replace('\r', ""), material.certificate.trim().replace('\r', ""));
+    assert_eq!(chain[2].trim().replace('\r', ""), root.trim().replace('\r', ""));
+}
+
+#[test]
+fn a_self_signed_authority_answers_leaf_and_root() {
+    let authority = authority();
+    let issued = authority.sign(&csr(), SPIFFE, 60, LeafLifetime::default(), NOW).unwrap();
+    let chain = issued.into_cert_chain();
+    assert_eq!(chain.len(), 2);
+    assert_eq!(chain[1], authority.root_bundle_pem());
+}
+
+#[test]
+fn material_that_cannot_work_is_refused() {
+    let good = Authority::self_signed("cluster.local", NOW).unwrap();
+    let other = Authority::self_signed("cluster.local", NOW).unwrap();
+    let refuse = |material: CaMaterial| Authority::from_material(&material).err().expect("refused");
+
+    assert!(matches!(refuse(CaMaterial { key: other.key.clone(), ..good.clone() }), MaterialError::KeyMismatch));
+    assert!(matches!(
+        refuse(CaMaterial { roots: other.certificate.clone(), ..good.clone() }),
+        MaterialError::Unanchored
+    ));
+    assert!(matches!(refuse(CaMaterial { key: String::new(), ..good.clone() }), MaterialError::Unreadable { .. }));
+    assert!(matches!(refuse(CaMaterial { certificate: String::new(), ..good }), MaterialError::Unreadable { .. }));
+
+    let key = KeyPair::generate().unwrap();
+    let leaf = CertificateParams::new(["a".to_owned()]).unwrap().self_signed(&key).unwrap().pem();
+    let leaf = CaMaterial { certificate: leaf, key: key.serialize_pem(), chain: String::new(), roots: String::new() };
+    assert!(matches!(refuse(leaf), MaterialError::NotACa));
+}
+
+#[test]
+fn a_chain_file_that_repeats_signer_and_root_is_sent_without_the_root() {
+    let (mut material, root) = intermediate();
+    material.chain = format!("{}{}", material.certificate, root);
+    let authority = Authority::from_material(&material).unwrap();
+    assert_eq!(authority.intermediates.len(), 1);
+}

@@ -1,0 +1,116 @@
+//! `IstioCertificateService`: who may have a certificate for which identity.
+//!
+//! A caller gets its own identity. A trusted node account (a ztunnel) also gets the identities of pods that run on the
+//! node of the very pod its token is bound to, and no others.
+
+use std::sync::Arc;
+
+use mesh::clock::Clock;
+use mesh::identity::Identity;
+use mesh_proto::ca::istio_certificate_service_server::IstioCertificateService;
+use mesh_proto::ca::{IstioCertificateRequest, IstioCertificateResponse};
+use prost_types::value::Kind;
+use time::OffsetDateTime;
+use tonic::{Request, Response, Status};
+
+use super::authority::{Authority, LeafLifetime, SignError};
+use crate::auth::{Client, Gatekeeper};
+
+/// Request metadata that names the workload a node proxy asks for.
+const IMPERSONATED: &str = "ImpersonatedIdentity";
+
+/// Answers CreateCertificate.
+pub struct CertificateService {
+    pub gatekeeper: Gatekeeper,
+    pub authority: Arc<Authority>,
+    pub trust_domain: Arc<str>,
+    pub lifetime: LeafLifetime,
+    pub clock: Clock,
+}
+
+/// Why a caller does not get the identity it asked for.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+enum Refusal {
+    #[error("`{0}` is not a SPIFFE identity")]
+    NotAnIdentity(String),
+    #[error("the identity belongs to another trust domain")]
+    ForeignTrustDomain,
+    #[error("the caller is no trusted node account with a running pod")]
+    NotANode,
+    #[error("no pod with that identity runs on the caller's node")]
+    NotOnNode,
+}
+
+impl CertificateService {
+    fn identity(&self, client: &Client, request: &IstioCertificateRequest) -> Result<Identity, Refusal> {
+        let Some(wanted) = impersonated(request) else {
+            let (namespace, account) = (&client.caller.namespace, &client.caller.service_account);
+            return Identity::new(&self.trust_domain, namespace, account)
+                .map_err(|error| Refusal::NotAnIdentity(error.to_string()));
+        };
+        let identity: Identity = wanted.parse().map_err(|_| Refusal::NotAnIdentity(wanted.to_owned()))?;
+        if **identity.trust_domain() != *self.trust_domain {
+            return Err(Refusal::ForeignTrustDomain);
+        }
+        let node = client.node.as_deref().ok_or(Refusal::NotANode)?;
+        if !self.gatekeeper.pods.node_runs(node, identity.namespace(), identity.service_account()) {
+            return Err(Refusal::NotOnNode);
+        }
+        Ok(identity)
+    }
+}
+
+#[tonic::async_trait]
+impl IstioCertificateService for CertificateService {
+    async fn create_certificate(
+        &self,
+        request: Request<IstioCertificateRequest>,
+    ) -> Result<Response<IstioCertificateResponse>, Status> {
+        metrics::counter!("citadel_server_csr_count").increment(1);
+        let client = self.gatekeeper.admit(request.metadata()).await?;
+        let request = request.get_ref();
+        let caller = &client.caller;
+        let identity = self.identity(&client, request).map_err(|refusal| {
+            metrics::counter!("citadel_server_authentication_failure_count").increment(1);
+            tracing::warn!(
+                namespace = %caller.namespace, service_account = %caller.service_account, pod = ?caller.pod,
+                node = ?client.node, wanted = ?impersonated(request), %refusal, "certificate refused"
+            );
+            Status::unauthenticated("request impersonation authentication failure")
+        })?;
+        let uri = identity.to_string();
+        let now = OffsetDateTime::from(self.clock.now());
+        let issued = self
+            .authority
+            .sign(&request.csr, &uri, request.validity_duration, self.lifetime, now)
+            .map_err(|error| refuse_signing(&uri, &error))?;
+        metrics::counter!("citadel_server_success_cert_issuance_count").increment(1);
+        tracing::debug!(identity = %uri, not_after = %issued.not_after, "certificate signed");
+        Ok(Response::new(IstioCertificateResponse { cert_chain: issued.into_cert_chain() }))
+    }
+}
+
+fn impersonated(request: &IstioCertificateRequest) -> Option<&str> {
+    match request.metadata.as_ref()?.fields.get(IMPERSONATED)?.kind.as_ref()? {
+        Kind::StringValue(text) if !text.is_empty() => Some(text),
+        _ => None,
+    }
+}
+
+fn refuse_signing(identity: &str, error: &SignError) -> Status {
+    tracing::warn!(identity, %error, "certificate signing request refused");
+    match error {
+        SignError::Unparsable(_) | SignError::BadSignature | SignError::UnsupportedKey => {
+            metrics::counter!("citadel_server_csr_parsing_err_count").increment(1);
+            Status::invalid_argument(error.to_string())
+        }
+        SignError::LifetimeTooLong { .. } => {
+            metrics::counter!("citadel_server_csr_sign_err_count").increment(1);
+            Status::invalid_argument(error.to_string())
+        }
+        SignError::CaExpired | SignError::Signing(_) => {
+            metrics::counter!("citadel_server_csr_sign_err_count").increment(1);
+            Status::internal(error.to_string())
+        }
+    }
+}

@@ -1,0 +1,47 @@
+//! `EnrolmentService`: node proxies say what became of the pods they were told to capture.
+//!
+//! Invariant: a report speaks for the node of the caller's own pod only, and only about pods that this node was told to
+//! enrol; the rest is dropped and counted.
+
+use std::sync::Arc;
+
+use mesh_proto::enrolment::enrolment_service_server::EnrolmentService;
+use mesh_proto::enrolment::{EnrolmentReport, EnrolmentReportAck, POD_ENROLMENT_TYPE};
+use tonic::{Request, Response, Status};
+
+use super::view::Scope;
+use crate::auth::Gatekeeper;
+use crate::resources::{ReportSink, ResourceStore};
+
+/// Takes reports.
+pub struct Reports {
+    pub gatekeeper: Gatekeeper,
+    pub store: Arc<ResourceStore>,
+    pub sink: Arc<dyn ReportSink>,
+}
+
+#[tonic::async_trait]
+impl EnrolmentService for Reports {
+    async fn report(&self, request: Request<EnrolmentReport>) -> Result<Response<EnrolmentReportAck>, Status> {
+        let client = self.gatekeeper.admit(request.metadata()).await?;
+        let Some(node) = client.node else {
+            return Err(Status::permission_denied("only a node proxy reports enrolments"));
+        };
+        let snapshot = self.store.snapshot();
+        if snapshot.generation() == 0 {
+            return Err(Status::unavailable("the control plane has not read the cluster yet"));
+        }
+        let scope = Scope { node: Some(Arc::clone(&node)), waypoint: None };
+        let mut states = request.into_inner().pods;
+        let reported = states.len();
+        states
+            .retain(|state| snapshot.get(POD_ENROLMENT_TYPE, &state.uid).is_some_and(|resource| scope.sees(resource)));
+        let foreign = reported - states.len();
+        if foreign > 0 {
+            metrics::counter!("enrolment_reports_ignored_total").increment(foreign as u64);
+            tracing::warn!(%node, pods = foreign, "ignored reports about pods this node was not told to enrol");
+        }
+        self.sink.report(&node, states);
+        Ok(Response::new(EnrolmentReportAck {}))
+    }
+}

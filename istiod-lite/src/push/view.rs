@@ -1,0 +1,240 @@
+//! What sessions read: one snapshot, what changed on the way to it, and, for on-demand clients, which resources a name
+//! stands for. Computed once per generation however many clients are connected, so that a change costs each client
+//! the size of the change.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::sync::{Arc, OnceLock};
+
+use bytes::Bytes;
+use mesh_proto::enrolment::POD_ENROLMENT_TYPE;
+use mesh_proto::security::AUTHORIZATION_TYPE;
+use mesh_proto::waypoint::{HTTP_POLICY_TYPE, ROUTE_TYPE};
+use mesh_proto::workload::{ADDRESS_TYPE, WORKLOAD_TYPE};
+use prost::Message as _;
+use tokio::sync::watch;
+
+use crate::resources::{Audience, Resource, ResourceStore, Snapshot};
+
+/// The types served, in the order in which one change is pushed: what others refer to comes first.
+pub const TYPES: [&str; 6] =
+    [ADDRESS_TYPE, WORKLOAD_TYPE, AUTHORIZATION_TYPE, POD_ENROLMENT_TYPE, ROUTE_TYPE, HTTP_POLICY_TYPE];
+
+/// Changes are remembered for this many generations; a client further behind is compared with its whole last state.
+const REMEMBERED: usize = 64;
+
+/// Protobuf tag of `Address.workload`, the first and only field of an Address that holds a workload.
+const ADDRESS_WORKLOAD_TAG: u8 = 0x0a;
+
+/// Who a client is, as far as audiences go. Derived from its bound token, never from what it says.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Scope {
+    /// Set only for node proxies.
+    pub node: Option<Arc<str>>,
+    /// The waypoint the client's pod belongs to: namespace, name.
+    pub waypoint: Option<(Arc<str>, Arc<str>)>,
+}
+
+impl Scope {
+    /// Whether a client of this scope may see `resource`.
+    pub fn sees(&self, resource: &Resource) -> bool {
+        resource.audience.iter().any(|audience| match audience {
+            Audience::All => true,
+            Audience::Node(node) => self.node.as_ref() == Some(node),
+            Audience::Waypoint { namespace, name } => {
+                self.waypoint.as_ref().is_some_and(|(ns, gateway)| ns == namespace && gateway == name)
+            }
+        })
+    }
+}
+
+/// Names of one type that differ between two generations, or `Everything` if that is not known any more.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Changed {
+    Names(BTreeSet<Arc<str>>),
+    Everything,
+}
+
+#[derive(Debug)]
+struct Step {
+    from: u64,
+    names: BTreeMap<&'static str, Vec<Arc<str>>>,
+}
+
+/// A snapshot with its recent past.
+#[derive(Debug, Default)]
+pub struct View {
+    snapshot: Arc<Snapshot>,
+    /// Oldest first; each step begins at the generation where the one before it ended.
+    steps: VecDeque<Arc<Step>>,
+    demand: OnceLock<DemandIndex>,
+}
+
+impl View {
+    /// A view of `snapshot` without memory of earlier ones.
+    pub fn new(snapshot: Arc<Snapshot>) -> Self {
+        Self { snapshot, ..Self::default() }
+    }
+
+    /// The view after this one.
+    pub fn next(&self, snapshot: Arc<Snapshot>) -> Self {
+        let mut steps = self.steps.clone();
+        if steps.len() == REMEMBERED {
+            steps.pop_front();
+        }
+        let names = [ADDRESS_TYPE, AUTHORIZATION_TYPE, POD_ENROLMENT_TYPE, ROUTE_TYPE, HTTP_POLICY_TYPE]
+            .map(|type_url| (type_url, differing(&self.snapshot, &snapshot, type_url)));
+        steps.push_back(Arc::new(Step { from: self.snapshot.generation(), names: names.into() }));
+        Self { snapshot, steps, demand: OnceLock::new() }
+    }
+
+    pub fn generation(&self) -> u64 {
+        self.snapshot.generation()
+    }
+
+    pub fn snapshot(&self) -> &Snapshot {
+        &self.snapshot
+    }
+
+    /// What may differ between the view of `generation` and this one.
+    pub fn changed_since(&self, generation: u64, type_url: &str) -> Changed {
+        if generation == self.generation() {
+            return Changed::Names(BTreeSet::new());
+        }
+        let Some(first) = self.steps.iter().position(|step| step.from == generation) else {
+            return Changed::Everything;
+        };
+        let mut names = BTreeSet::new();
+        for step in self.steps.iter().skip(first) {
+            names.extend(step.names.get(stored_type(type_url)).into_iter().flatten().cloned());
+        }
+        Changed::Names(names)
+    }
+
+    /// The resource of this name, if the client may see it.
+    pub fn get(&self, type_url: &str, name: &str, scope: &Scope) -> Option<&Arc<Resource>> {
+        self.snapshot
+            .get(stored_type(type_url), name)
+            .filter(|resource| scope.sees(resource) && payload(type_url, resource).is_some())
+    }
+
+    /// All resources of a type that the client may see.
+    pub fn visible(&self, type_url: &str, scope: &Scope) -> impl Iterator<Item = &Arc<Resource>> {
+        self.snapshot
+            .of_type(stored_type(type_url))
+            .filter(move |resource| scope.sees(resource) && payload(type_url, resource).is_some())
+    }
+
+    /// The names an on-demand subscription to `requested` comes to: the resource itself (by name or alias) and, for a
+    /// service, the workloads behind it.
+    pub fn resolve(&self, type_url: &str, requested: &str, scope: &Scope) -> BTreeSet<Arc<str>> {
+        let mut names: BTreeSet<Arc<str>> =
+            self.get(type_url, requested, scope).map(|resource| Arc::clone(&resource.name)).into_iter().collect();
+        if stored_type(type_url) == ADDRESS_TYPE {
+            let index = self.demand();
+            names.extend(index.aliases.get(requested).into_iter().flatten().cloned());
+            let services: Vec<_> = names.iter().filter_map(|name| index.endpoints.get(name)).collect();
+            names.extend(services.into_iter().flatten().cloned());
+        }
+        names.retain(|name| self.get(type_url, name, scope).is_some());
+        names
+    }
+
+    /// The workloads on a node; a node proxy that subscribes on demand is told of these unasked.
+    pub fn workloads_on(&self, node: &str) -> &[Arc<str>] {
+        self.demand().nodes.get(node).map_or(&[], Vec::as_slice)
+    }
+
+    fn demand(&self) -> &DemandIndex {
+        self.demand.get_or_init(|| DemandIndex::build(&self.snapshot))
+    }
+}
+
+/// Which stored type a served type is made of: a Workload is the inside of an Address.
+fn stored_type(type_url: &str) -> &str {
+    if type_url == WORKLOAD_TYPE { ADDRESS_TYPE } else { type_url }
+}
+
+/// The message bytes of `resource` as `type_url`; none if it has no such form (a service is no workload).
+pub fn payload(type_url: &str, resource: &Resource) -> Option<Bytes> {
+    if type_url != WORKLOAD_TYPE {
+        return Some(resource.body.clone());
+    }
+    let (tag, mut rest) = resource.body.split_first()?;
+    if *tag != ADDRESS_WORKLOAD_TAG {
+        return None;
+    }
+    let length = usize::try_from(prost::encoding::decode_varint(&mut rest).ok()?).ok()?;
+    (rest.len() == length).then(|| resource.body.slice_ref(rest))
+}
+
+/// Names of one type that were added, removed or replaced.
+fn differing(old: &Snapshot, new: &Snapshot, type_url: &str) -> Vec<Arc<str>> {
+    let (mut old, mut new) = (old.of_type(type_url).peekable(), new.of_type(type_url).peekable());
+    let mut names = Vec::new();
+    loop {
+        let order = match (old.peek(), new.peek()) {
+            (None, None) => return names,
+            (Some(_), None) => std::cmp::Ordering::Less,
+            (None, Some(_)) => std::cmp::Ordering::Greater,
+            (Some(a), Some(b)) => a.name.cmp(&b.name),
+        };
+        let (gone, came) = (order.is_le().then(|| old.next()).flatten(), order.is_ge().then(|| new.next()).flatten());
+        match (gone, came) {
+            (Some(a), Some(b)) if Arc::ptr_eq(a, b) => {}
+            (_, Some(resource)) | (Some(resource), None) => names.push(Arc::clone(&resource.name)),
+            (None, None) => return names,
+        }
+    }
+}
+
+/// What on-demand subscriptions look names up in. Built for a view when the first such client asks.
+#[derive(Debug, Default)]
+struct DemandIndex {
+    aliases: HashMap<Arc<str>, Vec<Arc<str>>>,
+    /// Service name → names of the workloads behind it.
+    endpoints: HashMap<Arc<str>, Vec<Arc<str>>>,
+    nodes: HashMap<Arc<str>, Vec<Arc<str>>>,
+}
+
+impl DemandIndex {
+    fn build(snapshot: &Snapshot) -> Self {
+        let mut index = Self::default();
+        for resource in snapshot.of_type(ADDRESS_TYPE) {
+            for alias in &resource.aliases {
+                index.aliases.entry(Arc::clone(alias)).or_default().push(Arc::clone(&resource.name));
+            }
+            let Some(body) = payload(WORKLOAD_TYPE, resource) else { continue };
+            let Ok(workload) = mesh_proto::workload::Workload::decode(body) else { continue };
+            if !workload.node.is_empty() {
+                index.nodes.entry(workload.node.into()).or_default().push(Arc::clone(&resource.name));
+            }
+            for service in workload.services.into_keys() {
+                index.endpoints.entry(service.into()).or_default().push(Arc::clone(&resource.name));
+            }
+        }
+        index
+    }
+}
+
+/// Follows the store and publishes a view of each generation; ends when every reader has gone.
+pub async fn follow(store: Arc<ResourceStore>, views: watch::Sender<Arc<View>>) {
+    let mut generations = store.subscribe();
+    loop {
+        generations.borrow_and_update();
+        let snapshot = store.snapshot();
+        views.send_if_modified(|view| {
+            if view.generation() == snapshot.generation() {
+                return false;
+            }
+            *view = Arc::new(view.next(Arc::clone(&snapshot)));
+            true
+        });
+        tokio::select! {
+            changed = generations.changed() => if changed.is_err() { return },
+            () = views.closed() => return,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

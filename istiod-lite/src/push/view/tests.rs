@@ -1,0 +1,54 @@
+use mesh_proto::security::Authorization;
+use mesh_proto::workload::{Address, Workload, address};
+
+use super::*;
+use crate::push::session::fixtures::{service, workload};
+
+#[test]
+fn a_workload_is_the_inside_of_its_address() {
+    let inner = Workload { uid: "c//Pod/ns/a".into(), name: "a".repeat(300), ..Workload::default() };
+    let outer = Address { r#type: Some(address::Type::Workload(inner.clone())) };
+    let resource = Resource::new(ADDRESS_TYPE, "c//Pod/ns/a", &outer);
+    assert_eq!(Workload::decode(payload(WORKLOAD_TYPE, &resource).unwrap()).unwrap(), inner);
+    assert_eq!(payload(ADDRESS_TYPE, &resource).unwrap(), resource.body);
+    assert!(payload(WORKLOAD_TYPE, &service("ns/svc", "10.0.0.1")).is_none());
+    let empty = Resource::new(ADDRESS_TYPE, "x", &Address::default());
+    assert!(payload(WORKLOAD_TYPE, &empty).is_none());
+}
+
+#[test]
+fn changes_are_the_names_that_differ_and_are_forgotten_after_a_while() {
+    let store = ResourceStore::new();
+    let policy = |name: &str, namespace: &str| {
+        let body = Authorization { namespace: namespace.into(), ..Authorization::default() };
+        Resource::new(AUTHORIZATION_TYPE, name, &body)
+    };
+    store.publish([policy("a", "1"), policy("b", "1"), policy("c", "1")]);
+    let first = View::new(store.snapshot());
+    store.publish([policy("a", "1"), policy("b", "2"), policy("d", "1"), workload("w", "node-a", &[])]);
+    let mut view = first.next(store.snapshot());
+    let names = |names: &[&str]| Changed::Names(names.iter().map(|name| Arc::from(*name)).collect());
+    assert_eq!(view.changed_since(1, AUTHORIZATION_TYPE), names(&["b", "c", "d"]));
+    assert_eq!(view.changed_since(1, ADDRESS_TYPE), names(&["w"]));
+    assert_eq!(view.changed_since(1, WORKLOAD_TYPE), names(&["w"]));
+    assert_eq!(view.changed_since(2, AUTHORIZATION_TYPE), names(&[]));
+    for generation in 0..REMEMBERED {
+        assert_ne!(view.changed_since(1, AUTHORIZATION_TYPE), Changed::Everything);
+        store.publish([policy("a", &generation.to_string())]);
+        view = view.next(store.snapshot());
+    }
+    assert_eq!(view.changed_since(1, AUTHORIZATION_TYPE), Changed::Everything);
+}
+
+#[tokio::test]
+async fn readers_get_a_view_of_each_new_generation() {
+    let store = Arc::new(ResourceStore::new());
+    let (sender, mut views) = watch::channel(Arc::new(View::new(store.snapshot())));
+    let follower = tokio::spawn(follow(Arc::clone(&store), sender));
+    store.publish([workload("w", "node-a", &[])]);
+    views.wait_for(|view| view.generation() == 1).await.unwrap();
+    store.publish([]);
+    views.wait_for(|view| view.generation() == 2).await.unwrap();
+    drop(views);
+    follower.await.unwrap();
+}

@@ -1,0 +1,500 @@
+//! The real server on loopback: TLS from its own authority, tokens by a table, clients as plain gRPC.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Mutex;
+use std::time::SystemTime;
+
+use futures_util::future::BoxFuture;
+use mesh::drain::{self, DrainTrigger};
+use mesh_proto::ads::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
+use mesh_proto::ads::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
+use mesh_proto::ca::istio_certificate_service_client::IstioCertificateServiceClient;
+use mesh_proto::ca::{IstioCertificateRequest, IstioCertificateResponse};
+use mesh_proto::enrolment::enrolment_service_client::EnrolmentServiceClient;
+use mesh_proto::enrolment::{EnrolmentReport, POD_ENROLMENT_TYPE, PodEnrolment, PodState};
+use mesh_proto::security::AUTHORIZATION_TYPE;
+use mesh_proto::workload::ADDRESS_TYPE;
+use rcgen::{CertificateParams, KeyPair};
+use time::OffsetDateTime;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::time::{Instant, timeout};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
+use tonic::{Code, Request, Status, Streaming};
+
+use super::*;
+use crate::auth::{AuthError, BoundPod, Caller};
+use crate::push::session::fixtures::{Held, ack, request, workload};
+use crate::resources::{Audience, Resource, lock};
+use crate::testing::Pods;
+
+/// Longer than anything here takes; a test that waits this long has failed.
+const PATIENCE: Duration = Duration::from_secs(10);
+const SERVER_NAME: &str = "istiod.istio-system.svc";
+
+/// Tokens are pod names: `istio-system/zt-a` is the token bound to that pod.
+#[derive(Default)]
+struct Tokens(Mutex<HashMap<String, Caller>>);
+
+impl Tokens {
+    fn issue(&self, namespace: &str, pod: &str, account: &str, expires: Option<SystemTime>) {
+        let caller = Caller {
+            namespace: namespace.into(),
+            service_account: account.into(),
+            pod: Some(BoundPod { name: pod.into(), uid: format!("{namespace}/{pod}").into() }),
+            expires,
+        };
+        lock(&self.0).insert(format!("{namespace}/{pod}"), caller);
+    }
+}
+
+impl Authenticate for Tokens {
+    fn authenticate<'a>(&'a self, token: &'a str) -> BoxFuture<'a, Result<Caller, AuthError>> {
+        let found = lock(&self.0).get(token).cloned().filter(|c| c.expires.is_none_or(|end| SystemTime::now() < end));
+        Box::pin(async move { found.ok_or_else(|| AuthError::Rejected("unknown".into())) })
+    }
+}
+
+#[derive(Default)]
+struct Heard {
+    reports: Mutex<BTreeMap<String, Vec<PodState>>>,
+    gone: Mutex<Vec<String>>,
+}
+
+impl ReportSink for Heard {
+    fn report(&self, node: &str, states: Vec<PodState>) {
+        lock(&self.reports).insert(node.to_owned(), states);
+    }
+
+    fn disconnected(&self, node: &str) {
+        lock(&self.gone).push(node.to_owned());
+    }
+}
+
+/// A running control plane of two nodes: on each a ztunnel (`zt-a`, `zt-b`), on node-a a pod `cart`, on node-b `db`.
+struct World {
+    store: Arc<ResourceStore>,
+    acks: Arc<Acks>,
+    pods: Arc<Pods>,
+    tokens: Arc<Tokens>,
+    heard: Arc<Heard>,
+    grpc: SocketAddr,
+    http: SocketAddr,
+    roots: String,
+    drain: DrainTrigger,
+    server: tokio::task::JoinHandle<anyhow::Result<()>>,
+}
+
+impl World {
+    async fn start() -> Self {
+        let pods = Arc::new(
+            Pods::new()
+                .pod("istio-system", "zt-a", "ztunnel", "node-a")
+                .pod("istio-system", "zt-b", "ztunnel", "node-b")
+                .pod("shop", "cart", "cart", "node-a")
+                .pod("shop", "db", "db", "node-b"),
+        );
+        let tokens = Arc::new(Tokens::default());
+        for (namespace, pod, account) in [
+            ("istio-system", "zt-a", "ztunnel"),
+            ("istio-system", "zt-b", "ztunnel"),
+            ("shop", "cart", "cart"),
+            ("shop", "db", "db"),
+        ] {
+            tokens.issue(namespace, pod, account, None);
+        }
+        let material = Authority::self_signed("cluster.local", OffsetDateTime::now_utc()).unwrap();
+        let authority = Arc::new(Authority::from_material(&material).unwrap());
+        let settings =
+            Settings { grpc: ([127, 0, 0, 1], 0).into(), http: ([127, 0, 0, 1], 0).into(), ..Settings::default() };
+        let listeners = Listeners::bind(&settings).await.unwrap();
+        let (grpc, http) = (listeners.grpc.local_addr().unwrap(), listeners.http.local_addr().unwrap());
+        let (store, acks) = (Arc::new(ResourceStore::new()), Arc::new(Acks::default()));
+        let heard = Arc::new(Heard::default());
+        let (drain, watcher) = drain::channel();
+        let roots = authority.root_bundle_pem();
+        let deps = Deps {
+            store: Arc::clone(&store),
+            acks: Arc::clone(&acks),
+            pods: pods.clone(),
+            reports: heard.clone(),
+            authority,
+            authenticator: tokens.clone(),
+            metrics: Arc::new(|| "some_metric 1\n".to_owned()),
+            clock: Clock::system(),
+            settings,
+        };
+        let server = tokio::spawn(run(deps, listeners, watcher));
+        Self { store, acks, pods, tokens, heard, grpc, http, roots, drain, server }
+    }
+
+    /// Enrolments of `cart` for node-a and `db` for node-b, and the two workloads.
+    async fn ready() -> Self {
+        let world = Self::start().await;
+        world.store.publish(Self::content());
+        world
+    }
+
+    fn content() -> Vec<Resource> {
+        let enrolment = |uid: &str, node: &str| {
+            Resource::new(POD_ENROLMENT_TYPE, uid, &PodEnrolment { uid: uid.into(), ..PodEnrolment::default() })
+                .for_audience(vec![Audience::Node(node.into())])
+        };
+        vec![
+            enrolment("shop/cart", "node-a"),
+            enrolment("shop/db", "node-b"),
+            workload("cart", "node-a", &[]),
+            workload("db", "node-b", &[]),
+        ]
+    }
+
+    async fn channel(&self) -> Channel {
+        let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(&self.roots)).domain_name(SERVER_NAME);
+        Endpoint::from_shared(format!("https://{}", self.grpc))
+            .unwrap()
+            .tls_config(tls)
+            .unwrap()
+            .connect()
+            .await
+            .expect("a client that trusts the root and knows the name connects")
+    }
+
+    async fn discover(&self, token: &str) -> Result<Stream, Status> {
+        let (send, requests) = mpsc::channel(16);
+        let mut client = AggregatedDiscoveryServiceClient::new(self.channel().await);
+        let call = authorized(token, ReceiverStream::new(requests));
+        let responses = client.delta_aggregated_resources(call).await?.into_inner();
+        Ok(Stream { send, responses })
+    }
+
+    async fn sign(&self, token: &str, body: IstioCertificateRequest) -> Result<IstioCertificateResponse, Status> {
+        let mut client = IstioCertificateServiceClient::new(self.channel().await);
+        client.create_certificate(authorized(token, body)).await.map(tonic::Response::into_inner)
+    }
+
+    async fn report(&self, token: &str, uids: &[&str]) -> Result<(), Status> {
+        let pods = uids.iter().map(|uid| PodState { uid: uid.to_string(), ..PodState::default() }).collect();
+        let mut client = EnrolmentServiceClient::new(self.channel().await);
+        client.report(authorized(token, EnrolmentReport { pods })).await.map(drop)
+    }
+
+    async fn get(&self, path: &str) -> String {
+        let mut stream = TcpStream::connect(self.http).await.unwrap();
+        let text = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+        stream.write_all(text.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        timeout(PATIENCE, stream.read_to_string(&mut answer)).await.unwrap().unwrap();
+        answer
+    }
+}
+
+fn authorized<T>(token: &str, body: T) -> Request<T> {
+    let mut request = Request::new(body);
+    request.metadata_mut().insert("authorization", format!("Bearer {token}").parse().unwrap());
+    request
+}
+
+struct Stream {
+    send: mpsc::Sender<DeltaDiscoveryRequest>,
+    responses: Streaming<DeltaDiscoveryResponse>,
+}
+
+impl Stream {
+    async fn next(&mut self) -> DeltaDiscoveryResponse {
+        let message = timeout(PATIENCE, self.responses.message()).await.expect("in time");
+        message.unwrap().expect("the stream goes on")
+    }
+
+    /// Waits for the stream's end; a clean end is `None`.
+    async fn end(&mut self) -> Option<Status> {
+        loop {
+            match timeout(PATIENCE, self.responses.message()).await.expect("in time") {
+                Ok(Some(_)) => {}
+                Ok(None) => return None,
+                Err(status) => return Some(status),
+            }
+        }
+    }
+
+    async fn ask(&mut self, request: DeltaDiscoveryRequest) -> DeltaDiscoveryResponse {
+        self.send.send(request).await.unwrap();
+        let response = self.next().await;
+        self.send.send(ack(&response)).await.unwrap();
+        response
+    }
+}
+
+fn names(response: &DeltaDiscoveryResponse) -> Vec<&str> {
+    response.resources.iter().map(|resource| resource.name.as_str()).collect()
+}
+
+/// Waits for `condition`, looking again at each tick of the runtime.
+async fn eventually(what: &str, condition: impl Fn() -> bool) {
+    let until = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < until, "{what}");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+fn csr() -> String {
+    let key = KeyPair::generate().unwrap();
+    CertificateParams::default().serialize_request(&key).unwrap().pem().unwrap()
+}
+
+fn certificate_request(impersonated: Option<&str>) -> IstioCertificateRequest {
+    let metadata = impersonated.map(|identity| {
+        let value = prost_types::Value { kind: Some(prost_types::value::Kind::StringValue(identity.into())) };
+        prost_types::Struct { fields: [("ImpersonatedIdentity".to_owned(), value)].into() }
+    });
+    IstioCertificateRequest { csr: csr(), validity_duration: 3600, metadata }
+}
+
+/// The URI SAN of the leaf.
+fn identity_of(response: &IstioCertificateResponse) -> String {
+    let (_, pem) = x509_parser::pem::parse_x509_pem(response.cert_chain[0].as_bytes()).unwrap();
+    let leaf = pem.parse_x509().unwrap();
+    match leaf.subject_alternative_name().unwrap().unwrap().value.general_names.as_slice() {
+        [x509_parser::extensions::GeneralName::URI(uri)] => uri.to_string(),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn a_change_reaches_a_subscriber_at_once_and_its_ack_is_known() {
+    let world = World::ready().await;
+    let mut stream = world.discover("istio-system/zt-a").await.unwrap();
+    assert_eq!(names(&stream.ask(request(ADDRESS_TYPE)).await), ["cart", "db"]);
+    assert_eq!(names(&stream.ask(request(AUTHORIZATION_TYPE)).await), [""; 0]);
+
+    let mut content = World::content();
+    content.push(workload("late", "node-a", &[]));
+    let generation = world.store.publish(content);
+    let response = stream.next().await;
+    assert_eq!(names(&response), ["late"]);
+    assert!(!world.acks.wait_acked(ADDRESS_TYPE, generation, Duration::from_millis(20)).await);
+    stream.send.send(ack(&response)).await.unwrap();
+    assert!(world.acks.wait_acked(ADDRESS_TYPE, generation, PATIENCE).await);
+    assert!(world.acks.wait_acked(AUTHORIZATION_TYPE, generation, PATIENCE).await, "no change counts as acknowledged");
+}
+
+#[tokio::test]
+async fn a_reconnecting_client_is_sent_only_what_it_missed() {
+    let world = World::ready().await;
+    let mut held = Held::default();
+    let mut stream = world.discover("istio-system/zt-a").await.unwrap();
+    held.apply(&stream.ask(request(ADDRESS_TYPE)).await);
+    drop(stream);
+    world.store.publish([workload("cart", "node-a", &[]), workload("late", "node-a", &[])]);
+    let mut stream = world.discover("istio-system/zt-a").await.unwrap();
+    let again = DeltaDiscoveryRequest { initial_resource_versions: held.0.clone(), ..request(ADDRESS_TYPE) };
+    let response = stream.ask(again).await;
+    assert_eq!(names(&response), ["late"]);
+    assert_eq!(response.removed_resources, ["db"]);
+    held.apply(&response);
+    assert_eq!(held.names(), ["cart", "late"]);
+}
+
+#[tokio::test]
+async fn a_node_is_told_of_its_own_pods_only_whatever_the_client_claims() {
+    let world = World::ready().await;
+    for (token, expected) in [
+        ("istio-system/zt-a", vec!["shop/cart"]),
+        ("istio-system/zt-b", vec!["shop/db"]),
+        // On node-a too, but nobody's node proxy.
+        ("shop/cart", vec![]),
+    ] {
+        let mut stream = world.discover(token).await.unwrap();
+        let claim =
+            |value: &str| prost_types::Value { kind: Some(prost_types::value::Kind::StringValue(value.into())) };
+        let metadata = prost_types::Struct {
+            fields: [("NODE_NAME".to_owned(), claim("node-a")), ("NAMESPACE".to_owned(), claim("istio-system"))].into(),
+        };
+        let node = mesh_proto::ads::Node {
+            id: "ztunnel~1.1.1.1~zt-a.x~x".into(),
+            metadata: Some(metadata),
+            ..Default::default()
+        };
+        let response = stream.ask(DeltaDiscoveryRequest { node: Some(node), ..request(POD_ENROLMENT_TYPE) }).await;
+        assert_eq!(names(&response), expected, "{token}");
+    }
+}
+
+#[tokio::test]
+async fn strangers_are_turned_away() {
+    let world = World::ready().await;
+    world.tokens.issue("shop", "late", "cart", Some(SystemTime::now() - Duration::from_secs(1)));
+    world.tokens.issue("shop", "ghost", "cart", None);
+    for token in ["", "nonsense", "shop/late", "shop/ghost"] {
+        assert_eq!(world.discover(token).await.err().unwrap().code(), Code::Unauthenticated, "{token}");
+        let refused = world.sign(token, certificate_request(None)).await.unwrap_err();
+        assert_eq!(refused.code(), Code::Unauthenticated, "{token}");
+        assert_eq!(world.report(token, &[]).await.unwrap_err().code(), Code::Unauthenticated, "{token}");
+    }
+    let mut client = AggregatedDiscoveryServiceClient::new(world.channel().await);
+    let refused = client.delta_aggregated_resources(tokio_stream::empty()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unauthenticated, "no token at all");
+}
+
+#[tokio::test]
+async fn before_the_first_translation_clients_are_told_to_come_back() {
+    let world = World::start().await;
+    assert_eq!(world.discover("istio-system/zt-a").await.err().unwrap().code(), Code::Unavailable);
+    assert_eq!(world.report("istio-system/zt-a", &[]).await.unwrap_err().code(), Code::Unavailable);
+    assert!(world.get("/ready").await.starts_with("HTTP/1.1 503"));
+    world.store.publish([]);
+    assert!(world.get("/ready").await.starts_with("HTTP/1.1 200"));
+    assert!(world.get("/metrics").await.ends_with("some_metric 1\n"));
+    assert!(world.get("/version").await.contains(env!("CARGO_PKG_VERSION")));
+}
+
+#[tokio::test]
+async fn a_stream_ends_with_the_pod_or_the_token_it_was_opened_with() {
+    let world = World::ready().await;
+    let mut stream = world.discover("shop/cart").await.unwrap();
+    stream.ask(request(ADDRESS_TYPE)).await;
+    world.pods.delete("shop", "cart");
+    world.store.publish([]);
+    assert_eq!(stream.end().await.map(|status| status.code()), Some(Code::Unauthenticated));
+
+    world.tokens.issue("shop", "db", "db", Some(SystemTime::now() + Duration::from_millis(1500)));
+    let mut stream = world.discover("shop/db").await.unwrap();
+    assert_eq!(stream.end().await.map(|status| status.code()), Some(Code::Unauthenticated));
+}
+
+#[tokio::test]
+async fn a_caller_gets_its_own_identity_and_a_usable_chain() {
+    let world = World::ready().await;
+    let response = world.sign("shop/cart", certificate_request(None)).await.unwrap();
+    assert_eq!(identity_of(&response), "spiffe://cluster.local/ns/shop/sa/cart");
+    assert_eq!(response.cert_chain.len(), 2);
+    assert_eq!(response.cert_chain.last(), Some(&world.roots));
+}
+
+#[tokio::test]
+async fn a_node_proxy_gets_identities_of_its_node_and_no_others() {
+    let world = World::ready().await;
+    let cart = "spiffe://cluster.local/ns/shop/sa/cart";
+    let response = world.sign("istio-system/zt-a", certificate_request(Some(cart))).await.unwrap();
+    assert_eq!(identity_of(&response), cart);
+    for (token, wanted) in [
+        ("istio-system/zt-b", cart),
+        ("istio-system/zt-a", "spiffe://cluster.local/ns/shop/sa/db"),
+        ("istio-system/zt-a", "spiffe://other/ns/shop/sa/cart"),
+        ("istio-system/zt-a", "spiffe://cluster.local/ns/shop/sa/cart/x"),
+        ("istio-system/zt-a", "cart"),
+        // On the right node, but no node proxy.
+        ("shop/cart", "spiffe://cluster.local/ns/istio-system/sa/ztunnel"),
+        ("shop/cart", cart),
+    ] {
+        let refused = world.sign(token, certificate_request(Some(wanted))).await.unwrap_err();
+        assert_eq!(refused.code(), Code::Unauthenticated, "{token} {wanted}");
+    }
+    world.pods.delete("shop", "cart");
+    let refused = world.sign("istio-system/zt-a", certificate_request(Some(cart))).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unauthenticated, "the pod has gone");
+    world.pods.delete("istio-system", "zt-b");
+    let db = "spiffe://cluster.local/ns/shop/sa/db";
+    let refused = world.sign("istio-system/zt-b", certificate_request(Some(db))).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unauthenticated, "a stolen token does not outlive its pod");
+}
+
+#[tokio::test]
+async fn bad_signing_requests_are_named_as_such() {
+    let world = World::ready().await;
+    let too_long = IstioCertificateRequest { validity_duration: i64::MAX, ..certificate_request(None) };
+    let garbage = IstioCertificateRequest { csr: "garbage".into(), ..certificate_request(None) };
+    let swapped = IstioCertificateRequest { csr: world.roots.clone(), ..certificate_request(None) };
+    for bad in [too_long, garbage, swapped] {
+        let refused = world.sign("shop/cart", bad).await.unwrap_err();
+        assert_eq!(refused.code(), Code::InvalidArgument, "{refused:?}");
+    }
+}
+
+#[tokio::test]
+async fn reports_count_for_the_callers_node_only() {
+    let world = World::ready().await;
+    world.report("istio-system/zt-a", &["shop/cart", "shop/db", "unheard-of"]).await.unwrap();
+    let heard: Vec<_> = lock(&world.heard.reports)["node-a"].iter().map(|state| state.uid.clone()).collect();
+    assert_eq!(heard, ["shop/cart"]);
+    assert!(!lock(&world.heard.reports).contains_key("node-b"));
+    let refused = world.report("shop/cart", &["shop/cart"]).await.unwrap_err();
+    assert_eq!(refused.code(), Code::PermissionDenied);
+}
+
+#[tokio::test]
+async fn a_node_is_gone_when_its_last_stream_is() {
+    let world = World::ready().await;
+    let old = world.discover("istio-system/zt-a").await.unwrap();
+    let mut new = world.discover("istio-system/zt-a").await.unwrap();
+    drop(old);
+    new.ask(request(ADDRESS_TYPE)).await;
+    assert!(lock(&world.heard.gone).is_empty());
+    drop(new);
+    eventually("the sink hears of it", || *lock(&world.heard.gone) == ["node-a"]).await;
+}
+
+#[tokio::test]
+async fn garbage_and_silence_on_the_port_harm_nobody() {
+    let world = World::ready().await;
+    let mut silent = Vec::new();
+    for _ in 0..20 {
+        silent.push(TcpStream::connect(world.grpc).await.unwrap());
+        let mut noisy = TcpStream::connect(world.grpc).await.unwrap();
+        noisy.write_all(b"GET / HTTP/1.1\r\nHost: istiod\r\n\r\n").await.unwrap();
+        let mut rest = Vec::new();
+        // A TLS alert, or nothing: either way the connection ends.
+        let _ = timeout(PATIENCE, noisy.read_to_end(&mut rest)).await.expect("closed in time");
+        assert!(!rest.starts_with(b"HTTP"), "plaintext is not answered");
+    }
+    world.sign("shop/cart", certificate_request(None)).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_client_that_stops_reading_does_not_hold_up_the_others() {
+    let world = World::ready().await;
+    let stuck = world.discover("istio-system/zt-b").await.unwrap();
+    stuck.send.send(request(ADDRESS_TYPE)).await.unwrap();
+    let mut stream = world.discover("istio-system/zt-a").await.unwrap();
+    stream.ask(request(ADDRESS_TYPE)).await;
+    let mut latest = String::new();
+    for round in 0..50 {
+        latest = format!("w{round}");
+        world.store.publish([workload(&latest, "n", &[])]);
+    }
+    let mut held = Held::default();
+    while held.names() != [latest.as_str()] {
+        let response = stream.next().await;
+        held.apply(&response);
+        held.0.retain(|name, _| name.starts_with('w'));
+        stream.send.send(ack(&response)).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_drain_ends_streams_and_the_server() {
+    let world = World::ready().await;
+    let mut stream = world.discover("istio-system/zt-a").await.unwrap();
+    stream.ask(request(ADDRESS_TYPE)).await;
+    let draining = tokio::spawn(world.drain.drain(PATIENCE));
+    assert_eq!(stream.end().await.map(|status| status.code()), Some(Code::Unavailable));
+    drop(stream);
+    timeout(PATIENCE, world.server).await.expect("in time").unwrap().unwrap();
+    assert_eq!(draining.await.unwrap(), drain::Drained::Clean);
+}
+
+#[tokio::test]
+async fn a_client_of_another_root_does_not_connect() {
+    let world = World::ready().await;
+    let stranger = Authority::self_signed("cluster.local", OffsetDateTime::now_utc()).unwrap().certificate;
+    let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(stranger)).domain_name(SERVER_NAME);
+    let distrusting = Endpoint::from_shared(format!("https://{}", world.grpc)).unwrap().tls_config(tls).unwrap();
+    assert!(distrusting.connect().await.is_err());
+}
+
+#[tokio::test]
+async fn the_serving_certificate_is_for_the_service_names() {
+    let world = World::ready().await;
+    let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(&world.roots)).domain_name("other.example");
+    let wrong = Endpoint::from_shared(format!("https://{}", world.grpc)).unwrap().tls_config(tls).unwrap();
+    assert!(wrong.connect().await.is_err());
+}

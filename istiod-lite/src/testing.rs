@@ -1,0 +1,91 @@
+//! Stand-ins shared by this crate's unit tests: a pod directory, a Kubernetes API that answers from a closure.
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+
+use http_body_util::BodyExt as _;
+
+use crate::resources::{PodDirectory, PodInfo, lock};
+
+/// A pod directory told as a story. The UID of a pod is `<namespace>/<name>`.
+#[derive(Debug, Default)]
+pub struct Pods {
+    synced: bool,
+    pods: Mutex<BTreeMap<(String, String), PodInfo>>,
+}
+
+impl Pods {
+    /// Synced and empty; `default()` is not synced.
+    pub fn new() -> Self {
+        Self { synced: true, ..Self::default() }
+    }
+
+    pub fn pod(self, namespace: &str, name: &str, account: &str, node: &str) -> Self {
+        self.add(namespace, name, account, node, BTreeMap::new());
+        self
+    }
+
+    /// Pod `<gateway>-1` of a waypoint, running as `<gateway>`.
+    pub fn waypoint(self, namespace: &str, gateway: &str, node: &str) -> Self {
+        let labels = [("gateway.networking.k8s.io/gateway-name".to_owned(), gateway.to_owned())].into();
+        self.add(namespace, &format!("{gateway}-1"), gateway, node, labels);
+        self
+    }
+
+    fn add(&self, namespace: &str, name: &str, account: &str, node: &str, labels: BTreeMap<String, String>) {
+        let info = PodInfo {
+            uid: format!("{namespace}/{name}").into(),
+            name: name.into(),
+            namespace: namespace.into(),
+            service_account: account.into(),
+            node: node.into(),
+            phase: "Running".into(),
+            labels,
+        };
+        lock(&self.pods).insert((namespace.into(), name.into()), info);
+    }
+
+    pub fn delete(&self, namespace: &str, name: &str) {
+        lock(&self.pods).remove(&(namespace.to_owned(), name.to_owned()));
+    }
+}
+
+impl PodDirectory for Pods {
+    fn synced(&self) -> bool {
+        self.synced
+    }
+
+    fn pod(&self, namespace: &str, name: &str) -> Option<PodInfo> {
+        lock(&self.pods).get(&(namespace.to_owned(), name.to_owned())).cloned()
+    }
+
+    fn node_runs(&self, node: &str, namespace: &str, service_account: &str) -> bool {
+        lock(&self.pods)
+            .values()
+            .any(|pod| *pod.node == *node && *pod.namespace == *namespace && *pod.service_account == *service_account)
+    }
+}
+
+/// A `kube` client without a network.
+pub struct FakeApi;
+
+impl FakeApi {
+    /// Answers each request by `answer(method, path, body) → (status, JSON)`.
+    pub fn answering(
+        answer: impl Fn(&str, &str, &[u8]) -> (u16, serde_json::Value) + Clone + Send + Sync + 'static,
+    ) -> kube::Client {
+        let service = tower::service_fn(move |request: http::Request<kube::client::Body>| {
+            let answer = answer.clone();
+            async move {
+                let (parts, body) = request.into_parts();
+                let body = body.collect().await?.to_bytes();
+                let (status, json) = answer(parts.method.as_str(), parts.uri.path(), &body);
+                let response = http::Response::builder()
+                    .status(status)
+                    .body(kube::client::Body::from(serde_json::to_vec(&json)?))?;
+                Ok::<_, tower::BoxError>(response)
+            }
+        });
+        kube::Client::new(service, "default")
+    }
+}
