@@ -1,1 +1,24 @@
+//! The node proxy: captures pods' TCP, carries it as HBONE, enforces L4 policy and records it.
 //!
+//! It parses no HTTP beyond the tunnel's own and never talks to the Kubernetes API: pods, workloads and policies come
+//! from the control plane or from a file. One connection's path is one file read from top to bottom: [`outbound`],
+//! [`inbound`] or [`passthrough`]. What to do is decided in [`resolve`], which touches nothing.
+//!
+//! Left out, with an error where it is asked for: the modes `cni` and `dedicated`, DNS capture, pods handed over by a
+//! CNI agent (ZDS), gateways between networks, application tunnels.
+
+#![forbid(unsafe_code)]
+
+pub mod admin;
+pub mod app;
+pub mod capture;
+pub mod certs;
+pub mod config;
+pub mod ending;
+pub mod inbound;
+pub mod node;
+pub mod outbound;
+pub mod passthrough;
+pub mod privileges;
+pub mod resolve;
+pub mod worker;

@@ -1,1 +1,44 @@
-fn main() {}
+//! The `ztunnel` binary: reads arguments and environment, then hands over to [`ztunnel::app`].
+
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+use ztunnel::app;
+use ztunnel::config::{Command, Config, Mistakes, USAGE, parse_args};
+
+/// A mistake of whoever started us; nothing was tried.
+const BAD_SETTINGS: u8 = 2;
+
+fn main() -> ExitCode {
+    match parse_args(std::env::args().skip(1)) {
+        Ok(Command::Version) => {
+            println!("ztunnel {}", env!("CARGO_PKG_VERSION"));
+            ExitCode::SUCCESS
+        }
+        Ok(Command::Help) => {
+            println!("{USAGE}");
+            ExitCode::SUCCESS
+        }
+        Ok(Command::Run) => match Config::from_env(std::env::vars()) {
+            Ok(config) => run(config),
+            Err(mistakes) => refuse(&mistakes),
+        },
+        Err(mistakes) => refuse(&mistakes),
+    }
+}
+
+fn run(config: Config) -> ExitCode {
+    match app::run(config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ztunnel: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn refuse(mistakes: &Mistakes) -> ExitCode {
+    eprintln!("ztunnel: {mistakes}");
+    ExitCode::from(BAD_SETTINGS)
+}

@@ -1,0 +1,79 @@
+//! The small HTTP servers: admin on localhost, metrics and readiness for the kubelet and the scraper.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+
+use anyhow::Context;
+use http::Method;
+use mesh::serve::{AdminServer, json};
+use mesh::telemetry::{LogHandle, MetricsHandle};
+use mesh::{drain::DrainWatcher, serve::Readiness};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use crate::node::Registry;
+use crate::worker::Shared;
+
+/// What the servers show.
+pub struct Deps {
+    pub shared: Shared,
+    pub registry: Arc<Registry>,
+    pub readiness: Readiness,
+    pub metrics: MetricsHandle,
+    pub log: LogHandle,
+    /// Set to true by `/quitquitquit`.
+    pub quit: watch::Sender<bool>,
+}
+
+/// Starts the three servers into `tasks`. They go on during the drain, so that it can be watched.
+///
+/// # Errors
+/// A port that cannot be bound, by name.
+pub async fn start(deps: Deps, tasks: &mut JoinSet<()>, drain: &DrainWatcher) -> anyhow::Result<()> {
+    let config = deps.shared.config.clone();
+    let dump = {
+        let (shared, registry) = (deps.shared.clone(), deps.registry.clone());
+        move |_| {
+            let dump = config_dump(&shared, &registry);
+            async move { json(&dump) }
+        }
+    };
+    let quit = deps.quit;
+    let admin = AdminServer::new("admin").route(Method::GET, "/config_dump", dump).logging(deps.log).quit(move || {
+        quit.send_replace(true);
+    });
+    let stats = AdminServer::new("stats").metrics(deps.metrics);
+    let ready = AdminServer::new("readiness").readiness(deps.readiness);
+
+    let local = bind("ADMIN_PORT", &[Ipv4Addr::LOCALHOST.into()], config.admin_port).await?;
+    let everywhere: &[IpAddr] = &[Ipv6Addr::UNSPECIFIED.into(), Ipv4Addr::UNSPECIFIED.into()];
+    let stats_port = bind("STATS_PORT", everywhere, config.stats_port).await?;
+    let ready_port = bind("READINESS_PORT", everywhere, config.readiness_port).await?;
+    tasks.spawn(admin.serve(local, drain.clone()));
+    tasks.spawn(stats.serve(stats_port, drain.clone()));
+    tasks.spawn(ready.serve(ready_port, drain.clone()));
+    Ok(())
+}
+
+/// The first of `addresses` that can be bound: a host without IPv6 has no `[::]`.
+async fn bind(setting: &str, addresses: &[IpAddr], port: u16) -> anyhow::Result<TcpListener> {
+    let mut last = None;
+    for ip in addresses {
+        match TcpListener::bind(SocketAddr::new(*ip, port)).await {
+            Ok(listener) => return Ok(listener),
+            Err(error) => last = Some(error),
+        }
+    }
+    let error = last.unwrap_or_else(|| std::io::Error::other("no address"));
+    Err(error).with_context(|| format!("listening on port {port} (set {setting} to choose another)"))
+}
+
+fn config_dump(shared: &Shared, registry: &Registry) -> serde_json::Value {
+    let mut dump = shared.store.snapshot().config_dump();
+    dump.insert("certificates".into(), serde_json::json!(shared.certs.snapshot()));
+    dump.insert("config".into(), shared.config.dump());
+    dump.insert("workloadState".into(), registry.dump());
+    dump.insert("version".into(), serde_json::json!({ "version": env!("CARGO_PKG_VERSION") }));
+    serde_json::Value::Object(dump)
+}

@@ -1,0 +1,193 @@
+//! Wiring: what is made in which order, and how it all ends. No decision about traffic is taken here.
+//!
+//! Start: settings, privileges, programs, certificates, workers, configuration, pods, servers; ready once the control
+//! plane's first answers are in and every pod of the first list was tried. End: readiness drops; accepting goes on,
+//! for a successor may still be starting; pods drain; what is left at the deadline is cut.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use mesh::drain::{self, DrainWatcher};
+use mesh::serve::Readiness;
+use mesh::store::Store;
+use mesh::telemetry;
+use mesh::xds::local::LocalSource;
+use mesh::xds::{NodeInfo, NodeRole, XdsClient, XdsConfig, address_handler, authorization_handler};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use crate::config::Config;
+use crate::node::find::Finder;
+use crate::node::manager::{self, Manager};
+use crate::node::{Registry, enrolment, report};
+use crate::worker::{Shared, Workers};
+use crate::{admin, capture, certs, privileges};
+
+/// Control plane, enrolment, metrics and admin: enough that one slow task does not hold up another.
+const CONTROL_THREADS: usize = 2;
+
+/// Runs until SIGTERM, SIGINT or `/quitquitquit`, and through the drain that follows.
+///
+/// # Errors
+/// What kept it from starting.
+pub fn run(config: Config) -> anyhow::Result<()> {
+    let log = telemetry::init_logging(&config.log_filter, config.log_format).context("RUST_LOG")?;
+    let metrics = telemetry::metrics_handle();
+    telemetry::record_build("ztunnel", &config.version_tag);
+    privileges::check()?;
+    let capture = capture::open(&config.bpffs_dir, &config.cgroup_root, &config.excluded_destinations)
+        .context("setting up capture")?;
+    let finder = Finder::new(&config.proc_root, &config.cgroup_root)
+        .with_context(|| format!("reading {} and {}", config.proc_root.display(), config.cgroup_root.display()))?;
+    let control = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(CONTROL_THREADS)
+        .thread_name("control")
+        .enable_all()
+        .build()
+        .context("making the control runtime")?;
+    let config = Arc::new(config);
+    let workers = control.block_on(async {
+        let (trigger, drain) = drain::channel();
+        let (certs, rotation) = certs::open(&config)?;
+        let shared = Shared { config: config.clone(), store: Store::new(), certs };
+        let workers = Arc::new(Workers::start(&shared).context("starting workers")?);
+        let registry = Arc::new(Registry::default());
+        let readiness = Readiness::default();
+        let mut tasks = JoinSet::new();
+        tasks.spawn(rotation.run(drain.clone()));
+
+        let (pods, desired) = enrolment::handler();
+        let deps = manager::Deps { shared: shared.clone(), capture, finder, workers: workers.clone(), registry: registry.clone(), desired };
+        let (manager, reports, settled) = Manager::new(deps);
+
+        let mut ready = vec![("pods", settled)];
+        if let Some(path) = &config.local_xds {
+            let local = LocalSource::new(path, shared.store.clone(), Some(pods.clone()));
+            local.load().with_context(|| format!("LOCAL_XDS_PATH={}", path.display()))?;
+            tasks.spawn(local.run(drain.clone()));
+        }
+        if let Some(grpc) = &config.xds {
+            let handlers = vec![address_handler(shared.store.clone()), authorization_handler(shared.store.clone()), pods];
+            let xds = XdsConfig { grpc: grpc.clone(), node: node_info(&config), on_demand: false };
+            let client = XdsClient::new(xds, handlers);
+            ready.push(("control plane", client.synced()));
+            let channel = mesh::grpc::channel(grpc.clone()).context("XDS_ADDRESS")?;
+            tasks.spawn(report::run(channel, reports, client.connected(), drain.clone()));
+            tasks.spawn(client.run(drain.clone()));
+        }
+        // Pods are enrolled on top of everything that is known, so that no connection meets an empty store.
+        let synced = ready.iter().find(|(name, _)| *name == "control plane").map(|(_, s)| s.clone());
+        let watcher = drain.clone();
+        tasks.spawn(async move {
+            if wait(synced, &watcher).await {
+                manager.run(watcher).await;
+            }
+        });
+        tasks.spawn(policy_changes(shared.clone(), registry.clone(), drain.clone()));
+        for (name, mut sign) in ready {
+            let pending = readiness.pending(name);
+            tasks.spawn(async move {
+                // An error means that the sender ended with the drain; readiness is down by then.
+                let _ = sign.wait_for(|ok| *ok).await;
+                drop(pending);
+            });
+        }
+        let (quit, quit_asked) = watch::channel(false);
+        // These outlast the drain: it can be watched to its end.
+        let (admin_end, admin_drain) = drain::channel();
+        let admin = admin::Deps { shared, registry: registry.clone(), readiness: readiness.clone(), metrics, log, quit };
+        admin::start(admin, &mut tasks, &admin_drain).await?;
+
+        tracing::info!(node = %config.node_name, workers = workers.count(), version = env!("CARGO_PKG_VERSION"), "started");
+        until_asked_to_end(quit_asked).await?;
+        readiness.shutting_down();
+        end(&config, &registry, trigger).await;
+        admin_end.drain(Duration::ZERO).await;
+        tasks.shutdown().await;
+        anyhow::Ok(workers)
+    })?;
+    if let Some(workers) = Arc::into_inner(workers) {
+        workers.stop();
+    }
+    control.shutdown_timeout(Duration::from_secs(1));
+    Ok(())
+}
+
+/// False when the drain began first.
+async fn wait(sign: Option<watch::Receiver<bool>>, drain: &DrainWatcher) -> bool {
+    let Some(mut sign) = sign else { return true };
+    tokio::select! {
+        seen = sign.wait_for(|ok| *ok) => seen.is_ok(),
+        () = drain.draining() => false,
+    }
+}
+
+fn node_info(config: &Config) -> NodeInfo {
+    NodeInfo {
+        role: NodeRole::Ztunnel,
+        ip: config.instance_ip,
+        name: config.pod_name.clone(),
+        namespace: config.pod_namespace.clone(),
+        node_name: config.node_name.clone(),
+        cluster_id: config.cluster_id.clone(),
+        metadata: config.node_metadata.clone(),
+    }
+}
+
+/// Asks policy again for open connections whenever the store has changed, and cuts those that are denied now.
+async fn policy_changes(shared: Shared, registry: Arc<Registry>, drain: DrainWatcher) {
+    let mut changes = shared.store.watch();
+    loop {
+        tokio::select! {
+            changed = changes.changed() => if changed.is_err() { return },
+            // Connections are cut by the drain itself from here on.
+            () = drain.cut() => return,
+        }
+        let world = shared.store.snapshot();
+        for pod in registry.pods() {
+            let cut = pod.connections.reevaluate(&world, &pod.workload_uid);
+            if cut > 0 {
+                tracing::info!(pod = %pod.name, namespace = %pod.namespace, cut, "policy no longer allows open connections");
+            }
+        }
+    }
+}
+
+async fn until_asked_to_end(mut quit: watch::Receiver<bool>) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let by = tokio::select! {
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+        // The sender lives in the admin server, which is still there.
+        Ok(_) = quit.wait_for(|asked| *asked) => "/quitquitquit",
+    };
+    tracing::info!(by, "asked to end");
+    Ok(())
+}
+
+/// The drain. Pins stay: whoever comes next takes over from them, and until then the pods' new connections are refused.
+async fn end(config: &Config, registry: &Registry, trigger: drain::DrainTrigger) {
+    let deadline = Instant::now() + config.termination_deadline;
+    // Enrolment stops first; nobody enrols a pod that is about to be drained.
+    let stopping = tokio::spawn(trigger.drain(config.termination_deadline));
+    // A successor replaces our listeners in the kernel's map and gets what is new from then on. Without one we are
+    // still better than nobody, until the time that open connections need to end.
+    let accepting = config.termination_deadline.saturating_sub(config.drain_deadline);
+    if !registry.pods().is_empty() {
+        tracing::info!(seconds = accepting.as_secs_f64(), "accepting until a successor has taken over");
+        tokio::time::sleep(accepting).await;
+    }
+    let left = deadline.saturating_duration_since(Instant::now());
+    let mut pods = JoinSet::new();
+    for pod in registry.pods() {
+        pods.spawn(async move { pod.drain(left).await });
+    }
+    pods.join_all().await;
+    // Its watchers have nothing of their own to finish beyond the pods; ending the task cuts them.
+    stopping.abort();
+    tracing::info!("drained");
+}

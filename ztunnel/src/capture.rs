@@ -1,0 +1,45 @@
+//! The kernel side of capture, in the words of this crate: what a pod wants is turned into what `ebpf-loader` takes.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use ebpf_loader::{Capture, LoadError, PodCapture, Prefix};
+use ipnet::IpNet;
+
+use crate::node::enrolment::{Enrolment, Failure, Inbound};
+
+pub use ebpf_loader::{NetnsCookie, Phase, Slot};
+
+/// Loads the programs, or takes over those of a predecessor, and sets what no pod's connections are captured for.
+///
+/// # Errors
+/// What is missing on this machine, by name: programs, capability, cgroup2, bpffs, kernel version.
+pub fn open(bpffs_dir: &Path, cgroup_root: &Path, excluded: &[IpNet]) -> Result<Arc<Capture>, LoadError> {
+    ebpf_loader::ensure_bpffs(bpffs_dir)?;
+    let capture = Capture::open(bpffs_dir, cgroup_root)?;
+    let prefixes: Vec<Prefix> = excluded.iter().filter_map(prefix).collect();
+    capture.set_global_exclusions(&prefixes)?;
+    Ok(Arc::new(capture))
+}
+
+/// The kernel's view of a pod.
+#[must_use]
+pub fn pod_capture(enrolment: &Enrolment) -> PodCapture {
+    PodCapture {
+        addresses: enrolment.addresses.clone(),
+        failure: match enrolment.failure {
+            Failure::Closed => ebpf_loader::FailureMode::Closed,
+            Failure::Open => ebpf_loader::FailureMode::Open,
+        },
+        inbound: match enrolment.inbound {
+            Inbound::Capture => ebpf_loader::Inbound::Capture,
+            Inbound::Bypass => ebpf_loader::Inbound::Bypass,
+        },
+        dns: ebpf_loader::Dns::Direct,
+        excluded: enrolment.excluded.iter().filter_map(prefix).collect(),
+    }
+}
+
+fn prefix(net: &IpNet) -> Option<Prefix> {
+    Prefix::new(net.network(), net.prefix_len())
+}

@@ -1,0 +1,31 @@
+//! Where the identities of this node's workloads come from: the control plane, or a key on disk.
+
+use std::sync::Arc;
+
+use anyhow::Context;
+use mesh::clock::Clock;
+use mesh::identity::{CaClient, CaConfig, CertificateManager, CertificateSource, FileCa, Rotation};
+
+use crate::config::{CaSource, Config};
+
+/// The manager all workers ask, and the task that does the fetching. Must be called inside the control runtime.
+///
+/// # Errors
+/// A CA directory or address that cannot be used.
+pub fn open(config: &Config) -> anyhow::Result<(CertificateManager, Rotation)> {
+    let clock = Clock::system();
+    let source: Arc<dyn CertificateSource> = match &config.ca {
+        CaSource::Directory(dir) => {
+            let ca = FileCa::open(dir, config.certificate_ttl, clock.clone())
+                .with_context(|| format!("opening the CA in {}", dir.display()))?;
+            Arc::new(ca)
+        }
+        CaSource::Remote(remote) => {
+            let channel = mesh::grpc::channel(remote.clone()).context("CA_ADDRESS")?;
+            // A node proxy asks in the name of its pods; the control plane checks that they run here.
+            let how = CaConfig { ttl: config.certificate_ttl, impersonate: true };
+            Arc::new(CaClient::new(channel, how, clock.clone()))
+        }
+    };
+    Ok(CertificateManager::new(source, clock))
+}

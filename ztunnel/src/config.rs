@@ -1,0 +1,534 @@
+//! Settings: raw environment and arguments in, one typed [`Config`] out, with *all* mistakes listed at once.
+//!
+//! Names and meanings are those of Istio's ztunnel where one exists. A known variable that asks for something this
+//! ztunnel does not do is a mistake and not ignored: nobody should run with a setting that is read but not kept.
+//! Nothing reads the environment after this.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use ipnet::IpNet;
+use mesh::grpc::{GrpcConfig, RootCa, TokenSource};
+use mesh::settings::Environment;
+pub use mesh::settings::Mistakes;
+use mesh::telemetry::LogFormat;
+use mesh::xds::NodeInfo;
+
+/// Where bytes of control-plane trust come from.
+const DEFAULT_CONTROL_PLANE: &str = "istiod.istio-system.svc:15012";
+const DEFAULT_ROOT_CERT: &str = "./var/run/secrets/istio/root-cert.pem";
+const DEFAULT_TOKEN: &str = "./var/run/secrets/tokens/istio-token";
+const DEFAULT_CGROUP_ROOT: &str = "/sys/fs/cgroup";
+/// Hybrid nodes mount the v2 hierarchy here; the programs attach to v2 only.
+const HYBRID_CGROUP_ROOT: &str = "/sys/fs/cgroup/unified";
+const DEFAULT_BPFFS_DIR: &str = "/sys/fs/bpf/ztunnel";
+/// The metadata service of cloud machines: instance credentials, reachable by link-local address only.
+const DEFAULT_EXCLUDED: &str = "169.254.169.254/32";
+
+/// What the command line asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Command {
+    Run,
+    Version,
+    Help,
+}
+
+/// Shown by `--help`.
+pub const USAGE: &str = "\
+ztunnel: the node proxy of the mesh
+
+usage: ztunnel [proxy ztunnel]      run (settings come from the environment, see README.md)
+       ztunnel --version            print the version and exit
+       ztunnel --help               print this and exit";
+
+/// Parses the arguments after the program name. `proxy ztunnel` is what Istio's DaemonSet passes.
+///
+/// # Errors
+/// Every argument that is not understood.
+pub fn parse_args<I: IntoIterator<Item = String>>(args: I) -> Result<Command, Mistakes> {
+    let mut command = Command::Run;
+    let mut mistakes = Mistakes::default();
+    let mut words = Vec::new();
+    for arg in args {
+        match arg.as_str() {
+            "--version" | "-V" | "version" => command = Command::Version,
+            "--help" | "-h" | "help" => command = Command::Help,
+            flag if flag.starts_with('-') => mistakes.push(format!("unknown flag {flag}; see --help")),
+            _ => words.push(arg),
+        }
+    }
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    match words.as_slice() {
+        [] | ["proxy" | "ztunnel"] | ["proxy", "ztunnel"] => {}
+        ["cni", ..] => mistakes.push("mode cni is not supported: pods are found by their cgroup"),
+        other => mistakes.push(format!("unknown argument(s) {:?}; the only form is `proxy ztunnel`", other.join(" "))),
+    }
+    mistakes.into_result(command)
+}
+
+/// Where workload certificates come from.
+#[derive(Debug, Clone)]
+pub enum CaSource {
+    /// The control plane signs, on behalf of pods of this node.
+    Remote(GrpcConfig),
+    /// This process signs with the key in a directory (`ca-cert.pem`, `ca-key.pem`).
+    Directory(PathBuf),
+}
+
+/// The whole of ztunnel's settings.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// xDS server; `None` when only a file feeds this ztunnel.
+    pub xds: Option<GrpcConfig>,
+    pub ca: CaSource,
+    /// File with workloads, services, policies and enrolments, re-read when it changes.
+    pub local_xds: Option<PathBuf>,
+    pub certificate_ttl: Duration,
+
+    pub cluster_id: String,
+    pub cluster_domain: String,
+    pub network: String,
+    pub trust_domain: String,
+    pub node_name: String,
+    pub pod_name: String,
+    pub pod_namespace: String,
+    pub service_account: String,
+    /// Our own address, where the downward API gave one.
+    pub instance_ip: Option<IpAddr>,
+    pub version_tag: String,
+    /// `ISTIO_META_*` and `ISTIO_METAJSON_*` of the environment, sent to the control plane.
+    pub node_metadata: BTreeMap<String, serde_json::Value>,
+
+    pub worker_threads: usize,
+    /// Total time from SIGTERM to the end of the process.
+    pub termination_deadline: Duration,
+    /// The part of it that remains for open connections once accepting has stopped.
+    pub drain_deadline: Duration,
+    pub ipv6: bool,
+    pub response_baggage: bool,
+    pub log_policy_decisions: bool,
+    pub pool_max_streams: usize,
+    pub pool_idle: Duration,
+    pub stream_window: u32,
+    pub connection_window: u32,
+    pub frame_size: u32,
+
+    pub admin_port: u16,
+    pub stats_port: u16,
+    pub readiness_port: u16,
+    pub log_filter: String,
+    pub log_format: LogFormat,
+
+    pub cgroup_root: PathBuf,
+    pub bpffs_dir: PathBuf,
+    pub proc_root: PathBuf,
+    pub excluded_destinations: Vec<IpNet>,
+}
+
+impl Config {
+    /// Reads the settings from `(name, value)` pairs, usually [`std::env::vars`].
+    ///
+    /// # Errors
+    /// Every variable that has no meaning here, at once.
+    pub fn from_env<I: IntoIterator<Item = (String, String)>>(vars: I) -> Result<Self, Mistakes> {
+        let vars: Vec<_> = vars.into_iter().collect();
+        let metadata = NodeInfo::metadata_from(vars.iter().cloned());
+        let mut raw = Raw(Environment::new(vars));
+        raw.refuse_what_is_not_done();
+        let mut config = raw.config();
+        match metadata {
+            Ok(metadata) => config.node_metadata = metadata,
+            Err(texts) => texts.into_iter().for_each(|t| raw.0.mistakes.push(t)),
+        }
+        raw.0.mistakes.into_result(config)
+    }
+
+    /// The settings as shown in `/config_dump`. Tokens, and headers that may carry credentials, are named but not shown.
+    #[must_use]
+    pub fn dump(&self) -> serde_json::Value {
+        let plane = |p: &GrpcConfig| {
+            serde_json::json!({
+                "address": p.address, "root": p.root_ca.to_string(), "serverName": p.alt_hostname,
+                "headers": p.headers.iter().map(|(k, _)| k).collect::<Vec<_>>(),
+                "token": format!("{:?}", p.token),
+            })
+        };
+        serde_json::json!({
+            "xds": self.xds.as_ref().map(plane),
+            "ca": match &self.ca {
+                CaSource::Remote(p) => plane(p),
+                CaSource::Directory(d) => serde_json::json!({ "directory": d }),
+            },
+            "localXds": self.local_xds,
+            "certificateTtl": seconds(self.certificate_ttl),
+            "clusterId": self.cluster_id,
+            "clusterDomain": self.cluster_domain,
+            "network": self.network,
+            "trustDomain": self.trust_domain,
+            "localNode": self.node_name,
+            "podName": self.pod_name,
+            "podNamespace": self.pod_namespace,
+            "serviceAccount": self.service_account,
+            "instanceIp": self.instance_ip,
+            "nodeMetadata": self.node_metadata,
+            "numWorkerThreads": self.worker_threads,
+            "terminationDeadline": seconds(self.termination_deadline),
+            "drainDeadline": seconds(self.drain_deadline),
+            "ipv6Enabled": self.ipv6,
+            "responseBaggage": self.response_baggage,
+            "logPolicyDecisions": self.log_policy_decisions,
+            "poolMaxStreamsPerConn": self.pool_max_streams,
+            "poolUnusedReleaseTimeout": seconds(self.pool_idle),
+            "windowSize": self.stream_window,
+            "connectionWindowSize": self.connection_window,
+            "frameSize": self.frame_size,
+            "adminPort": self.admin_port,
+            "statsPort": self.stats_port,
+            "readinessPort": self.readiness_port,
+            "cgroupRoot": self.cgroup_root,
+            "bpffsDir": self.bpffs_dir,
+            "procRoot": self.proc_root,
+            "excludedDestinations": self.excluded_destinations,
+        })
+    }
+}
+
+fn seconds(d: Duration) -> String {
+    format!("{}s", d.as_secs_f64())
+}
+
+/// The environment while it is being read.
+struct Raw(Environment);
+
+impl Raw {
+    /// As it stands, where set-but-empty means something else than unset.
+    fn verbatim(&self, name: &str) -> Option<&str> {
+        self.0.with_prefix(name).find(|(rest, _)| rest.is_empty()).map(|(_, value)| value.trim())
+    }
+
+    fn refuse_what_is_not_done(&mut self) {
+        let no = &["false", "0"];
+        let yes = &["true", "1"];
+        self.0.only("PROXY_MODE", &["shared"], "only the shared mode (one ztunnel per node) exists");
+        self.0.only("PROXY_WORKLOAD_INFO", &[], "it belongs to the dedicated mode");
+        self.0.only("PROXY_CONFIG", &[], "set the environment variables themselves");
+        self.0.only("ENABLE_PROXY", yes, "a ztunnel without a data plane has no purpose");
+        self.0.only("INPOD_ENABLED", yes, "pods are always captured in their own network namespace");
+        self.0.only("INPOD_UDS", &[], "pods come from the control plane, not from a CNI agent (ZDS)");
+        self.0.only("INPOD_PORT_REUSE", yes, "listeners always share their port");
+        for name in ["ISTIO_META_DNS_CAPTURE", "DNS_CAPTURE"] {
+            self.0.only(name, no, "DNS is not captured");
+        }
+        self.0.only("ISTIO_META_DNS_PROXY_ADDR", &[], "DNS is not captured");
+        self.0.only("PREFERED_SERVICE_NAMESPACE", &[], "it only matters to DNS capture");
+        self.0.only("XDS_ON_DEMAND", no, "workloads are always subscribed to as a whole");
+        self.0.only("LOCAL_XDS", &[], "name a file with LOCAL_XDS_PATH");
+        self.0.only("TLS12_ENABLED", no, "HBONE is TLS 1.3 only");
+        self.0.only("COMPLIANCE_POLICY", &[], "there is one set of algorithms");
+        self.0.only("CRL_PATH", &[], "certificate revocation lists are not read");
+        self.0.only("UNSTABLE_ENABLE_SOCKS5", no, "there is no SOCKS listener");
+        self.0.only("FAKE_CA", no, "use LOCAL_CA_DIR");
+        self.0.only("ENABLE_ORIG_SRC", yes, "applications always see the client's address");
+        self.0.only("LOCALHOST_APP_TUNNEL", no, "application tunnels are not supported");
+        self.0.only("PACKET_MARK", &["1337", "0x539"], "the mark is part of the capture programs");
+        self.0.only("KEEPALIVE_ENABLED", yes, "keepalive is what notices a dead node");
+        self.0.only("KEEPALIVE_TIME", &["180s", "3m"], "it is fixed at 180s");
+        self.0.only("KEEPALIVE_INTERVAL", &["180s", "3m"], "it is fixed at 180s");
+        self.0.only("KEEPALIVE_RETRIES", &["9"], "it is fixed at 9");
+        self.0.only("USER_TIMEOUT_ENABLED", no, "the TCP user timeout is not set");
+    }
+
+    fn config(&mut self) -> Config {
+        let local_xds = self.0.text("LOCAL_XDS_PATH").map(PathBuf::from);
+        let local_ca = self.0.text("LOCAL_CA_DIR").map(PathBuf::from);
+        // With a file for the one and no address for the other there is no control plane to ask.
+        let xds = self.control_plane("XDS", local_xds.is_some());
+        let ca = match (local_ca, self.control_plane("CA", false)) {
+            (Some(dir), _) => CaSource::Directory(dir),
+            (None, Some(remote)) => CaSource::Remote(remote),
+            (None, None) => {
+                self.0.mistakes.push("CA_ADDRESS is empty and LOCAL_CA_DIR is not set: no certificate source");
+                CaSource::Directory(PathBuf::new())
+            }
+        };
+        if xds.is_none() && local_xds.is_none() {
+            self.0.mistakes.push("XDS_ADDRESS is empty and LOCAL_XDS_PATH is not set: nothing says which pods exist");
+        }
+        let node_name = self.0.string("NODE_NAME", "");
+        if node_name.is_empty() && xds.is_some() {
+            self.0.mistakes.push("NODE_NAME is not set: it names the node whose pods are served (downward API)");
+        }
+        let (termination_deadline, drain_deadline) = self.deadlines();
+        let cgroup_default = default_cgroup_root();
+        Config {
+            xds,
+            ca,
+            local_xds,
+            certificate_ttl: self.0.duration("SECRET_TTL", Duration::from_secs(24 * 3600)),
+            cluster_id: self.cluster_id(),
+            cluster_domain: self.0.string("CLUSTER_DOMAIN", "cluster.local"),
+            network: self.0.string("NETWORK", ""),
+            trust_domain: self.0.string("TRUST_DOMAIN", "cluster.local"),
+            node_name,
+            pod_name: self.0.string("POD_NAME", ""),
+            pod_namespace: self.0.string("POD_NAMESPACE", ""),
+            service_account: self.0.string("SERVICE_ACCOUNT", ""),
+            instance_ip: self.0.parse("INSTANCE_IP", None, "an IP address", |v| v.parse().ok().map(Some)),
+            version_tag: self.0.string("ISTIO_META_ISTIO_VERSION", env!("CARGO_PKG_VERSION")),
+            node_metadata: BTreeMap::new(),
+            worker_threads: self.worker_threads(),
+            termination_deadline,
+            drain_deadline,
+            ipv6: self.0.bool("IPV6_ENABLED", true),
+            response_baggage: self.0.bool("ENABLE_RESPONSE_BAGGAGE", true),
+            log_policy_decisions: self.0.bool("AUTHZ_POLICY_INFO_LOGGING", false),
+            pool_max_streams: self.0.parse("POOL_MAX_STREAMS_PER_CONNECTION", 100, "a number from 1 to 65535", |v| {
+                v.parse::<u16>().ok().filter(|n| *n > 0).map(usize::from)
+            }),
+            pool_idle: self.0.duration("POOL_UNUSED_RELEASE_TIMEOUT", Duration::from_secs(300)),
+            stream_window: self.window("HTTP2_STREAM_WINDOW_SIZE", 4 << 20),
+            connection_window: self.window("HTTP2_CONNECTION_WINDOW_SIZE", 16 << 20),
+            frame_size: self.0.parse("HTTP2_FRAME_SIZE", 1 << 20, "a size from 16384 to 16777215", |v| {
+                v.parse().ok().filter(|n| (16384..=16_777_215).contains(n))
+            }),
+            admin_port: self.0.value("ADMIN_PORT", 15000, "a port"),
+            stats_port: self.0.value("STATS_PORT", 15020, "a port"),
+            readiness_port: self.0.value("READINESS_PORT", 15021, "a port"),
+            log_filter: self.0.string("RUST_LOG", "info"),
+            log_format: self.0.value("LOG_FORMAT", LogFormat::Plain, "plain or json"),
+            cgroup_root: self.0.text("CGROUP_ROOT").map_or(cgroup_default, PathBuf::from),
+            bpffs_dir: PathBuf::from(self.0.string("BPFFS_DIR", DEFAULT_BPFFS_DIR)),
+            proc_root: PathBuf::from(self.0.string("PROC_ROOT", "/proc")),
+            excluded_destinations: self.prefixes("EXCLUDED_DESTINATIONS", DEFAULT_EXCLUDED),
+        }
+    }
+
+    /// `XDS_*` or `CA_*`. An address set to "" turns the part off; one that is not set means the usual control plane,
+    /// unless a file takes its place.
+    fn control_plane(&mut self, part: &str, replaced: bool) -> Option<GrpcConfig> {
+        let name = format!("{part}_ADDRESS");
+        let address = match self.verbatim(&name) {
+            Some("") => return None,
+            Some(address) => address.to_owned(),
+            None if replaced => return None,
+            None => DEFAULT_CONTROL_PLANE.to_owned(),
+        };
+        if address.contains(char::is_whitespace) {
+            self.0.mistakes.push(format!("{name}={address:?} is not host:port or a URL"));
+        }
+        let prefix = format!("{part}_HEADER_");
+        Some(GrpcConfig {
+            address,
+            root_ca: RootCa::from_setting(&rooted(&self.0.string(&format!("{part}_ROOT_CA"), DEFAULT_ROOT_CERT))),
+            token: TokenSource::from_setting(&rooted(self.verbatim("AUTH_TOKEN").unwrap_or(DEFAULT_TOKEN))),
+            headers: self.0.with_prefix(&prefix).map(|(k, v)| (k.to_ascii_lowercase(), v.to_owned())).collect(),
+            cluster_id: self.cluster_id(),
+            alt_hostname: self.0.text(&format!("ALT_{part}_HOSTNAME")).map(str::to_owned),
+        })
+    }
+
+    fn cluster_id(&self) -> String {
+        let first = self.0.text("ISTIO_META_CLUSTER_ID").or_else(|| self.0.text("CLUSTER_ID"));
+        first.unwrap_or("Kubernetes").to_owned()
+    }
+
+    fn window(&mut self, name: &str, default: u32) -> u32 {
+        self.0.parse(name, default, "a size from 65535 to 2147483647", |v| {
+            v.parse().ok().filter(|n| (65_535..=0x7fff_ffff).contains(n))
+        })
+    }
+
+    /// (total, drain): a pod gets `TERMINATION_GRACE_PERIOD_SECONDS` before it is killed, and a little of that is kept
+    /// back for the exit itself.
+    fn deadlines(&mut self) -> (Duration, Duration) {
+        let grace = self.0.parse("TERMINATION_GRACE_PERIOD_SECONDS", None, "a number of seconds", |v| {
+            v.trim_end_matches('s').parse::<u64>().ok().map(Some)
+        });
+        let total = match grace {
+            Some(t) if t > 10 => Duration::from_secs(t - 5),
+            Some(t) => Duration::from_secs(t.saturating_sub(1).max(1)),
+            None => Duration::from_secs(5),
+        };
+        let total = self.0.duration("CONNECTION_TERMINATION_DEADLINE", total);
+        (total, total / 2)
+    }
+
+    /// `ZTUNNEL_WORKER_THREADS`: a number, `N%` of the cores, 0 for all; unset: a quarter of them, at least two,
+    /// unless the container's CPU limit or request says otherwise.
+    fn worker_threads(&mut self) -> usize {
+        let limit = self.0.parse("ZTUNNEL_RESOURCE_CPU_LIMIT", None, "a number of cores", |v| cores(v).map(Some));
+        let request = self.0.parse("ZTUNNEL_RESOURCE_CPU_REQUEST", None, "a number of cores", |v| cores(v).map(Some));
+        let here = std::thread::available_parallelism().map_or(1, usize::from);
+        let hint = self.0.parse("ZTUNNEL_CPU_LIMIT", None, "a number of cores", |v| cores(v).map(Some));
+        let all = hint.unwrap_or(here).max(1);
+        let request = request.unwrap_or(0);
+        let auto = limit.map_or_else(|| (all.div_ceil(4)).max(request).max(2), |l| l.max(request)).max(1);
+        self.0.parse("ZTUNNEL_WORKER_THREADS", auto, "a number, a percentage such as 50%, or 0 for all cores", |v| {
+            let count = match v.strip_suffix('%') {
+                Some(percent) => {
+                    let percent: usize = percent.parse().ok().filter(|p| (1..=100).contains(p))?;
+                    (all * percent).div_ceil(100)
+                }
+                None => match v.parse().ok()? {
+                    0 => all,
+                    n => n,
+                },
+            };
+            (count <= 1024).then_some(count.max(1))
+        })
+    }
+
+    fn prefixes(&mut self, name: &str, default: &str) -> Vec<IpNet> {
+        // Set but empty means: exclude nothing.
+        let text = self.verbatim(name).unwrap_or(default).to_owned();
+        let mut prefixes = Vec::new();
+        for item in text.split(',').map(str::trim).filter(|i| !i.is_empty()) {
+            match item.parse::<IpNet>().or_else(|_| item.parse::<IpAddr>().map(IpNet::from)) {
+                Ok(net) => prefixes.push(net.trunc()),
+                Err(_) => self.0.mistakes.push(format!("{name}: {item:?} is not an address prefix such as 10.0.0.0/8")),
+            }
+        }
+        prefixes
+    }
+}
+
+/// `2`, `2.5` or `2500m`, rounded up.
+fn cores(text: &str) -> Option<usize> {
+    let millis = match text.strip_suffix('m') {
+        Some(m) => m.parse::<u32>().ok()?,
+        None => {
+            let cores: f64 = text.parse().ok().filter(|c: &f64| (0.0..=4096.0).contains(c))?;
+            #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "bounded just above")]
+            {
+                (cores * 1000.0).ceil() as u32
+            }
+        }
+    };
+    Some(millis.div_ceil(1000) as usize)
+}
+
+/// Istio's charts give paths relative to the root directory.
+fn rooted(path: &str) -> String {
+    path.strip_prefix("./var/run/").map_or_else(|| path.to_owned(), |rest| format!("/var/run/{rest}"))
+}
+
+/// The cgroup2 hierarchy: on hybrid nodes it is beside the v1 controllers. `cgroup.controllers` exists in v2 only.
+fn default_cgroup_root() -> PathBuf {
+    let hybrid = Path::new(HYBRID_CGROUP_ROOT);
+    if hybrid.join("cgroup.controllers").exists() { hybrid.to_owned() } else { PathBuf::from(DEFAULT_CGROUP_ROOT) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn env(vars: &[(&str, &str)]) -> Result<Config, Mistakes> {
+        Config::from_env(vars.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())))
+    }
+
+    #[test]
+    fn defaults_need_only_the_node_name() {
+        let config = env(&[("NODE_NAME", "a")]).unwrap();
+        let xds = config.xds.unwrap();
+        assert_eq!(xds.address, DEFAULT_CONTROL_PLANE);
+        assert_eq!(xds.token, TokenSource::Path("/var/run/secrets/tokens/istio-token".into()));
+        assert_eq!(xds.root_ca, RootCa::Path("/var/run/secrets/istio/root-cert.pem".into()));
+        assert_eq!(config.termination_deadline, Duration::from_secs(5));
+        assert_eq!((config.admin_port, config.stats_port, config.readiness_port), (15000, 15020, 15021));
+        assert_eq!(config.excluded_destinations, vec![DEFAULT_EXCLUDED.parse::<IpNet>().unwrap()]);
+    }
+
+    #[test]
+    fn lists_every_mistake_at_once() {
+        let mistakes = env(&[
+            ("NODE_NAME", "a"),
+            ("ADMIN_PORT", "70000"),
+            ("LOG_FORMAT", "xml"),
+            ("SECRET_TTL", "soon"),
+            ("IPV6_ENABLED", "perhaps"),
+            ("EXCLUDED_DESTINATIONS", "10.0.0.0/8,ten"),
+            ("ZTUNNEL_WORKER_THREADS", "200%"),
+        ])
+        .unwrap_err();
+        for name in [
+            "ADMIN_PORT",
+            "LOG_FORMAT",
+            "SECRET_TTL",
+            "IPV6_ENABLED",
+            "EXCLUDED_DESTINATIONS",
+            "ZTUNNEL_WORKER_THREADS",
+        ] {
+            assert!(mistakes.lines().iter().any(|m| m.contains(name)), "{name} missing in {mistakes}");
+        }
+        assert_eq!(mistakes.lines().len(), 6);
+    }
+
+    #[test]
+    fn refuses_settings_it_would_not_keep() {
+        for (name, value) in [
+            ("PROXY_MODE", "dedicated"),
+            ("ISTIO_META_DNS_CAPTURE", "true"),
+            ("INPOD_UDS", "/var/run/ztunnel/ztunnel.sock"),
+            ("CRL_PATH", "/crl"),
+            ("TLS12_ENABLED", "true"),
+            ("XDS_ON_DEMAND", "true"),
+            ("PACKET_MARK", "7"),
+        ] {
+            let mistakes = env(&[("NODE_NAME", "a"), (name, value)]).unwrap_err();
+            assert!(mistakes.to_string().contains(name), "{mistakes}");
+        }
+    }
+
+    #[test]
+    fn needs_a_source_of_pods_and_of_certificates() {
+        let mistakes = env(&[("XDS_ADDRESS", ""), ("CA_ADDRESS", "")]).unwrap_err();
+        assert_eq!(mistakes.lines().len(), 2);
+        let config = env(&[("LOCAL_XDS_PATH", "/x.yaml"), ("LOCAL_CA_DIR", "/ca")]).unwrap();
+        assert!(config.xds.is_none());
+        assert!(matches!(config.ca, CaSource::Directory(dir) if dir == Path::new("/ca")));
+    }
+
+    #[test]
+    fn deadline_follows_the_grace_period() {
+        for (grace, expected) in [("30", 25), ("11", 6), ("10", 9), ("1", 1), ("0", 1)] {
+            let config = env(&[("NODE_NAME", "a"), ("TERMINATION_GRACE_PERIOD_SECONDS", grace)]).unwrap();
+            assert_eq!(config.termination_deadline, Duration::from_secs(expected), "{grace}");
+        }
+        let both =
+            [("NODE_NAME", "a"), ("TERMINATION_GRACE_PERIOD_SECONDS", "30"), ("CONNECTION_TERMINATION_DEADLINE", "7s")];
+        assert_eq!(env(&both).unwrap().termination_deadline, Duration::from_secs(7));
+    }
+
+    #[test]
+    fn worker_threads_take_numbers_and_percentages() {
+        let threads = |v| {
+            env(&[("NODE_NAME", "a"), ("ZTUNNEL_CPU_LIMIT", "8"), ("ZTUNNEL_WORKER_THREADS", v)])
+                .unwrap()
+                .worker_threads
+        };
+        assert_eq!([threads("3"), threads("50%"), threads("0"), threads("1%")], [3, 4, 8, 1]);
+        assert_eq!(cores("2500m"), Some(3));
+        assert_eq!(cores("lots"), None);
+    }
+
+    #[test]
+    fn headers_and_metadata_are_collected_by_prefix() {
+        let config =
+            env(&[("NODE_NAME", "a"), ("XDS_HEADER_X-One", "1"), ("ISTIO_META_ENABLE_HBONE", "true")]).unwrap();
+        assert_eq!(config.xds.as_ref().unwrap().headers, vec![("x-one".to_owned(), "1".to_owned())]);
+        assert_eq!(config.node_metadata["ENABLE_HBONE"], "true");
+        assert!(!config.dump().to_string().contains("\"1\""), "header values may be credentials");
+    }
+
+    #[test]
+    fn arguments_of_istios_daemon_set_are_understood() {
+        let parse = |args: &[&str]| parse_args(args.iter().map(|s| (*s).to_owned()));
+        assert_eq!(parse(&[]), Ok(Command::Run));
+        assert_eq!(parse(&["proxy", "ztunnel"]), Ok(Command::Run));
+        assert_eq!(parse(&["--version"]), Ok(Command::Version));
+        assert_eq!(parse(&["--frobnicate", "--twice"]).unwrap_err().lines().len(), 2);
+        assert!(parse(&["cni"]).unwrap_err().to_string().contains("not supported"));
+    }
+}

@@ -1,0 +1,159 @@
+//! HBONE that arrives for a pod: the TLS connection, then each tunnel request in it from authority to last byte.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use mesh::hbone::{self, ConnectRequest};
+use mesh::policy::{self, authorize};
+use mesh::telemetry::access::{self, Connection, Direction, Failure, Party, Security, TcpRecord};
+use tokio::net::TcpStream;
+
+use crate::ending::Ending;
+use crate::node::pod::{Facts, Tracked, Transport, Way};
+use crate::resolve;
+use crate::worker::{Local, Place, baggage, copy, h2_settings, party, service_labels};
+
+/// Serves one connection to port 15008 of the pod at `here`.
+pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, here: SocketAddr) {
+    if at.is_self_call(here) {
+        return access::refused(Direction::Inbound, client, here, &"the proxy's own listener was dialled");
+    }
+    // Tuning only fails on a socket that is gone, which the handshake will say better.
+    let _ = mesh::net::tune(&stream);
+    let cert = async {
+        let local = at.local().await?;
+        at.certificate(&local).await
+    };
+    let cert = match cert.await {
+        Ok(cert) => cert,
+        Err(ending) => return access::refused(Direction::Inbound, client, here, &ending),
+    };
+    let (tls, peer) = match Box::pin(mesh::tls::accept(&cert, stream, client)).await {
+        Ok(accepted) => accepted,
+        Err(error) => return access::refused(Direction::Inbound, client, here, &error),
+    };
+    let drain = at.pod.drain.clone();
+    let settings = h2_settings(&at.shared.config);
+    let tunnels = {
+        let at = at.clone();
+        move |request| tunnel(at.clone(), request, here)
+    };
+    if let Err(error) = Box::pin(hbone::serve(tls, peer, settings, drain, tunnels)).await {
+        tracing::debug!(%client, %here, %error, "HBONE connection ended");
+    }
+}
+
+/// One tunnel request.
+async fn tunnel(at: Arc<Place>, request: ConnectRequest, here: SocketAddr) {
+    let client = request.peer.addr();
+    let refused = |ending: &Ending| access::refused(Direction::Inbound, client, here, ending);
+    let local = match at.local().await {
+        Ok(local) => local,
+        Err(ending) => {
+            refused(&ending);
+            return request.reject(ending.status());
+        }
+    };
+    let app = match resolve::inbound(&local.world, &local.workload, here.ip(), &request.authority) {
+        Ok(app) => app,
+        Err(error) => {
+            let ending = Ending::from(error);
+            refused(&ending);
+            return request.reject(ending.status());
+        }
+    };
+    let record = TcpRecord::open(describe(&at, &local, &request, here, app));
+    let outcome = Box::pin(forward(&at, &local, request, app, &record)).await;
+    record.close(outcome.map_err(Failure::from));
+}
+
+async fn forward(
+    at: &Arc<Place>,
+    local: &Local,
+    request: ConnectRequest,
+    app: SocketAddr,
+    record: &TcpRecord,
+) -> Result<(), Ending> {
+    let client = request.peer.addr();
+    let asked =
+        policy::Connection { source: Some(request.peer.identity().clone()), source_ip: client.ip(), destination: app };
+    // In the table before policy is asked: a policy that changes in between finds the connection there.
+    let tracked = Tracked::open(
+        &at.pod,
+        Facts {
+            way: Way::Inbound,
+            src: client,
+            original_dst: app,
+            actual_dst: app,
+            protocol: Transport::Hbone,
+            authorized_as: Some(asked.clone()),
+        },
+    );
+    let connected = async {
+        let world = at.shared.store.snapshot();
+        let permit = authorize(world.policies_for(&local.workload), &asked)?;
+        log_decision(at, &asked, permit.allowed_by());
+        at.dial_app(client.ip(), app).await
+    };
+    let upstream = match connected.await {
+        Ok(upstream) => upstream,
+        Err(ending) => {
+            request.reject(ending.status());
+            return Err(ending);
+        }
+    };
+    let own = baggage(&local.workload);
+    let answer = at.shared.config.response_baggage.then_some(&own);
+    let downstream = request.accept(answer).map_err(Ending::Answer)?;
+    copy(&tracked, &at.pod, &record.bytes(), downstream, upstream).await
+}
+
+/// Why a connection was let in, for those who asked to see it.
+pub fn log_decision(at: &Place, asked: &policy::Connection, by: Option<&mesh::model::NamespacedName>) {
+    let policy = by.map_or_else(|| "none applies".to_owned(), ToString::to_string);
+    if at.shared.config.log_policy_decisions {
+        tracing::info!(pod = %at.pod.name, src = %asked.source_ip, dst = %asked.destination, %policy, "allowed");
+    } else {
+        tracing::debug!(pod = %at.pod.name, src = %asked.source_ip, dst = %asked.destination, %policy, "allowed");
+    }
+}
+
+fn describe(at: &Place, local: &Local, request: &ConnectRequest, here: SocketAddr, app: SocketAddr) -> Connection {
+    let (world, workload) = (&local.world, &local.workload);
+    let peer = &request.peer;
+    let identity = peer.identity();
+    // What the control plane says about the peer's address counts more than what the peer says about itself, as long
+    // as it is the same identity.
+    let known = world
+        .workload_by_ip(&workload.network, peer.addr().ip())
+        .filter(|w| w.identity().is_ok_and(|i| i == *identity));
+    let source = match known {
+        Some(known) => party(known, Some(identity)),
+        None => {
+            let said = at.shared.config.response_baggage.then(|| request.headers.baggage.clone()).flatten();
+            let said = said.unwrap_or_default();
+            Party {
+                workload: said.workload,
+                pod: None,
+                namespace: Some(identity.namespace().clone()),
+                canonical_service: said.service,
+                canonical_revision: said.revision,
+                cluster: said.cluster,
+                principal: Some(identity.to_string().into()),
+                region: said.region,
+                zone: said.zone,
+            }
+        }
+    };
+    let named = request.headers.forwarded_host.as_deref();
+    Connection {
+        direction: Direction::Inbound,
+        source_addr: peer.addr(),
+        destination_addr: here,
+        hbone_addr: Some(request.authority.to_string().into()),
+        source,
+        destination: party(workload, Some(&local.identity)),
+        service: resolve::inbound_service(world, workload, app.port(), named).map(|s| service_labels(s)),
+        security: Security::MutualTls,
+    }
+}

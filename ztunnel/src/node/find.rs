@@ -1,0 +1,326 @@
+//! Finds the network namespace of a pod by the pod's UID in the cgroup path of a process, and by nothing else.
+//!
+//! The UID counts only as the *first* pod component below the kubelet's root: what stands deeper may be the pod's own
+//! doing. `/proc/PID` is held open as a directory while its files are read, which names the process beyond its number
+//! (as a pidfd does, but also where `/proc` shows another PID namespace than ours), and the cgroup is read again after
+//! the namespace is open, so a process that ended or moved in between is not mistaken for another.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Component, Path, PathBuf};
+
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::{Mode, fstat};
+
+use super::netns::Netns;
+
+/// Longer than any path the kubelet makes; a pod may make longer ones to be a nuisance.
+const MAX_CGROUP_FILE: u64 = 64 * 1024;
+
+/// A process of a pod, held open, with the namespace it was seen in.
+#[derive(Debug)]
+pub struct Found {
+    pub netns: Netns,
+    pub process: Process,
+}
+
+/// `/proc/PID`, held open: reads fail once the process is gone, whoever has its number then.
+#[derive(Debug)]
+pub struct Process {
+    directory: OwnedFd,
+    pub pid: u32,
+}
+
+impl Process {
+    /// Is the process still there?
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        // The link of a zombie's namespace is gone although its directory is not.
+        self.open("ns/net").is_ok()
+    }
+
+    fn open(&self, file: &str) -> io::Result<OwnedFd> {
+        Ok(openat(self.directory.as_fd(), file, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?)
+    }
+
+    fn cgroups(&self) -> io::Result<String> {
+        let mut text = String::new();
+        fs::File::from(self.open("cgroup")?).take(MAX_CGROUP_FILE).read_to_string(&mut text)?;
+        Ok(text)
+    }
+}
+
+/// Where to look.
+#[derive(Debug, Clone)]
+pub struct Finder {
+    proc_root: PathBuf,
+    /// Path of `CGROUP_ROOT` inside the v2 hierarchy as `/proc/PID/cgroup` spells it; "" for the whole.
+    v2_prefix: String,
+    refused: BTreeSet<u64>,
+}
+
+impl Finder {
+    /// # Errors
+    /// When this process' own mounts or namespace cannot be read.
+    pub fn new(proc_root: &Path, cgroup_root: &Path) -> io::Result<Self> {
+        let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+        let root = fs::canonicalize(cgroup_root)?;
+        // Neither the host's namespace nor ours is ever a pod's. Process 1 may be hidden from us; we are not.
+        let init = fs::File::open(proc_root.join("1/ns/net")).and_then(|f| inode(f.as_fd()));
+        let own = inode(fs::File::open("/proc/self/ns/net")?.as_fd())?;
+        Ok(Self {
+            proc_root: proc_root.to_owned(),
+            v2_prefix: v2_prefix(&mounts, &root).unwrap_or_default(),
+            refused: init.into_iter().chain([own]).collect(),
+        })
+    }
+
+    /// Every namespace that holds a process of one of the `wanted` pods, in one walk over `/proc`.
+    ///
+    /// # Errors
+    /// When `/proc` itself cannot be listed; single processes come and go and are passed over.
+    pub fn find(&self, wanted: &BTreeSet<String>) -> io::Result<BTreeMap<String, Vec<Found>>> {
+        let mut found: BTreeMap<String, Vec<Found>> = BTreeMap::new();
+        if wanted.is_empty() {
+            return Ok(found);
+        }
+        for entry in fs::read_dir(&self.proc_root)? {
+            let Ok(entry) = entry else { continue };
+            let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse::<u32>().ok()) else { continue };
+            if let Ok(Some((uid, one))) = self.examine(&entry.path(), pid, wanted) {
+                let known = found.entry(uid).or_default();
+                if !known.iter().any(|f| f.netns.inode() == one.netns.inode()) {
+                    known.push(one);
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    fn examine(&self, path: &Path, pid: u32, wanted: &BTreeSet<String>) -> io::Result<Option<(String, Found)>> {
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let process = Process { directory: nix::fcntl::open(path, flags, Mode::empty())?, pid };
+        let Some(uid) = self.pod_uid(&process.cgroups()?).filter(|uid| wanted.contains(uid)) else {
+            return Ok(None);
+        };
+        let file = process.open("ns/net")?;
+        let opened = inode(file.as_fd())?;
+        if self.refused.contains(&opened) {
+            return Ok(None);
+        }
+        let still = self.pod_uid(&process.cgroups()?);
+        let now = inode(process.open("ns/net")?.as_fd())?;
+        if still.as_ref() != Some(&uid) || now != opened {
+            return Ok(None);
+        }
+        Ok(Some((uid, Found { netns: Netns::new(file, opened)?, process })))
+    }
+
+    /// The pod UID all hierarchies agree on.
+    fn pod_uid(&self, cgroups: &str) -> Option<String> {
+        pod_uid(cgroups, &self.v2_prefix)
+    }
+}
+
+fn inode(file: std::os::fd::BorrowedFd<'_>) -> io::Result<u64> {
+    Ok(fstat(file)?.st_ino)
+}
+
+/// The pod UID in the text of `/proc/PID/cgroup`. Lines without one (other controllers, hybrid nodes) do not count;
+/// two lines that name different pods make the process nobody's.
+fn pod_uid(cgroups: &str, v2_prefix: &str) -> Option<String> {
+    let mut uid: Option<String> = None;
+    for line in cgroups.lines() {
+        let mut parts = line.splitn(3, ':');
+        let (Some(id), Some(_), Some(path)) = (parts.next(), parts.next(), parts.next()) else { continue };
+        let path = if id == "0" && !v2_prefix.is_empty() {
+            match path.strip_prefix(v2_prefix) {
+                Some(rest) if rest.starts_with('/') => rest,
+                _ => continue,
+            }
+        } else {
+            path
+        };
+        let Some(here) = pod_of_path(path) else { continue };
+        match &uid {
+            Some(other) if *other != here => return None,
+            _ => uid = Some(here),
+        }
+    }
+    uid
+}
+
+/// The pod a cgroup path belongs to: `/kubepods[/QOS]/podUID/...` (cgroupfs driver) or
+/// `/kubepods.slice[/kubepods-QOS.slice]/kubepods[-QOS]-podUID.slice/...` (systemd driver), below an optional kubelet
+/// directory. Seen from inside a cgroup namespace, leading `..` stand for the part of the path shared with us.
+fn pod_of_path(path: &str) -> Option<String> {
+    let mut parts: Vec<&str> = path.split('/').filter(|p| !p.is_empty()).collect();
+    let up = parts.iter().take_while(|p| **p == "..").count();
+    parts.drain(..up);
+    let mut parts = parts.into_iter().peekable();
+    let elided = up > 0;
+    // kind and some distributions keep the kubelet's tree one level down.
+    if matches!(parts.peek(), Some(&"kubelet" | &"kubelet.slice")) {
+        parts.next();
+    }
+    match parts.peek() {
+        Some(p) if is_root(p) => {
+            parts.next();
+        }
+        Some(_) if elided => {}
+        _ => return None,
+    }
+    if parts.peek().is_some_and(|p| is_qos(p)) {
+        parts.next();
+    }
+    pod_component(parts.next()?)
+}
+
+fn is_root(part: &str) -> bool {
+    matches!(part, "kubepods" | "kubepods.slice" | "kubelet-kubepods.slice")
+}
+
+fn is_qos(part: &str) -> bool {
+    let part = part.strip_suffix(".slice").map_or(part, |p| {
+        let p = p.strip_prefix("kubelet-").unwrap_or(p);
+        p.strip_prefix("kubepods-").unwrap_or(p)
+    });
+    matches!(part, "burstable" | "besteffort" | "guaranteed")
+}
+
+fn pod_component(part: &str) -> Option<String> {
+    let uid = match part.strip_suffix(".slice") {
+        None => part.strip_prefix("pod")?.to_owned(),
+        Some(unit) => {
+            let unit = unit.strip_prefix("kubelet-").unwrap_or(unit);
+            let unit = unit.strip_prefix("kubepods-")?;
+            let unit =
+                ["burstable-", "besteffort-", "guaranteed-"].iter().find_map(|q| unit.strip_prefix(q)).unwrap_or(unit);
+            // systemd reads a dash as a level of the tree, so the kubelet writes UIDs with underscores.
+            unit.strip_prefix("pod")?.replace('_', "-")
+        }
+    };
+    let plausible = !uid.is_empty() && uid.len() <= 64 && uid.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
+    plausible.then_some(uid)
+}
+
+/// `cgroup_root` as a path inside the v2 hierarchy, from the mount that shows it. A root that lies above our cgroup
+/// namespace (`/..`) cannot be spelled; paths of others then start with `..` as well, which [`pod_of_path`] reads.
+fn v2_prefix(mountinfo: &str, cgroup_root: &Path) -> Option<String> {
+    let mount = mountinfo
+        .lines()
+        .filter_map(|line| {
+            let (fields, rest) = line.split_once(" - ")?;
+            if rest.split(' ').next() != Some("cgroup2") {
+                return None;
+            }
+            let mut fields = fields.split(' ').skip(3);
+            let (root, point) = (fields.next()?, fields.next()?);
+            let below = cgroup_root.strip_prefix(point).ok()?;
+            Some((point.len(), root.to_owned(), below.to_owned()))
+        })
+        // Later mounts cover earlier ones at the same place.
+        .enumerate()
+        .max_by_key(|(order, (length, ..))| (*length, *order))
+        .map(|(_, m)| m)?;
+    let (_, root, below) = mount;
+    let path = Path::new(&root).join(below);
+    if path.components().any(|c| c == Component::ParentDir) {
+        return None;
+    }
+    Some(path.to_str()?.trim_end_matches('/').to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UID: &str = "0a1b2c3d-1111-2222-3333-444455556666";
+    const OTHER: &str = "ffffffff-1111-2222-3333-444455556666";
+
+    #[test]
+    fn reads_the_uid_of_both_drivers_and_all_classes() {
+        let under = UID.replace('-', "_");
+        for path in [
+            format!("/kubepods/pod{UID}/abc"),
+            format!("/kubepods/burstable/pod{UID}/abc"),
+            format!("/kubepods/besteffort/pod{UID}"),
+            format!("/kubepods.slice/kubepods-pod{under}.slice/cri-containerd-abc.scope"),
+            format!("/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{under}.slice/crio-abc.scope"),
+            format!(
+                "/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-besteffort.slice/kubelet-kubepods-besteffort-pod{under}.slice/x"
+            ),
+            format!("/kubelet/kubepods/burstable/pod{UID}/abc"),
+            format!("/../../pod{UID}/abc"),
+            format!("/../../../besteffort/pod{UID}/abc"),
+            format!("/../../../../kubepods/burstable/pod{UID}/abc"),
+        ] {
+            assert_eq!(pod_of_path(&path).as_deref(), Some(UID), "{path}");
+        }
+    }
+
+    #[test]
+    fn names_a_pod_makes_below_its_own_cgroup_do_not_count() {
+        let nested = format!("/kubepods/burstable/pod{UID}/c/kubepods/burstable/pod{OTHER}/x");
+        assert_eq!(pod_of_path(&nested).as_deref(), Some(UID));
+        for path in [
+            format!("/system.slice/evil.service/kubepods/pod{OTHER}/x"),
+            format!("/user.slice/user-1000.slice/kubepods/burstable/pod{OTHER}"),
+            format!("/kubepods/burstable/x/pod{OTHER}"),
+            format!("/kubepods/burstable/burstable/pod{OTHER}"),
+            format!("/../../system.slice/x/pod{OTHER}"),
+            format!("/pod{OTHER}"),
+            "/kubepods/burstable/pod".to_owned(),
+            "/kubepods/burstable/podx/../y".replace("podx", "pod!x"),
+            "/".to_owned(),
+        ] {
+            assert_eq!(pod_of_path(&path), None, "{path}");
+        }
+    }
+
+    #[test]
+    fn hierarchies_must_agree() {
+        let v1 = |uid: &str| format!("4:memory:/kubepods/burstable/pod{uid}/c\n");
+        let both = format!("{}0::/\n", v1(UID));
+        assert_eq!(pod_uid(&both, "").as_deref(), Some(UID), "hybrid: only the v1 lines name the pod");
+        let torn = format!("{}0::/kubepods/burstable/pod{OTHER}/c\n", v1(UID));
+        assert_eq!(pod_uid(&torn, ""), None);
+    }
+
+    #[test]
+    fn only_paths_below_the_given_root_count() {
+        let line = format!("0::/lab/node-a/kubepods/burstable/pod{UID}/c\n");
+        assert_eq!(pod_uid(&line, "/lab/node-a").as_deref(), Some(UID));
+        assert_eq!(pod_uid(&line, "/lab/node-b"), None);
+        assert_eq!(pod_uid(&line, "/lab/node"), None, "a prefix ends at a slash");
+        assert_eq!(pod_uid(&line, ""), None);
+    }
+
+    #[test]
+    fn root_prefix_follows_the_mount() {
+        let mounts = "25 1 0:22 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n\
+                      36 25 0:31 / /sys/fs/cgroup/unified rw shared:9 - cgroup2 cgroup2 rw\n\
+                      90 25 0:31 /lab/node-a /host/cgroup rw - cgroup2 cgroup2 rw\n\
+                      91 25 0:31 /../../.. /up rw - cgroup2 cgroup2 rw\n";
+        let prefix = |p: &str| v2_prefix(mounts, Path::new(p));
+        assert_eq!(prefix("/sys/fs/cgroup/unified").as_deref(), Some(""));
+        assert_eq!(prefix("/sys/fs/cgroup/unified/lab/node-a").as_deref(), Some("/lab/node-a"));
+        assert_eq!(prefix("/host/cgroup").as_deref(), Some("/lab/node-a"));
+        assert_eq!(prefix("/up"), None);
+        assert_eq!(prefix("/elsewhere"), None);
+    }
+
+    #[test]
+    fn an_ended_process_is_noticed_whoever_has_its_number() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let path = PathBuf::from(format!("/proc/{}", child.id()));
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY;
+        let process = Process { directory: nix::fcntl::open(&path, flags, Mode::empty()).unwrap(), pid: child.id() };
+        assert!(process.is_alive());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(!process.is_alive());
+    }
+}

@@ -1,0 +1,499 @@
+//! The task that enrols pods, keeps them enrolled and lets them go. See the module above for the order of steps.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use ebpf_loader::{Capture, NetnsCookie};
+use mesh::drain::DrainWatcher;
+use mesh::identity::{Identity, IdentityParseError};
+use mesh::model::TunnelProtocol;
+use mesh_proto::enrolment::{PodState, pod_state::State as WireState};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, MissedTickBehavior};
+
+use super::enrolment::{Desired, Enrolment};
+use super::find::{Finder, Found, Process};
+use super::netns::Family;
+use super::pod::LocalPod;
+use super::{EnrolError, Registry, routing};
+use crate::capture::{Phase, Slot, pod_capture};
+use crate::worker::{Role, Shared, Workers};
+
+/// First pause before a pod's namespace is looked for again; doubles up to [`LONGEST_RETRY`].
+const FIRST_RETRY: Duration = Duration::from_millis(50);
+const LONGEST_RETRY: Duration = Duration::from_secs(5);
+/// How often rules, routes and processes of enrolled pods are looked after.
+const UPKEEP: Duration = Duration::from_secs(5);
+/// How long pods of a predecessor keep their capture while their namespaces are still being looked for.
+const TAKEOVER: Duration = Duration::from_secs(60);
+/// How long a pod that left still answers HBONE: peers may not have heard yet.
+const HBONE_ONLY: Duration = Duration::from_secs(5);
+/// How often a pod that left is looked at for being gone altogether.
+const GONE_CHECK: Duration = Duration::from_secs(2);
+/// Connections of a pod that left end when they end; a number is needed only because timers want one.
+const AS_LONG_AS_IT_TAKES: Duration = Duration::from_secs(365 * 24 * 3600);
+
+/// One pod of the desired set.
+struct Entry {
+    wanted: Enrolment,
+    state: State,
+}
+
+enum State {
+    Waiting(EnrolError),
+    Up(Up),
+}
+
+/// An enrolled pod and what keeps it so.
+struct Up {
+    pod: Arc<LocalPod>,
+    process: Process,
+    phase: Phase,
+}
+
+/// What the manager needs from the rest.
+pub struct Deps {
+    pub shared: Shared,
+    pub capture: Arc<Capture>,
+    pub finder: Finder,
+    pub workers: Arc<Workers>,
+    pub registry: Arc<Registry>,
+    pub desired: watch::Receiver<Desired>,
+}
+
+/// Owns every pod of the node.
+pub struct Manager {
+    deps: Deps,
+    entries: BTreeMap<String, Entry>,
+    leaving: JoinSet<Arc<LocalPod>>,
+    reports: watch::Sender<Vec<PodState>>,
+    /// Becomes true when every pod of the first complete list has been tried once.
+    settled: watch::Sender<bool>,
+    retry: Duration,
+    /// Namespaces a predecessor captured: they stay captured, whatever the control plane has not said yet.
+    inherited: BTreeSet<NetnsCookie>,
+    /// Until then pins of a predecessor are left alone; `None` once they were collected.
+    collect_by: Option<Instant>,
+}
+
+impl Manager {
+    /// The manager, the reports it publishes, and a sign that the first round is through.
+    #[must_use]
+    pub fn new(deps: Deps) -> (Self, watch::Receiver<Vec<PodState>>, watch::Receiver<bool>) {
+        let (reports, reported) = watch::channel(Vec::new());
+        let (settled, settled_seen) = watch::channel(false);
+        let inherited = deps.capture.attached().unwrap_or_else(|error| {
+            tracing::warn!(%error, "reading what a predecessor captured");
+            Vec::new()
+        });
+        let manager = Self {
+            deps,
+            entries: BTreeMap::new(),
+            leaving: JoinSet::new(),
+            reports,
+            settled,
+            retry: FIRST_RETRY,
+            inherited: inherited.into_iter().collect(),
+            collect_by: Some(Instant::now() + TAKEOVER),
+        };
+        (manager, reported, settled_seen)
+    }
+
+    /// Runs until the drain begins. Pods stay enrolled then: a successor takes them over, or they fail closed.
+    pub async fn run(mut self, drain: DrainWatcher) {
+        let mut world = self.deps.shared.store.watch();
+        let mut upkeep = tokio::time::interval(UPKEEP);
+        upkeep.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        upkeep.reset();
+        loop {
+            let desired = self.deps.desired.borrow_and_update().clone();
+            self.take(desired.pods).await;
+            self.enrol_waiting().await;
+            self.promote();
+            self.collect(desired.complete);
+            self.publish();
+            self.settled.send_if_modified(|settled| desired.complete && !std::mem::replace(settled, true));
+
+            let waiting = self.entries.values().any(|e| matches!(e.state, State::Waiting(_)));
+            let partly = self.entries.values().any(|e| matches!(&e.state, State::Up(u) if u.phase == Phase::HboneOnly));
+            // Every branch only wakes the loop; what it saw is looked at again from the start.
+            tokio::select! {
+                changed = self.deps.desired.changed() => {
+                    if changed.is_err() {
+                        // Without its source the set cannot change any more; the pods stay.
+                        drain.draining().await;
+                        return self.leaving.detach_all();
+                    }
+                    self.retry = FIRST_RETRY;
+                }
+                () = tokio::time::sleep(self.retry), if waiting => {
+                    self.retry = (self.retry * 2).min(LONGEST_RETRY);
+                }
+                Ok(()) = world.changed(), if partly => {}
+                _ = upkeep.tick() => self.look_after().await,
+                Some(left) = self.leaving.join_next() => {
+                    if let Ok(pod) = left {
+                        self.deps.registry.remove(&pod);
+                        self.forget_identity(&pod);
+                    }
+                }
+                // Pods that are leaving go on until the process ends; aborting their tasks would cut connections.
+                () = drain.draining() => return self.leaving.detach_all(),
+            }
+        }
+    }
+
+    /// Compares what is wanted with what is.
+    async fn take(&mut self, wanted: BTreeMap<String, Enrolment>) {
+        let gone: Vec<String> = self.entries.keys().filter(|uid| !wanted.contains_key(*uid)).cloned().collect();
+        for uid in gone {
+            if let Some(Entry { state: State::Up(up), .. }) = self.entries.remove(&uid) {
+                self.leave(up);
+            }
+        }
+        for (uid, wanted) in wanted {
+            let Some(entry) = self.entries.get_mut(&uid) else {
+                self.entries.insert(uid, Entry { wanted, state: State::Waiting(EnrolError::NoProcess) });
+                continue;
+            };
+            if entry.wanted == wanted {
+                continue;
+            }
+            entry.wanted = wanted;
+            if let State::Up(up) = &entry.state
+                && let Err(error) = update(&self.deps, up, &entry.wanted).await
+            {
+                tracing::warn!(pod = %entry.wanted.name, namespace = %entry.wanted.namespace, %error, "updating a pod's capture");
+            }
+        }
+    }
+
+    /// One walk over `/proc` for all pods that wait, then each that was found.
+    async fn enrol_waiting(&mut self) {
+        let mut wanted = BTreeSet::new();
+        for (uid, entry) in &mut self.entries {
+            if matches!(entry.state, State::Up(_)) {
+                continue;
+            }
+            if entry.wanted.addresses.is_empty() {
+                entry.state = State::Waiting(EnrolError::NoAddress);
+            } else {
+                wanted.insert(uid.clone());
+            }
+        }
+        let mut found = find(&self.deps.finder, &wanted).await;
+        for uid in wanted {
+            let Some(enrolment) = self.entries.get(&uid).map(|e| e.wanted.clone()) else { continue };
+            let state = match self.enrol(&enrolment, found.remove(&uid).unwrap_or_default()).await {
+                Ok(up) => {
+                    tracing::info!(pod = %enrolment.name, namespace = %enrolment.namespace, pid = up.process.pid, phase = ?up.phase, "enrolled");
+                    State::Up(up)
+                }
+                Err(error) => {
+                    if error.state() == WireState::Failed {
+                        tracing::warn!(pod = %enrolment.name, namespace = %enrolment.namespace, %error, "not enrolled");
+                    }
+                    State::Waiting(error)
+                }
+            };
+            if let Some(entry) = self.entries.get_mut(&uid) {
+                entry.state = state;
+            }
+        }
+    }
+
+    async fn enrol(&self, wanted: &Enrolment, found: Vec<Found>) -> Result<Up, EnrolError> {
+        let Found { netns, process } = choose(found, wanted)?;
+        let config = &self.deps.shared.config;
+        let workers = self.deps.workers.count();
+        let mut own_addresses: Vec<SocketAddr> = Vec::new();
+        let mut leaders = Vec::new();
+        let mut shares: Vec<Vec<(Role, std::net::TcpListener)>> = (0..workers).map(|_| Vec::new()).collect();
+        for family in families(wanted, config.ipv6) {
+            for (slot, role) in slots(family) {
+                let group = netns.listeners(family, workers).map_err(EnrolError::Listeners)?;
+                for (n, (listener, share)) in group.into_iter().zip(&mut shares).enumerate() {
+                    // The kernel spreads connections over the group; one member stands for all of it in the map.
+                    if n == 0 {
+                        own_addresses.push(listener.local_addr().map_err(EnrolError::Listeners)?);
+                        leaders.push((slot, listener.try_clone().map_err(EnrolError::Listeners)?));
+                    }
+                    share.push((role, listener));
+                }
+            }
+        }
+        let cookie = ebpf_loader::cookie_of(netns.file())?;
+        // A predecessor of this pod that is still leaving must not take the steering away behind our back.
+        for old in self.deps.registry.pods().iter().filter(|p| p.cookie == cookie) {
+            old.superseded.store(true, Ordering::SeqCst);
+        }
+        let pod = Arc::new(LocalPod::new(wanted, netns, cookie, own_addresses));
+        let phase = self.phase_of(&pod);
+        let enrolled = async {
+            self.deps.capture.attach_netns(pod.netns.file())?;
+            for (slot, listener) in &leaders {
+                self.deps.capture.set_listener(cookie, *slot, listener.as_fd())?;
+            }
+            routing::ensure(&pod.netns, &config.proc_root, &wanted.addresses).await?;
+            Ok(self.deps.capture.enrol(cookie, &pod_capture(wanted), phase)?)
+        };
+        // Workers first: a connection must not wait at a listener from which nobody accepts.
+        self.deps.workers.assign(&pod, shares).await;
+        if let Err(error) = enrolled.await {
+            pod.drain(Duration::ZERO).await;
+            return Err(error);
+        }
+        self.deps.registry.insert(&pod);
+        if let Ok(identity) = self.identity_of(&pod) {
+            self.deps.shared.certs.prefetch(identity);
+        }
+        Ok(Up { pod, process, phase })
+    }
+
+    /// Everything is captured once the control plane tells the mesh that this workload speaks HBONE; before that,
+    /// peers would not know how to reach it under a policy that demands it.
+    fn phase_of(&self, pod: &LocalPod) -> Phase {
+        let world = self.deps.shared.store.snapshot();
+        let speaks = world.workload(&pod.workload_uid).is_some_and(|w| w.protocol == TunnelProtocol::Hbone);
+        if speaks || self.inherited.contains(&pod.cookie) { Phase::Captured } else { Phase::HboneOnly }
+    }
+
+    fn promote(&mut self) {
+        let ready: Vec<String> = self
+            .entries
+            .iter()
+            .filter(|(_, e)| matches!(&e.state, State::Up(up) if up.phase == Phase::HboneOnly && self.phase_of(&up.pod) == Phase::Captured))
+            .map(|(uid, _)| uid.clone())
+            .collect();
+        for uid in ready {
+            let Some(Entry { wanted, state: State::Up(up) }) = self.entries.get_mut(&uid) else { continue };
+            match self.deps.capture.enrol(up.pod.cookie, &pod_capture(wanted), Phase::Captured) {
+                Ok(()) => {
+                    up.phase = Phase::Captured;
+                    tracing::info!(pod = %wanted.name, namespace = %wanted.namespace, "captured");
+                }
+                Err(error) => {
+                    tracing::warn!(pod = %wanted.name, namespace = %wanted.namespace, %error, "capturing a pod");
+                }
+            }
+        }
+    }
+
+    /// Repairs what was changed behind our back, and follows a pod whose namespace was made anew.
+    async fn look_after(&mut self) {
+        let attached: BTreeSet<NetnsCookie> = match self.deps.capture.attached() {
+            Ok(attached) => attached.into_iter().collect(),
+            Err(error) => return tracing::warn!(%error, "reading the capture state"),
+        };
+        let mut lost = BTreeSet::new();
+        let mut orphaned = BTreeSet::new();
+        for (uid, entry) in &self.entries {
+            let State::Up(up) = &entry.state else { continue };
+            if !attached.contains(&up.pod.cookie) {
+                lost.insert(uid.clone());
+            } else if !up.process.is_alive() {
+                orphaned.insert(uid.clone());
+            }
+            if let Err(error) =
+                routing::ensure(&up.pod.netns, &self.deps.shared.config.proc_root, &up.pod.addresses()).await
+            {
+                tracing::warn!(pod = %up.pod.name, namespace = %up.pod.namespace, %error, "repairing a pod's routing");
+            }
+        }
+        for (uid, found) in find(&self.deps.finder, &orphaned).await {
+            let Some(Entry { state: State::Up(up), .. }) = self.entries.get_mut(&uid) else { continue };
+            let inode = up.pod.netns.inode();
+            match found.into_iter().find(|f| f.netns.inode() == inode) {
+                Some(same) => up.process = same.process,
+                None => {
+                    lost.insert(uid);
+                }
+            }
+        }
+        for uid in lost {
+            let Some(entry) = self.entries.get_mut(&uid) else { continue };
+            let old = std::mem::replace(&mut entry.state, State::Waiting(EnrolError::NoProcess));
+            tracing::info!(pod = %entry.wanted.name, namespace = %entry.wanted.namespace, "the pod's namespace has changed; enrolling again");
+            if let State::Up(up) = old {
+                self.leave(up);
+            }
+        }
+    }
+
+    /// Takes a pod out of the mesh without touching its open connections.
+    fn leave(&mut self, up: Up) {
+        let pod = up.pod;
+        tracing::info!(pod = %pod.name, namespace = %pod.namespace, open = pod.connections.len(), "leaving");
+        if let Err(error) = self.deps.capture.leave(pod.cookie) {
+            tracing::warn!(pod = %pod.name, namespace = %pod.namespace, %error, "stopping a pod's capture");
+        }
+        let capture = self.deps.capture.clone();
+        let finder = self.deps.finder.clone();
+        let proc_root = self.deps.shared.config.proc_root.clone();
+        self.leaving.spawn(async move {
+            let here = pod.clone();
+            let gone = until_gone(&finder, &here);
+            tokio::pin!(gone);
+            tokio::select! {
+                () = tokio::time::sleep(HBONE_ONLY) => {}
+                () = &mut gone => {}
+            }
+            if !pod.superseded.load(Ordering::SeqCst)
+                && let Err(error) = capture.detach(pod.cookie)
+            {
+                tracing::warn!(pod = %pod.name, namespace = %pod.namespace, %error, "detaching a pod");
+            }
+            // A pod that is gone has nobody left to talk to: dropping the drain cuts what is open.
+            tokio::select! {
+                () = pod.drain(AS_LONG_AS_IT_TAKES) => {}
+                () = &mut gone => {}
+            }
+            if !pod.superseded.load(Ordering::SeqCst)
+                && let Err(error) = routing::remove(&pod.netns, &proc_root, &pod.addresses()).await
+            {
+                tracing::debug!(pod = %pod.name, namespace = %pod.namespace, %error, "removing a pod's routing");
+            }
+            pod
+        });
+    }
+
+    /// Takes back what a predecessor captured and nobody wants any more. Not before every wanted pod has been found,
+    /// or it would lose its capture until then.
+    fn collect(&mut self, complete: bool) {
+        let Some(by) = self.collect_by.filter(|_| complete) else { return };
+        let hopeful = |e: &Entry| matches!(&e.state, State::Waiting(w) if !matches!(w, EnrolError::NoAddress));
+        if self.entries.values().any(hopeful) && Instant::now() < by {
+            return;
+        }
+        self.collect_by = None;
+        let known: Vec<NetnsCookie> = self.deps.registry.pods().iter().map(|p| p.cookie).collect();
+        match self.deps.capture.collect_garbage(&known) {
+            Ok(removed) if removed.is_empty() => {}
+            Ok(removed) => tracing::info!(count = removed.len(), "released namespaces that are no longer wanted"),
+            Err(error) => tracing::warn!(%error, "releasing namespaces that are no longer wanted"),
+        }
+    }
+
+    fn publish(&self) {
+        let mut states: BTreeMap<String, PodState> = self
+            .deps
+            .registry
+            .pods()
+            .iter()
+            .map(|pod| (pod.uid.clone(), state(&pod.uid, WireState::Leaving, String::new())))
+            .collect();
+        for (uid, entry) in &self.entries {
+            let reported = match &entry.state {
+                State::Up(_) => state(uid, WireState::Enrolled, String::new()),
+                State::Waiting(error) => state(uid, error.state(), error.to_string()),
+            };
+            states.insert(uid.clone(), reported);
+        }
+        let up = self.entries.values().filter(|e| matches!(e.state, State::Up(_))).count();
+        #[allow(clippy::cast_precision_loss, reason = "pods of a node are few")]
+        {
+            metrics::gauge!("workload_manager_active_proxy_count").set(up as f64);
+            metrics::gauge!("workload_manager_pending_proxy_count").set((self.entries.len() - up) as f64);
+        }
+        let states: Vec<PodState> = states.into_values().collect();
+        self.reports.send_if_modified(|last| {
+            let changed = *last != states;
+            *last = states;
+            changed
+        });
+    }
+
+    /// The identity the pod will need. A name that is none is told when a connection wants it.
+    fn identity_of(&self, pod: &LocalPod) -> Result<Identity, IdentityParseError> {
+        let world = self.deps.shared.store.snapshot();
+        world.workload(&pod.workload_uid).map_or_else(
+            || Identity::new(&self.deps.shared.config.trust_domain, &pod.namespace, &pod.service_account),
+            |w| w.identity(),
+        )
+    }
+
+    fn forget_identity(&self, pod: &LocalPod) {
+        let still = self
+            .deps
+            .registry
+            .pods()
+            .iter()
+            .any(|p| p.namespace == pod.namespace && p.service_account == pod.service_account);
+        if !still && let Ok(identity) = self.identity_of(pod) {
+            self.deps.shared.certs.forget(&identity);
+        }
+    }
+}
+
+fn state(uid: &str, state: WireState, reason: String) -> PodState {
+    PodState { uid: uid.to_owned(), state: state.into(), reason }
+}
+
+/// New addresses or options for a pod that is enrolled.
+async fn update(deps: &Deps, up: &Up, wanted: &Enrolment) -> Result<(), EnrolError> {
+    if wanted.addresses.is_empty() {
+        return Err(EnrolError::NoAddress);
+    }
+    up.pod.set_addresses(wanted.addresses.clone());
+    routing::ensure(&up.pod.netns, &deps.shared.config.proc_root, &wanted.addresses).await?;
+    Ok(deps.capture.enrol(up.pod.cookie, &pod_capture(wanted), up.phase)?)
+}
+
+/// The one namespace that is the pod's: the only one, or the only one that holds an address of it.
+fn choose(mut found: Vec<Found>, wanted: &Enrolment) -> Result<Found, EnrolError> {
+    if found.len() < 2 {
+        return found.pop().ok_or(EnrolError::NoProcess);
+    }
+    let count = found.len();
+    found.retain(|f| f.netns.holds_any(&wanted.addresses).unwrap_or(false));
+    match found.len() {
+        1 => found.pop().ok_or(EnrolError::NoProcess),
+        _ => Err(EnrolError::Ambiguous(count)),
+    }
+}
+
+fn families(wanted: &Enrolment, ipv6: bool) -> impl Iterator<Item = Family> {
+    let has = |family| wanted.addresses.iter().any(|a| Family::of(*a) == family);
+    let (v4, v6) = (has(Family::V4), has(Family::V6) && ipv6);
+    v4.then_some(Family::V4).into_iter().chain(v6.then_some(Family::V6))
+}
+
+const fn slots(family: Family) -> [(Slot, Role); 3] {
+    match family {
+        Family::V4 => [(Slot::Hbone4, Role::Hbone), (Slot::Out4, Role::Outbound), (Slot::In4, Role::Passthrough)],
+        Family::V6 => [(Slot::Hbone6, Role::Hbone), (Slot::Out6, Role::Outbound), (Slot::In6, Role::Passthrough)],
+    }
+}
+
+async fn find(finder: &Finder, wanted: &BTreeSet<String>) -> BTreeMap<String, Vec<Found>> {
+    if wanted.is_empty() {
+        return BTreeMap::new();
+    }
+    let (finder, wanted) = (finder.clone(), wanted.clone());
+    match tokio::task::spawn_blocking(move || finder.find(&wanted)).await {
+        Ok(Ok(found)) => found,
+        Ok(Err(error)) => {
+            tracing::error!(%error, "listing processes; no pod can be found");
+            BTreeMap::new()
+        }
+        Err(_) => BTreeMap::new(),
+    }
+}
+
+/// Resolves when no process of the pod is left in its namespace: the pod was deleted, not just taken out of the mesh.
+async fn until_gone(finder: &Finder, pod: &LocalPod) {
+    let wanted = BTreeSet::from([pod.uid.clone()]);
+    loop {
+        let found = find(finder, &wanted).await;
+        let here = found.values().flatten().any(|f| f.netns.inode() == pod.netns.inode());
+        if !here {
+            return;
+        }
+        tokio::time::sleep(GONE_CHECK).await;
+    }
+}

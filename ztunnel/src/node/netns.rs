@@ -1,0 +1,188 @@
+//! The one place that enters a pod's network namespace: sockets, listeners, sysctls and netlink made there.
+//!
+//! A thread goes in, makes one thing, and comes back before anything else can run on it: no `.await` happens inside.
+//! A thread that could not come back would make every later socket in the wrong place, so that ends the process.
+
+use std::fs::File;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use ebpf_loader::abi::{MARK_BYPASS, MARK_LEG};
+use nix::sched::{CloneFlags, setns};
+use nix::sys::socket::{setsockopt, sockopt};
+use socket2::{Domain, Protocol, Socket, Type};
+
+/// Pending handshakes per listener; bounded again by net.core.somaxconn.
+const BACKLOG: i32 = 4096;
+
+/// An open network namespace; holding it keeps the namespace alive.
+#[derive(Debug)]
+pub struct Netns {
+    file: OwnedFd,
+    /// Inode, the name by which two open files are known to be the same namespace.
+    inode: u64,
+    home: File,
+}
+
+/// What a listener is bound to besides the namespace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    #[must_use]
+    pub const fn of(ip: IpAddr) -> Self {
+        match ip {
+            IpAddr::V4(_) => Self::V4,
+            IpAddr::V6(_) => Self::V6,
+        }
+    }
+    const fn loopback(self) -> IpAddr {
+        match self {
+            Self::V4 => IpAddr::V4(Ipv4Addr::LOCALHOST),
+            Self::V6 => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        }
+    }
+}
+
+impl Netns {
+    /// Takes an open `/proc/PID/ns/net` whose inode the caller has verified.
+    ///
+    /// # Errors
+    /// When this process' own namespace cannot be opened.
+    pub fn new(file: OwnedFd, inode: u64) -> io::Result<Self> {
+        // The thread's, not the process': they are the same here, as threads always come back.
+        Ok(Self { file, inode, home: File::open("/proc/thread-self/ns/net")? })
+    }
+
+    #[must_use]
+    pub const fn inode(&self) -> u64 {
+        self.inode
+    }
+
+    #[must_use]
+    pub fn file(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    /// Runs `make` with the thread inside the namespace. It must not block for long: a data path thread may run it.
+    ///
+    /// # Errors
+    /// Those of `setns` (CAP_SYS_ADMIN) and of `make`.
+    pub fn enter<T>(&self, make: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        setns(&self.file, CloneFlags::CLONE_NEWNET)?;
+        let made = make();
+        if let Err(errno) = setns(&self.home, CloneFlags::CLONE_NEWNET) {
+            tracing::error!(%errno, "thread is stuck in a pod's network namespace; ending the process");
+            std::process::abort();
+        }
+        made
+    }
+
+    /// A group of listeners on one loopback port, one per worker, that can answer for any address.
+    ///
+    /// Port 0 never clashes with the application, and loopback is reachable from outside only by the steering.
+    ///
+    /// # Errors
+    /// Those of the socket calls; CAP_NET_ADMIN or CAP_NET_RAW is needed for a transparent socket.
+    pub fn listeners(&self, family: Family, count: usize) -> io::Result<Vec<std::net::TcpListener>> {
+        self.enter(|| {
+            let mut address = SocketAddr::new(family.loopback(), 0);
+            (0..count.max(1))
+                .map(|_| {
+                    let socket = tcp(family)?;
+                    transparent(&socket, family)?;
+                    // Balances new connections over the workers; the kernel applies it after the steering as well.
+                    socket.set_reuse_port(true)?;
+                    socket.bind(&address.into())?;
+                    socket.listen(BACKLOG)?;
+                    let listener = std::net::TcpListener::from(socket);
+                    address = listener.local_addr()?;
+                    Ok(listener)
+                })
+                .collect()
+        })
+    }
+
+    /// A socket for a connection of ztunnel's own from the pod: never captured, `source` as its address.
+    ///
+    /// # Errors
+    /// Those of the socket calls.
+    pub fn outgoing(&self, source: IpAddr) -> io::Result<Socket> {
+        let socket = self.enter(|| tcp(Family::of(source)))?;
+        socket.set_mark(MARK_BYPASS)?;
+        setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
+        socket.bind(&SocketAddr::new(source, 0).into())?;
+        Ok(socket)
+    }
+
+    /// A socket for the last leg to the application, which shall see `client` as the peer.
+    ///
+    /// Mark and device lead the packets (and, by `tcp_fwmark_accept`, the answers) over lo, where the steering lets
+    /// them pass to the application's own listener.
+    ///
+    /// # Errors
+    /// Those of the socket calls.
+    pub fn app_leg(&self, client: IpAddr) -> io::Result<Socket> {
+        let family = Family::of(client);
+        let socket = self.enter(|| {
+            let socket = tcp(family)?;
+            // The device is looked up by name in the namespace of the socket; inside is where the two agree anyway.
+            socket.bind_device(Some(b"lo"))?;
+            Ok(socket)
+        })?;
+        transparent(&socket, family)?;
+        socket.set_mark(MARK_LEG)?;
+        setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
+        socket.bind(&SocketAddr::new(client, 0).into())?;
+        Ok(socket)
+    }
+
+    /// Writes a sysctl below `/proc/sys/net`, which shows the namespace of the thread that opens it.
+    ///
+    /// # Errors
+    /// Those of opening and writing the file.
+    pub fn set_sysctl(&self, proc_root: &Path, name: &str, value: &str) -> io::Result<()> {
+        self.enter(|| {
+            let path = proc_root.join("sys/net").join(name);
+            if std::fs::read_to_string(&path)?.trim() == value {
+                return Ok(());
+            }
+            std::fs::write(&path, value)
+        })
+    }
+
+    /// Is any of `addresses` configured in this namespace?
+    ///
+    /// # Errors
+    /// Those of `setns`; an address that is not here is no error.
+    pub fn holds_any(&self, addresses: &[IpAddr]) -> io::Result<bool> {
+        self.enter(|| {
+            Ok(addresses.iter().any(|ip| {
+                // Binding is the cheapest question: it fails for addresses that are not local.
+                tcp(Family::of(*ip)).and_then(|s| s.bind(&SocketAddr::new(*ip, 0).into())).is_ok()
+            }))
+        })
+    }
+}
+
+fn tcp(family: Family) -> io::Result<Socket> {
+    let domain = match family {
+        Family::V4 => Domain::IPV4,
+        Family::V6 => Domain::IPV6,
+    };
+    let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_nonblocking(true)?;
+    Ok(socket)
+}
+
+fn transparent(socket: &Socket, family: Family) -> io::Result<()> {
+    match family {
+        Family::V4 => socket.set_ip_transparent_v4(true),
+        Family::V6 => socket.set_ip_transparent_v6(true),
+    }
+}

@@ -1,0 +1,163 @@
+//! Rules and routes inside a pod's namespace that turn marked TCP towards lo, set and removed over rtnetlink.
+//!
+//! Everything is idempotent: `ensure` is also the repair when something in the pod has flushed the rules. The rules
+//! stay behind the `local` table, so the pod's own addresses and 127/8 are never touched.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::Path;
+
+use ebpf_loader::abi::{MARK_CAPTURE, MARK_MASK, ROUTE_TABLE, RULE_PREF_TCP};
+use rtnetlink::packet_route::AddressFamily;
+use rtnetlink::packet_route::IpProtocol;
+use rtnetlink::packet_route::route::{RouteMessage, RouteScope, RouteType};
+use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
+use rtnetlink::{Handle, RouteMessageBuilder};
+use thiserror::Error;
+
+use super::netns::{Family, Netns};
+
+/// Lets the application's answer on the last leg carry the mark of the request; serves IPv6 as well.
+const FWMARK_ACCEPT: &str = "ipv4/tcp_fwmark_accept";
+
+/// The kernel said no.
+#[derive(Debug, Error)]
+pub enum RoutingError {
+    #[error("opening netlink in the pod's namespace: {0}")]
+    Open(#[source] io::Error),
+    #[error("setting sysctl net/{FWMARK_ACCEPT} in the pod's namespace (is /proc/sys writable?): {0}")]
+    Sysctl(#[source] io::Error),
+    #[error("{what}: {source}")]
+    Netlink { what: &'static str, source: rtnetlink::Error },
+    #[error("the pod has no address yet")]
+    NoAddress,
+}
+
+/// Makes marked TCP of the pod go to lo. `addresses` are the pod's; the first of a family becomes the source address.
+///
+/// # Errors
+/// The step that was refused.
+pub async fn ensure(netns: &Netns, proc_root: &Path, addresses: &[IpAddr]) -> Result<(), RoutingError> {
+    if addresses.is_empty() {
+        return Err(RoutingError::NoAddress);
+    }
+    netns.set_sysctl(proc_root, FWMARK_ACCEPT, "1").map_err(RoutingError::Sysctl)?;
+    let link = Link::open(netns)?;
+    for source in sources(addresses) {
+        link.ensure_route(source).await?;
+        link.ensure_rule(Family::of(source)).await?;
+    }
+    Ok(())
+}
+
+/// Takes back what [`ensure`] did, in the opposite order. What is gone already is no error.
+///
+/// # Errors
+/// The step that was refused.
+pub async fn remove(netns: &Netns, proc_root: &Path, addresses: &[IpAddr]) -> Result<(), RoutingError> {
+    let link = Link::open(netns)?;
+    for source in sources(addresses) {
+        link.remove_rule(Family::of(source)).await?;
+        link.remove_route(source).await?;
+    }
+    netns.set_sysctl(proc_root, FWMARK_ACCEPT, "0").map_err(RoutingError::Sysctl)
+}
+
+/// The first address of each family: `local` routes take source = destination unless told otherwise.
+fn sources(addresses: &[IpAddr]) -> impl Iterator<Item = IpAddr> + '_ {
+    let v4 = addresses.iter().find(|a| a.is_ipv4());
+    let v6 = addresses.iter().find(|a| a.is_ipv6());
+    v4.into_iter().chain(v6).copied()
+}
+
+/// A netlink socket that was made inside the pod's namespace, with the task that serves it.
+struct Link {
+    handle: Handle,
+    task: tokio::task::JoinHandle<()>,
+    lo: u32,
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Link {
+    fn open(netns: &Netns) -> Result<Self, RoutingError> {
+        let ((connection, handle, _), lo) = netns
+            .enter(|| Ok((rtnetlink::new_connection()?, nix::net::if_::if_nametoindex("lo")?)))
+            .map_err(RoutingError::Open)?;
+        // Ended by the drop of `Link`.
+        let task = tokio::spawn(connection);
+        Ok(Self { handle, task, lo })
+    }
+
+    fn route(&self, source: IpAddr) -> RouteMessage {
+        match source {
+            IpAddr::V4(ip) => RouteMessageBuilder::<Ipv4Addr>::new()
+                .table_id(ROUTE_TABLE)
+                .kind(RouteType::Local)
+                .scope(RouteScope::Host)
+                .output_interface(self.lo)
+                .pref_source(ip)
+                .build(),
+            IpAddr::V6(ip) => RouteMessageBuilder::<Ipv6Addr>::new()
+                .table_id(ROUTE_TABLE)
+                .kind(RouteType::Local)
+                .scope(RouteScope::Universe)
+                .output_interface(self.lo)
+                .pref_source(ip)
+                .build(),
+        }
+    }
+
+    async fn ensure_route(&self, source: IpAddr) -> Result<(), RoutingError> {
+        let request = self.handle.route().add(self.route(source)).replace();
+        tolerate(request.execute().await, libc::EEXIST).map_err(|source| RoutingError::Netlink {
+            what: "adding the route of captured connections (does the namespace hold the pod's address?)",
+            source,
+        })
+    }
+
+    async fn remove_route(&self, source: IpAddr) -> Result<(), RoutingError> {
+        tolerate(self.handle.route().del(self.route(source)).execute().await, libc::ESRCH)
+            .map_err(|source| RoutingError::Netlink { what: "removing the route of captured connections", source })
+    }
+
+    async fn ensure_rule(&self, family: Family) -> Result<(), RoutingError> {
+        let mut request = self.handle.rule().add();
+        *request.message_mut() = rule(family);
+        tolerate(request.execute().await, libc::EEXIST)
+            .map_err(|source| RoutingError::Netlink { what: "adding the rule of captured connections", source })
+    }
+
+    async fn remove_rule(&self, family: Family) -> Result<(), RoutingError> {
+        tolerate(self.handle.rule().del(rule(family)).execute().await, libc::ENOENT)
+            .map_err(|source| RoutingError::Netlink { what: "removing the rule of captured connections", source })
+    }
+}
+
+fn rule(family: Family) -> RuleMessage {
+    let mut message = RuleMessage::default();
+    message.header.family = match family {
+        Family::V4 => AddressFamily::Inet,
+        Family::V6 => AddressFamily::Inet6,
+    };
+    message.header.action = RuleAction::ToTable;
+    message.attributes = vec![
+        RuleAttribute::Priority(RULE_PREF_TCP),
+        RuleAttribute::FwMark(MARK_CAPTURE & MARK_MASK),
+        RuleAttribute::FwMask(MARK_MASK),
+        RuleAttribute::IpProtocol(IpProtocol::Tcp),
+        RuleAttribute::Table(ROUTE_TABLE),
+    ];
+    message
+}
+
+fn tolerate(result: Result<(), rtnetlink::Error>, errno: i32) -> Result<(), rtnetlink::Error> {
+    match result {
+        Err(rtnetlink::Error::NetlinkError(e)) if e.code.is_some_and(|c| c.get() == -errno) => Ok(()),
+        other => other,
+    }
+}

@@ -1,0 +1,133 @@
+//! One captured connection that leaves a pod, from original destination to last byte.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use mesh::hbone::{ConnectHeaders, HboneStream, PoolKey, TraceParent};
+use mesh::net::OriginalDst;
+use mesh::policy::{self, authorize};
+use mesh::telemetry::access::{self, Connection, Direction, Failure, Security, TcpRecord};
+use tokio::net::TcpStream;
+
+use crate::ending::Ending;
+use crate::node::pod::{Facts, Tracked, Transport, Way};
+use crate::resolve::{self, NoRoute, Route, Tunnel, Via};
+use crate::worker::{Local, Place, baggage, copy, party, service_labels};
+
+/// Serves what the pod's application sent to `dst`.
+pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, dst: SocketAddr) {
+    if at.is_self_call(dst) {
+        return access::refused(Direction::Outbound, client, dst, &"the proxy's own listener was dialled");
+    }
+    let source = match at.local().await {
+        Ok(local) => local,
+        Err(ending) => return access::refused(Direction::Outbound, client, dst, &ending),
+    };
+    let route = resolve::outbound(&source.world, &source.workload, OriginalDst(dst), &mut rand::rng());
+    let record = TcpRecord::open(describe(&source, client, dst, &route));
+    let captured = Captured { stream, client, dst };
+    let outcome = Box::pin(forward(&at, &source, route, captured, &record)).await;
+    record.close(outcome.map_err(Failure::from));
+}
+
+/// A connection as it was taken from the application.
+struct Captured {
+    stream: TcpStream,
+    client: SocketAddr,
+    dst: SocketAddr,
+}
+
+async fn forward(
+    at: &Arc<Place>,
+    source: &Local,
+    route: Result<Route, NoRoute>,
+    captured: Captured,
+    record: &TcpRecord,
+) -> Result<(), Ending> {
+    let route = route?;
+    let Captured { stream, client, dst } = captured;
+    // Tuning only fails on a socket that is gone, which the copy will say better.
+    let _ = mesh::net::tune(&stream);
+    let to_self = at.pod.addresses().contains(&route.next_hop.ip());
+    let tracked = Tracked::open(
+        &at.pod,
+        Facts {
+            way: Way::Outbound,
+            src: client,
+            original_dst: dst,
+            actual_dst: route.next_hop,
+            protocol: if route.tunnel.is_some() { Transport::Hbone } else { Transport::Tcp },
+            authorized_as: None,
+        },
+    );
+    let bytes = record.bytes();
+    match &route.tunnel {
+        Some(tunnel) if to_self => {
+            let upstream = hairpin(at, source, client, tunnel).await?;
+            copy(&tracked, &at.pod, &bytes, stream, upstream).await
+        }
+        Some(tunnel) => {
+            let upstream = open_tunnel(at, source, &route, tunnel, client).await?;
+            copy(&tracked, &at.pod, &bytes, stream, upstream).await
+        }
+        None => {
+            let upstream = at.dial_plain(route.next_hop).await?;
+            copy(&tracked, &at.pod, &bytes, stream, upstream).await
+        }
+    }
+}
+
+/// A stream to the route's authority inside an mTLS connection to its next hop.
+async fn open_tunnel(
+    at: &Place,
+    source: &Local,
+    route: &Route,
+    tunnel: &Tunnel,
+    client: SocketAddr,
+) -> Result<HboneStream, Ending> {
+    let to = route.next_hop;
+    let local = at.pod.address_like(to.ip()).ok_or(Ending::NoSource(to))?;
+    let cert = at.certificate(source).await?;
+    let key = PoolKey::new(source.identity.clone(), tunnel.expected.clone(), to, local);
+    let headers = ConnectHeaders {
+        baggage: Some(baggage(&source.workload)),
+        forwarded_for: Some(client),
+        forwarded_host: route.service.as_ref().map(|s| s.hostname.clone()),
+        traceparent: Some(TraceParent::random()),
+        ..ConnectHeaders::default()
+    };
+    let opened = at.pool.connect(key, &cert, || at.dial(local, to), &tunnel.authority, &headers).await;
+    opened.map(|t| t.stream).map_err(|source| Ending::Tunnel { to, source })
+}
+
+/// A pod that calls its own service and is chosen itself. Its port 15008 cannot be dialled from inside (the steering
+/// lets calls of a pod to itself pass), so policy is asked here, as the inbound side would, and the application dialled.
+async fn hairpin(at: &Place, own: &Local, client: SocketAddr, tunnel: &Tunnel) -> Result<TcpStream, Ending> {
+    let here = at.pod.address_like(client.ip()).ok_or(Ending::NoSource(client))?;
+    let here = match &tunnel.authority {
+        mesh::hbone::Authority::Ip(to) => to.ip(),
+        mesh::hbone::Authority::Host { .. } => here,
+    };
+    let to = resolve::inbound(&own.world, &own.workload, here, &tunnel.authority)?;
+    let asked = policy::Connection { source: Some(own.identity.clone()), source_ip: here, destination: to };
+    let _permit = authorize(own.world.policies_for(&own.workload), &asked)?;
+    at.dial_plain(to).await
+}
+
+fn describe(source: &Local, client: SocketAddr, dst: SocketAddr, route: &Result<Route, NoRoute>) -> Connection {
+    let route = route.as_ref().ok();
+    let tunnel = route.and_then(|r| r.tunnel.as_ref());
+    let destination = route.and_then(|r| r.destination.as_ref());
+    Connection {
+        direction: Direction::Outbound,
+        source_addr: client,
+        destination_addr: route.map_or(dst, |r| r.next_hop),
+        hbone_addr: tunnel.map(|t| t.authority.to_string().into()),
+        source: party(&source.workload, tunnel.map(|_| &source.identity)),
+        destination: destination.map(|d| party(d, tunnel.and_then(|t| t.expected.first()))).unwrap_or_default(),
+        service: route
+            .filter(|r| r.via != Via::Passthrough || r.service.is_some())
+            .and_then(|r| r.service.as_deref().map(service_labels)),
+        security: if tunnel.is_some() { Security::MutualTls } else { Security::Unknown },
+    }
+}

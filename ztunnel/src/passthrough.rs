@@ -1,0 +1,89 @@
+//! Plaintext that arrives for a pod: policy is asked without an identity, so whatever demands one says no here.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh::model::Workload;
+use mesh::policy::{self, authorize};
+use mesh::telemetry::access::{self, Connection, Direction, Failure, Security, TcpRecord};
+use tokio::net::TcpStream;
+
+use crate::ending::Ending;
+use crate::inbound::log_decision;
+use crate::node::pod::{Facts, Tracked, Transport, Way};
+use crate::resolve;
+use crate::worker::{Local, Place, copy, party, service_labels};
+
+/// Serves one plain connection to the pod's application at `app`.
+pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, app: SocketAddr) {
+    if at.is_self_call(app) {
+        return access::refused(Direction::Inbound, client, app, &"the proxy's own listener was dialled");
+    }
+    let Local { world, workload: local, .. } = match at.local().await {
+        Ok(local) => local,
+        Err(ending) => {
+            access::refused(Direction::Inbound, client, app, &ending);
+            return reset(&stream);
+        }
+    };
+    let source = world.workload_by_ip(&local.network, client.ip());
+    let record = TcpRecord::open(Connection {
+        direction: Direction::Inbound,
+        source_addr: client,
+        destination_addr: app,
+        hbone_addr: None,
+        source: source.map(|w| party(w, None)).unwrap_or_default(),
+        destination: party(&local, None),
+        service: resolve::inbound_service(&world, &local, app.port(), None).map(|s| service_labels(s)),
+        security: Security::Unknown,
+    });
+    let outcome = Box::pin(forward(&at, &local, stream, client, app, &record)).await;
+    record.close(outcome.map_err(Failure::from));
+}
+
+async fn forward(
+    at: &Arc<Place>,
+    local: &Workload,
+    stream: TcpStream,
+    client: SocketAddr,
+    app: SocketAddr,
+    record: &TcpRecord,
+) -> Result<(), Ending> {
+    let asked = policy::Connection { source: None, source_ip: client.ip(), destination: app };
+    // In the table before policy is asked: a policy that changes in between finds the connection there.
+    let tracked = Tracked::open(
+        &at.pod,
+        Facts {
+            way: Way::Inbound,
+            src: client,
+            original_dst: app,
+            actual_dst: app,
+            protocol: Transport::Tcp,
+            authorized_as: Some(asked.clone()),
+        },
+    );
+    let connected = async {
+        let world = at.shared.store.snapshot();
+        let permit = authorize(world.policies_for(local), &asked)?;
+        log_decision(at, &asked, permit.allowed_by());
+        at.dial_app(client.ip(), app).await
+    };
+    match connected.await {
+        Ok(upstream) => {
+            // Tuning only fails on a socket that is gone, which the copy will say better.
+            let _ = mesh::net::tune(&stream);
+            copy(&tracked, &at.pod, &record.bytes(), stream, upstream).await
+        }
+        Err(ending) => {
+            reset(&stream);
+            Err(ending)
+        }
+    }
+}
+
+/// Makes the coming close a reset: the client learns at once, as from a port nobody listens on.
+fn reset(stream: &TcpStream) {
+    // Without it the close is an orderly one, which is no worse than late news.
+    let _ = socket2::SockRef::from(stream).set_linger(Some(Duration::ZERO));
+}

@@ -1,0 +1,70 @@
+//! What this process may do, checked once at start: a missing capability shall be named before a pod depends on it.
+
+use std::fmt;
+use std::fs;
+use std::io;
+
+/// A capability ztunnel needs, its bit in `CapEff`, and what for.
+const NEEDED: [(&str, u32, &str); 5] = [
+    ("CAP_BPF", 39, "load the capture programs"),
+    ("CAP_NET_ADMIN", 12, "attach them, set rules, routes and socket marks in pods"),
+    ("CAP_SYS_ADMIN", 21, "enter pods' network namespaces"),
+    ("CAP_SYS_PTRACE", 19, "find pods' network namespaces under /proc"),
+    ("CAP_NET_RAW", 13, "open transparent sockets"),
+];
+
+/// The capabilities this process lacks.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Missing(Vec<(&'static str, &'static str)>);
+
+impl fmt::Display for Missing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "missing capabilities:")?;
+        for (name, purpose) in &self.0 {
+            write!(f, "\n  - {name} to {purpose}")?;
+        }
+        write!(f, "\nrun as root, or add them under securityContext.capabilities.add of the ztunnel DaemonSet")
+    }
+}
+
+impl std::error::Error for Missing {}
+
+/// Looks at this process' effective capabilities.
+///
+/// # Errors
+/// The ones that are missing, all of them.
+pub fn check() -> anyhow::Result<()> {
+    let status = fs::read_to_string("/proc/self/status")?;
+    Ok(check_status(effective(&status).ok_or_else(|| io::Error::other("no CapEff in /proc/self/status"))?)?)
+}
+
+fn effective(status: &str) -> Option<u64> {
+    let line = status.lines().find_map(|l| l.strip_prefix("CapEff:"))?;
+    u64::from_str_radix(line.trim(), 16).ok()
+}
+
+fn check_status(capabilities: u64) -> Result<(), Missing> {
+    let missing: Vec<_> = NEEDED
+        .iter()
+        .filter(|(_, bit, _)| capabilities & (1 << bit) == 0)
+        .map(|(name, _, purpose)| (*name, *purpose))
+        .collect();
+    if missing.is_empty() { Ok(()) } else { Err(Missing(missing)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_every_missing_capability_and_the_cure() {
+        let all = effective("Name:\tx\nCapEff:\t000001ffffffffff\n").unwrap();
+        assert_eq!(check_status(all), Ok(()));
+        let text = check_status(all & !(1 << 39) & !(1 << 19)).unwrap_err().to_string();
+        assert!(
+            text.contains("CAP_BPF") && text.contains("CAP_SYS_PTRACE") && text.contains("securityContext"),
+            "{text}"
+        );
+        assert!(!text.contains("CAP_NET_RAW"), "{text}");
+    }
+}

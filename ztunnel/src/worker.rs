@@ -1,0 +1,363 @@
+//! The data path's threads: each has a single-threaded runtime, accepts its own share of every pod's connections and
+//! keeps them to the end. Nothing a worker owns is touched by another; shared state is read through snapshots.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use mesh::hbone::{Baggage, H2Settings, Pool, PoolSettings};
+use mesh::identity::{CertificateManager, Identity, WorkloadCertificate};
+use mesh::model::{Workload, WorkloadType};
+use mesh::net::{PeerAddr, canonical};
+use mesh::serve::{accept_loop, copy_bidirectional};
+use mesh::store::{Snapshot, Store};
+use mesh::telemetry::ByteCounts;
+use mesh::telemetry::access::{Party, ServiceLabels};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use crate::config::Config;
+use crate::ending::Ending;
+use crate::node::netns::Family;
+use crate::node::pod::{LocalPod, Tracked};
+use crate::{inbound, outbound, passthrough};
+
+/// How long a connection waits for its own workload to arrive from the control plane.
+const WORKLOAD_WAIT: Duration = Duration::from_secs(5);
+/// How long the other side of a TCP handshake may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Pods handed to a worker that it has not taken yet; the control side waits when full.
+const QUEUE: usize = 64;
+
+/// What all workers read.
+#[derive(Clone)]
+pub struct Shared {
+    pub config: Arc<Config>,
+    pub store: Arc<Store>,
+    pub certs: CertificateManager,
+}
+
+/// What a listener's connections are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    Outbound,
+    Passthrough,
+    Hbone,
+}
+
+/// A pod's listeners for one worker.
+pub struct Assignment {
+    pub pod: Arc<LocalPod>,
+    pub listeners: Vec<(Role, std::net::TcpListener)>,
+}
+
+/// The worker threads; dropping this ends them.
+pub struct Workers {
+    queues: Vec<mpsc::Sender<Assignment>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Workers {
+    /// Starts `shared.config.worker_threads` threads.
+    ///
+    /// # Errors
+    /// When a thread or its runtime cannot be made.
+    pub fn start(shared: &Shared) -> io::Result<Self> {
+        let mut workers = Self { queues: Vec::new(), threads: Vec::new() };
+        for n in 0..shared.config.worker_threads {
+            let (queue, jobs) = mpsc::channel(QUEUE);
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let shared = shared.clone();
+            let thread = std::thread::Builder::new()
+                .name(format!("worker-{n}"))
+                .spawn(move || runtime.block_on(run(shared, jobs)))?;
+            workers.queues.push(queue);
+            workers.threads.push(thread);
+        }
+        Ok(workers)
+    }
+
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.queues.len()
+    }
+
+    /// Gives every worker its listeners of a pod.
+    pub async fn assign(&self, pod: &Arc<LocalPod>, listeners: Vec<Vec<(Role, std::net::TcpListener)>>) {
+        for (queue, listeners) in self.queues.iter().zip(listeners) {
+            // A worker ends only when this handle is dropped.
+            let _ = queue.send(Assignment { pod: pod.clone(), listeners }).await;
+        }
+    }
+
+    /// Ends the threads. Pods must have been drained; what is open still is dropped.
+    pub fn stop(self) {
+        drop(self.queues);
+        for thread in self.threads {
+            if thread.join().is_err() {
+                tracing::error!("a worker thread panicked");
+            }
+        }
+    }
+}
+
+async fn run(shared: Shared, mut jobs: mpsc::Receiver<Assignment>) {
+    let mut pods = JoinSet::new();
+    loop {
+        tokio::select! {
+            job = jobs.recv() => match job {
+                Some(job) => { pods.spawn(serve_pod(shared.clone(), job)); }
+                None => return,
+            },
+            Some(ended) = pods.join_next() => {
+                if let Err(error) = ended {
+                    tracing::error!(%error, "serving a pod");
+                }
+            }
+        }
+    }
+}
+
+/// One pod on one worker, until the pod's drain has ended.
+async fn serve_pod(shared: Shared, job: Assignment) {
+    let pool = Pool::new(PoolSettings {
+        h2: h2_settings(&shared.config),
+        max_streams: u32::try_from(shared.config.pool_max_streams).unwrap_or(u32::MAX),
+        unused_release: shared.config.pool_idle,
+        connect_timeout: CONNECT_TIMEOUT,
+        ..PoolSettings::default()
+    });
+    let at = Arc::new(Place { shared, pod: job.pod, pool });
+    let mut loops = JoinSet::new();
+    for (role, listener) in job.listeners {
+        let listener = match TcpListener::from_std(listener) {
+            Ok(listener) => listener,
+            Err(error) => {
+                tracing::error!(%error, pod = %at.pod.name, "a listener cannot be registered");
+                continue;
+            }
+        };
+        let drain = at.pod.drain.clone();
+        match role {
+            Role::Outbound => loops.spawn(accept_loop(listener, drain, handler(&at, outbound::serve))),
+            Role::Passthrough => loops.spawn(accept_loop(listener, drain, handler(&at, passthrough::serve))),
+            Role::Hbone => loops.spawn(accept_loop(listener, drain, handler(&at, inbound::serve))),
+        };
+    }
+    while loops.join_next().await.is_some() {}
+    at.pool.drain(&at.pod.drain).await;
+}
+
+/// Turns a path function into what the accept loop calls.
+fn handler<F, Fut>(at: &Arc<Place>, serve: F) -> impl Fn(TcpStream, PeerAddr) -> Fut + use<F, Fut>
+where
+    F: Fn(Arc<Place>, TcpStream, SocketAddr, SocketAddr) -> Fut,
+    Fut: Future<Output = ()> + Send + 'static,
+{
+    let at = at.clone();
+    move |stream, peer| {
+        // A socket that cannot name its own end is closed already; the unspecified address has no route.
+        let here = stream.local_addr().map_or_else(|_| SocketAddr::from(([0, 0, 0, 0], 0)), canonical);
+        serve(at.clone(), stream, canonical(peer.0), here)
+    }
+}
+
+/// HTTP/2 as configured.
+#[must_use]
+pub fn h2_settings(config: &Config) -> H2Settings {
+    H2Settings {
+        stream_window: config.stream_window,
+        connection_window: config.connection_window,
+        frame_size: config.frame_size,
+        ..H2Settings::default()
+    }
+}
+
+/// The pod's own workload at one moment, with the snapshot everything about one connection is decided on.
+pub struct Local {
+    pub world: Arc<Snapshot>,
+    pub workload: Arc<Workload>,
+    pub identity: Identity,
+}
+
+/// Where a connection is served: a pod, on a worker.
+pub struct Place {
+    pub shared: Shared,
+    pub pod: Arc<LocalPod>,
+    /// Tunnels of this pod that this worker opened.
+    pub pool: Pool,
+}
+
+impl Place {
+    /// Was one of our own loopback listeners dialled from inside the pod? Then the connection is to be closed.
+    #[must_use]
+    pub fn is_self_call(&self, here: SocketAddr) -> bool {
+        let own = self.pod.is_own_listener(here);
+        if own {
+            metrics::counter!("ztunnel_self_connections_total").increment(1);
+        }
+        own
+    }
+
+    /// The pod's workload as the control plane describes it.
+    ///
+    /// # Errors
+    /// When it does not arrive within five seconds, or is not the one that was enrolled here.
+    pub async fn local(&self) -> Result<Local, Ending> {
+        let find = || {
+            let world = self.shared.store.snapshot();
+            let workload = world.workload(&self.pod.workload_uid).cloned();
+            workload.map(|w| (world, w))
+        };
+        let (world, workload) = match find() {
+            Some(found) => found,
+            None => {
+                let mut changes = self.shared.store.watch();
+                let arrival = async {
+                    loop {
+                        if let Some(found) = find() {
+                            return Some(found);
+                        }
+                        changes.changed().await.ok()?;
+                    }
+                };
+                tokio::time::timeout(WORKLOAD_WAIT, arrival)
+                    .await
+                    .ok()
+                    .flatten()
+                    .ok_or_else(|| Ending::UnknownWorkload(self.pod.workload_uid.to_string()))?
+            }
+        };
+        let pod = &self.pod;
+        if pod.namespace != workload.namespace || pod.service_account != workload.service_account {
+            return Err(Ending::WorkloadMismatch {
+                workload: workload.uid.to_string(),
+                found: format!("{}/{}", workload.namespace, workload.service_account),
+                enrolled: format!("{}/{}", pod.namespace, pod.service_account),
+            });
+        }
+        let identity =
+            workload.identity().map_err(|source| Ending::BadIdentity { workload: workload.uid.to_string(), source })?;
+        Ok(Local { world, workload, identity })
+    }
+
+    /// # Errors
+    /// When the certificate source has none for the workload.
+    pub async fn certificate(&self, local: &Local) -> Result<Arc<WorkloadCertificate>, Ending> {
+        Ok(self.shared.certs.get(&local.identity).await?)
+    }
+
+    /// A TCP connection of ztunnel's own from the pod to `to`, never captured.
+    ///
+    /// # Errors
+    /// Those of the socket calls, as they are.
+    pub async fn dial(&self, source: std::net::IpAddr, to: SocketAddr) -> io::Result<TcpStream> {
+        connect(self.pod.netns.outgoing(source)?, to).await
+    }
+
+    /// [`Self::dial`] with the pod's address and a deadline, for plain connections.
+    ///
+    /// # Errors
+    /// What stopped it.
+    pub async fn dial_plain(&self, to: SocketAddr) -> Result<TcpStream, Ending> {
+        let source = self.pod.address_like(to.ip()).ok_or(Ending::NoSource(to))?;
+        in_time(to, self.dial(source, to)).await
+    }
+
+    /// The last leg: to the application at `to`, with the client's address as the source.
+    ///
+    /// # Errors
+    /// What stopped it; refused by the application most of all.
+    pub async fn dial_app(&self, client: std::net::IpAddr, to: SocketAddr) -> Result<TcpStream, Ending> {
+        // A call of the pod to itself already has the right source, and would not come back over lo.
+        let keep_source = client != to.ip() && Family::of(client) == Family::of(to.ip());
+        if !keep_source {
+            return self.dial_plain(to).await;
+        }
+        let leg = async { connect(self.pod.netns.app_leg(client)?, to).await };
+        in_time(to, leg).await
+    }
+}
+
+async fn in_time(to: SocketAddr, dial: impl Future<Output = io::Result<TcpStream>>) -> Result<TcpStream, Ending> {
+    match tokio::time::timeout(CONNECT_TIMEOUT, dial).await {
+        Ok(Ok(stream)) => Ok(stream),
+        Ok(Err(source)) => Err(Ending::Connect { to, source }),
+        Err(_) => Err(Ending::ConnectTimeout { to, seconds: CONNECT_TIMEOUT.as_secs() }),
+    }
+}
+
+async fn connect(socket: socket2::Socket, to: SocketAddr) -> io::Result<TcpStream> {
+    let stream = TcpSocket::from_std_stream(socket.into()).connect(to).await?;
+    mesh::net::tune(&stream)?;
+    Ok(stream)
+}
+
+/// Moves bytes until both sides are done, policy no longer allows it, or the drain deadline has passed.
+///
+/// # Errors
+/// Which of those it was, unless both sides were done.
+pub async fn copy<A, B>(tracked: &Tracked, pod: &LocalPod, bytes: &ByteCounts, down: A, up: B) -> Result<(), Ending>
+where
+    A: mesh::net::ByteStream,
+    B: mesh::net::ByteStream,
+{
+    // Whichever branch wins, the others lose nothing: the streams are dropped, which resets what is not finished.
+    tokio::select! {
+        done = copy_bidirectional(down, up, bytes) => { done?; Ok(()) }
+        () = tracked.denied() => Err(Ending::DeniedLater),
+        () = pod.drain.cut() => Err(Ending::Drained),
+    }
+}
+
+/// How telemetry names a workload. The identity is given only where TLS proves it.
+#[must_use]
+pub fn party(workload: &Workload, principal: Option<&Identity>) -> Party {
+    let text = |t: &Arc<str>| (!t.is_empty()).then(|| t.clone());
+    Party {
+        workload: text(&workload.workload_name),
+        pod: text(&workload.name),
+        namespace: text(&workload.namespace),
+        canonical_service: text(&workload.canonical_name),
+        canonical_revision: text(&workload.canonical_revision),
+        cluster: text(&workload.cluster_id),
+        principal: principal.map(|p| p.to_string().into()),
+        region: text(&workload.locality.region),
+        zone: text(&workload.locality.zone),
+    }
+}
+
+/// How telemetry names a service.
+#[must_use]
+pub fn service_labels(service: &mesh::model::Service) -> ServiceLabels {
+    ServiceLabels {
+        hostname: service.hostname.clone(),
+        namespace: service.namespace.clone(),
+        name: service.name.clone(),
+    }
+}
+
+/// What a tunnel request or answer says about the workload behind it.
+#[must_use]
+pub fn baggage(workload: &Workload) -> Baggage {
+    let text = |t: &Arc<str>| (!t.is_empty()).then(|| t.clone());
+    let kind = match workload.workload_type {
+        WorkloadType::Deployment => "deployment",
+        WorkloadType::CronJob => "cronjob",
+        WorkloadType::Pod => "pod",
+        WorkloadType::Job => "job",
+    };
+    Baggage {
+        cluster: text(&workload.cluster_id),
+        namespace: text(&workload.namespace),
+        workload_type: Some(kind.into()),
+        workload: text(&workload.workload_name),
+        service: text(&workload.canonical_name),
+        revision: text(&workload.canonical_revision),
+        region: text(&workload.locality.region),
+        zone: text(&workload.locality.zone),
+    }
+}
