@@ -11,6 +11,7 @@ use axum::http::{StatusCode, header};
 use axum::routing::get;
 use mesh::clock::Clock;
 use mesh::drain::DrainWatcher;
+use mesh::net::PeerAddr;
 use mesh_proto::ads::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer;
 use mesh_proto::ca::istio_certificate_service_server::IstioCertificateServiceServer;
 use mesh_proto::enrolment::enrolment_service_server::EnrolmentServiceServer;
@@ -32,9 +33,13 @@ use crate::resources::{Acks, PodDirectory, ReportSink, ResourceStore};
 
 /// Requests carry the versions of all a returning client holds: about 100 bytes for each of 100,000 resources and more.
 const MAX_REQUEST: usize = 64 * 1024 * 1024;
+/// These two are read before the caller is known, so they are no larger than they need be.
+const MAX_CSR: usize = 64 * 1024;
+/// About 100 bytes for each pod of a node.
+const MAX_REPORT: usize = 1024 * 1024;
 /// A stranger gets this long to finish a TLS handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Handshakes at a time; further connections wait in the kernel's queue.
+/// Handshakes at a time; connections beyond are closed, and proxies come back by themselves.
 const MAX_HANDSHAKES: usize = 512;
 /// Streams of one connection. A proxy needs three.
 const MAX_STREAMS: u32 = 128;
@@ -149,8 +154,8 @@ pub async fn run(deps: Deps, listeners: Listeners, drain: DrainWatcher) -> anyho
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .max_concurrent_streams(MAX_STREAMS)
         .add_service(AggregatedDiscoveryServiceServer::new(discovery).max_decoding_message_size(MAX_REQUEST))
-        .add_service(IstioCertificateServiceServer::new(certificates))
-        .add_service(EnrolmentServiceServer::new(reports).max_decoding_message_size(MAX_REQUEST))
+        .add_service(IstioCertificateServiceServer::new(certificates).max_decoding_message_size(MAX_CSR))
+        .add_service(EnrolmentServiceServer::new(reports).max_decoding_message_size(MAX_REPORT))
         .serve_with_incoming_shutdown(ReceiverStream::new(incoming), {
             let drain = drain.clone();
             async move { drain.draining().await }
@@ -191,7 +196,7 @@ pub async fn run(deps: Deps, listeners: Listeners, drain: DrainWatcher) -> anyho
     }
 }
 
-/// Accepts connections and hands over those that finish a TLS handshake; garbage costs a bounded wait and a count.
+/// Hands over the connections that finish a TLS handshake; garbage costs a bounded wait and a count.
 async fn accept(
     listener: TcpListener,
     acceptor: TlsAcceptor,
@@ -199,27 +204,10 @@ async fn accept(
     drain: DrainWatcher,
 ) {
     let slots = Arc::new(Semaphore::new(MAX_HANDSHAKES));
-    let mut handshakes = JoinSet::new();
-    loop {
-        while handshakes.try_join_next().is_some() {}
-        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
-        let stream = tokio::select! {
-            accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => stream,
-                Err(error) => {
-                    // Out of file descriptors, or a peer that left early: neither is cured by trying at once.
-                    tracing::warn!(%error, "accepting a connection");
-                    tokio::time::sleep(Duration::from_millis(50)).await;
-                    continue;
-                }
-            },
-            () = drain.draining() => return,
-        };
-        let (acceptor, handshaken) = (acceptor.clone(), handshaken.clone());
-        handshakes.spawn(async move {
-            let _slot = slot;
-            let peer = stream.peer_addr().ok();
-            let _ = mesh::net::tune(&stream);
+    mesh::serve::accept_loop(listener, drain, move |stream, peer| {
+        let (acceptor, handshaken, slots) = (acceptor.clone(), handshaken.clone(), Arc::clone(&slots));
+        async move {
+            let Ok(_slot) = slots.try_acquire() else { return refused(peer, "too many handshakes at a time") };
             match tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
                 Ok(Ok(tls)) => {
                     // An error means that the server has ended, and with it this connection.
@@ -228,11 +216,12 @@ async fn accept(
                 Ok(Err(error)) => refused(peer, &error.to_string()),
                 Err(_) => refused(peer, "timed out"),
             }
-        });
-    }
+        }
+    })
+    .await;
 }
 
-fn refused(peer: Option<SocketAddr>, reason: &str) {
+fn refused(peer: PeerAddr, reason: &str) {
     metrics::counter!("pilot_tls_handshake_failures_total").increment(1);
     tracing::debug!(?peer, reason, "TLS handshake");
 }

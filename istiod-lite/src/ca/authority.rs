@@ -14,6 +14,7 @@ use rcgen::{
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer, PrivateKeyDer};
 use time::OffsetDateTime;
+use x509_parser::oid_registry::{OID_PKCS1_SHA1WITHRSA, OID_SHA1_WITH_RSA};
 use x509_parser::prelude::{FromDer as _, X509Certificate, X509CertificationRequest};
 
 /// Validity of the root this authority makes for itself.
@@ -265,6 +266,10 @@ fn proven_key(csr: &str) -> Result<SubjectPublicKeyInfo, SignError> {
         X509CertificationRequest::from_der(&der).map_err(|error| SignError::Unparsable(error.to_string()))?;
     if !rest.is_empty() {
         return Err(SignError::Unparsable("bytes after the request".into()));
+    }
+    // SHA-1 can be forged, and its verifier would take RSA keys of 1024 bits.
+    if [OID_PKCS1_SHA1WITHRSA, OID_SHA1_WITH_RSA].contains(&request.signature_algorithm.algorithm) {
+        return Err(SignError::UnsupportedKey);
     }
     request.verify_signature().map_err(|error| match error {
         x509_parser::error::X509Error::SignatureUnsupportedAlgorithm => SignError::UnsupportedKey,

@@ -408,6 +408,8 @@ async fn bad_signing_requests_are_named_as_such() {
         let refused = world.sign("shop/cart", bad).await.unwrap_err();
         assert_eq!(refused.code(), Code::InvalidArgument, "{refused:?}");
     }
+    let huge = IstioCertificateRequest { csr: "x".repeat(MAX_CSR), ..certificate_request(None) };
+    assert_eq!(world.sign("shop/cart", huge).await.unwrap_err().code(), Code::OutOfRange);
 }
 
 #[tokio::test]
@@ -497,4 +499,81 @@ async fn the_serving_certificate_is_for_the_service_names() {
     let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(&world.roots)).domain_name("other.example");
     let wrong = Endpoint::from_shared(format!("https://{}", world.grpc)).unwrap().tls_config(tls).unwrap();
     assert!(wrong.connect().await.is_err());
+}
+
+fn grpc_config(world: &World, token: &str) -> mesh::grpc::GrpcConfig {
+    mesh::grpc::GrpcConfig {
+        address: world.grpc.to_string(),
+        root_ca: mesh::grpc::RootCa::Pem(world.roots.clone()),
+        token: mesh::grpc::TokenSource::Literal(token.to_owned()),
+        headers: Vec::new(),
+        cluster_id: "Kubernetes".to_owned(),
+        alt_hostname: Some(SERVER_NAME.to_owned()),
+    }
+}
+
+#[tokio::test]
+async fn the_proxies_own_client_follows_rejects_and_acknowledges() {
+    let world = World::ready().await;
+    let store = mesh::store::Store::new();
+    let node = mesh::xds::NodeInfo {
+        role: mesh::xds::NodeRole::Ztunnel,
+        ip: None,
+        name: "zt-a".to_owned(),
+        namespace: "istio-system".to_owned(),
+        node_name: "node-b, says the client".to_owned(),
+        cluster_id: "Kubernetes".to_owned(),
+        metadata: BTreeMap::new(),
+    };
+    let enrolled: Arc<Mutex<Vec<String>>> = Arc::default();
+    let handlers = vec![
+        mesh::xds::address_handler(Arc::clone(&store)),
+        mesh::xds::authorization_handler(Arc::clone(&store)),
+        mesh::xds::typed_handler(POD_ENROLMENT_TYPE, {
+            let enrolled = Arc::clone(&enrolled);
+            move |updated: Vec<(String, PodEnrolment)>, _removed| {
+                lock(&enrolled).extend(updated.into_iter().map(|(name, _)| name));
+                Vec::new()
+            }
+        }),
+    ];
+    let config = mesh::xds::XdsConfig { grpc: grpc_config(&world, "istio-system/zt-a"), node, on_demand: false };
+    let client = mesh::xds::XdsClient::new(config, handlers);
+    let mut synced = client.synced();
+    let (_trigger, drain) = drain::channel();
+    let running = tokio::spawn(client.run(drain));
+    timeout(PATIENCE, synced.wait_for(|synced| *synced)).await.expect("in time").unwrap();
+    assert!(store.snapshot().workload("db").is_some());
+    assert_eq!(*lock(&enrolled), ["shop/cart"]);
+
+    let mut content = World::content();
+    content.retain(|resource| &*resource.name != "db");
+    content.push(workload("late", "node-b", &[]));
+    // A name that is not that of its content: the client rejects it and applies the rest.
+    let mut bad = workload("bad", "node-b", &[]);
+    bad.name = "other".into();
+    content.push(bad);
+    let generation = world.store.publish(content);
+    assert!(world.acks.wait_acked(ADDRESS_TYPE, generation, PATIENCE).await);
+    let snapshot = store.snapshot();
+    assert!(snapshot.workload("late").is_some() && snapshot.workload("db").is_none());
+    assert!(snapshot.workload("bad").is_none() && snapshot.workload("other").is_none());
+    running.abort();
+}
+
+#[tokio::test]
+async fn the_proxies_own_ca_client_gets_certificates_for_its_node_only() {
+    use mesh::identity::{CaClient, CaConfig, CertificateSource as _, Identity, IdentityError};
+    let world = World::ready().await;
+    let client = |token: &str, impersonate| {
+        let channel = mesh::grpc::channel(grpc_config(&world, token)).unwrap();
+        let config = CaConfig { ttl: Duration::from_secs(3600), impersonate };
+        CaClient::new(channel, config, Clock::system())
+    };
+    let cart: Identity = "spiffe://cluster.local/ns/shop/sa/cart".parse().unwrap();
+    let certificate = client("istio-system/zt-a", true).fetch(&cart).await.unwrap();
+    assert_eq!(*certificate.identity(), cart);
+    client("shop/cart", false).fetch(&cart).await.unwrap();
+    let refused = client("istio-system/zt-b", true).fetch(&cart).await.expect_err("refused");
+    assert!(matches!(refused, IdentityError::Refused { .. }), "{refused}");
 }

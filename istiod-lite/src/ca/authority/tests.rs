@@ -148,3 +148,42 @@ fn a_chain_file_that_repeats_signer_and_root_is_sent_without_the_root() {
     let authority = Authority::from_material(&material).unwrap();
     assert_eq!(authority.intermediates.len(), 1);
 }
+
+/// RSA 1024 with SHA-1.
+const WEAK: &str = "\
+-----BEGIN CERTIFICATE REQUEST-----
+MIIBPzCBqQIBADAAMIGfMA0GCSqGSIb3DQEBAQUAA4GNADCBiQKBgQDIXwxGU2Lc
+9XCcOseGhT68e7rgudr5oefgurgW378lRIEvEQuvA/xWzAlA2mMrCdHfgBRCrXXM
+9vB7GaySpkWzhmOdqviW8v8R7OgSaDt4/b4Z6SIdZhnbqwD2mDJp3Iz1jeElCApj
+zOTn5O9s7P2tCVy7sH7bZrnfzo/PSp/D2QIDAQABoAAwDQYJKoZIhvcNAQEFBQAD
+gYEAl1VntxNoncKZxF16xbg+KCq+ZbOK+rLe1FC+L66u6Elxdkb1SzN/roCL6i47
+7gxO9RcmsgG7h//xY1Ib1O5fcQL0zQkEYL0qTPMYEqwSdi4j7MBWYQFz0vrkZmDd
+ULvTFa3oWz3KS/8mCJt8aOc+s8I0Mx6azDQJtZ9ZQlD3a6M=
+-----END CERTIFICATE REQUEST-----
+";
+
+/// RSA 2048 with SHA-256, as some clients ask for.
+const RSA: &str = "\
+-----BEGIN CERTIFICATE REQUEST-----
+MIICRTCCAS0CAQAwADCCASIwDQYJKoZIhvcNAQEBBQADggEPADCCAQoCggEBAL+8
+kyvq6gpLxjajbtq3c54KK4e25D5X6Mbzo0t48ZlADIAEZXL14m5H27teJRprkC4D
+yzLNWvjO0amRRlTsX50J/vP2GptorTur/+/iImhu44hqOL36A+ETAOu74Js35e0n
+O5fM7teeI/W1VkQ9Cp12J4HSrmI0m639wpE1ymYLIjeNgk+ibhaiel6F92w0+HRh
+OhsIXMTgU7lbXZeUawvixtJrkUWvvupyobdmLU6WtAM+kz7fWz3m2P1pFnbxzo/j
+1AymSeDF2mJajM0v7axY2kb9laPaiK/Tvizl68DPlyMWKk1zqlZOYw04g/kcX90x
+HiQlUszalroGrogxDaUCAwEAAaAAMA0GCSqGSIb3DQEBCwUAA4IBAQC22XHrjhHt
+1iEybTbfXIfP5qHdmzPbyI3sS9Axwt+tkxHeQBqykVdU+rIBbJ5FquaZ+qxKXADs
+cdVOpBzuDCrpz1XryIPnzkKy9+iAB7CtH5Q1398ZiBbvcRt8pbjBrN3eMmt7u0fp
+Fi+iKicfjP9+BtAYopSxOVb/aZ4iwsJp86W6fRF7wIVO3GcuyWorSywH4sujnjgw
+Y2BBKzYqtNrwDkvFhYUQ60jqprzaOzNf50r/UzT8SjrPrWbSMepbNmxfvyCwDAXl
+ZuBaNiTlmPWH/AY4NitRJLQG0ttAvo7doR8ho05fip42qadDryyLyvy+th/OZ31L
+Uz0LwQRJuCKC
+-----END CERTIFICATE REQUEST-----
+";
+
+#[test]
+fn rsa_keys_are_signed_unless_they_are_weak() {
+    let sign = |csr: &str| authority().sign(csr, SPIFFE, 60, LeafLifetime::default(), NOW);
+    sign(RSA).unwrap();
+    assert!(matches!(sign(WEAK), Err(SignError::UnsupportedKey)));
+}
