@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use ipnet::IpNet;
 use serde::ser::SerializeMap;
@@ -29,6 +29,15 @@ pub const HBONE_PORT: u16 = 15008;
 pub const DEFAULT_TRUST_DOMAIN: &str = "cluster.local";
 pub const DEFAULT_SERVICE_ACCOUNT: &str = "default";
 pub const DEFAULT_CLUSTER_ID: &str = "Kubernetes";
+
+/// The defaults as shared strings: a hundred thousand workloads hold the same three.
+static TRUST_DOMAIN: OnceLock<Arc<str>> = OnceLock::new();
+static SERVICE_ACCOUNT: OnceLock<Arc<str>> = OnceLock::new();
+static CLUSTER_ID: OnceLock<Arc<str>> = OnceLock::new();
+
+fn default_text(shared: &'static OnceLock<Arc<str>>, text: &str) -> Arc<str> {
+    shared.get_or_init(|| text.into()).clone()
+}
 
 /// A text that should have been `<first>/<second>`.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -405,23 +414,23 @@ impl Default for Workload {
             network_gateway: None,
             protocol: TunnelProtocol::None,
             network_mode: NetworkMode::Standard,
-            uid: "".into(),
-            name: "".into(),
-            namespace: "".into(),
-            trust_domain: DEFAULT_TRUST_DOMAIN.into(),
-            service_account: DEFAULT_SERVICE_ACCOUNT.into(),
-            network: "".into(),
-            workload_name: "".into(),
+            uid: Arc::default(),
+            name: Arc::default(),
+            namespace: Arc::default(),
+            trust_domain: default_text(&TRUST_DOMAIN, DEFAULT_TRUST_DOMAIN),
+            service_account: default_text(&SERVICE_ACCOUNT, DEFAULT_SERVICE_ACCOUNT),
+            network: Arc::default(),
+            workload_name: Arc::default(),
             workload_type: WorkloadType::default(),
-            canonical_name: "".into(),
-            canonical_revision: "".into(),
-            hostname: "".into(),
-            node: "".into(),
+            canonical_name: Arc::default(),
+            canonical_revision: Arc::default(),
+            hostname: Arc::default(),
+            node: Arc::default(),
             native_tunnel: false,
             application_tunnel: None,
             authorization_policies: Vec::new(),
             status: HealthStatus::Healthy,
-            cluster_id: DEFAULT_CLUSTER_ID.into(),
+            cluster_id: default_text(&CLUSTER_ID, DEFAULT_CLUSTER_ID),
             locality: Locality::default(),
             services: BTreeMap::new(),
             capacity: 1,
@@ -515,7 +524,7 @@ pub struct WeightedWaypoint {
 }
 
 /// A name clients call, with its virtual addresses and ports.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Service {
     pub name: Arc<str>,
@@ -546,27 +555,6 @@ pub struct Service {
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
-}
-
-impl Default for Service {
-    fn default() -> Self {
-        Self {
-            name: "".into(),
-            namespace: "".into(),
-            hostname: "".into(),
-            vips: Vec::new(),
-            cidr_vips: Vec::new(),
-            ports: BTreeMap::new(),
-            subject_alt_names: Vec::new(),
-            waypoint: None,
-            weighted_waypoints: Vec::new(),
-            load_balancing: LoadBalancing::default(),
-            ip_families: IpFamilies::default(),
-            canonical: false,
-            ingress_use_waypoint: false,
-            visibility: Visibility::default(),
-        }
-    }
 }
 
 impl Service {

@@ -51,8 +51,13 @@ fn known<W: TryFrom<i32>>(field: &'static str, value: i32) -> Result<W, ModelErr
     W::try_from(value).map_err(|_| ModelError::UnknownEnum { field, value })
 }
 
-fn or_default(text: String, default: &str) -> Arc<str> {
-    if text.is_empty() { default.into() } else { text.into() }
+/// Absent texts share one allocation; most workloads leave most of them out.
+fn text(text: String) -> Arc<str> {
+    if text.is_empty() { Arc::default() } else { text.into() }
+}
+
+fn or(default: Arc<str>, text: String) -> Arc<str> {
+    if text.is_empty() || text == *default { default } else { text.into() }
 }
 
 fn required(field: &'static str, text: String) -> Result<Arc<str>, ModelError> {
@@ -77,7 +82,7 @@ fn gateway(field: &'static str, gateway: wire::GatewayAddress) -> Result<Gateway
             hostname: required(field, host.hostname)?,
         }),
         wire::gateway_address::Destination::Address(address) => GatewayDestination::Address(NetworkAddress {
-            network: address.network.into(),
+            network: text(address.network),
             address: ip_from_bytes(field, &address.address)?,
         }),
     };
@@ -114,10 +119,11 @@ impl TryFrom<wire::Workload> for Workload {
     type Error = ModelError;
 
     fn try_from(w: wire::Workload) -> Result<Self, ModelError> {
+        let default = Workload::default();
         Ok(Workload {
             uid: required("uid", w.uid)?,
-            name: w.name.into(),
-            namespace: w.namespace.into(),
+            name: text(w.name),
+            namespace: text(w.namespace),
             addresses: w.addresses.iter().map(|bytes| ip_from_bytes("addresses", bytes)).collect::<Result<_, _>>()?,
             waypoint: w.waypoint.map(|g| gateway("waypoint", g)).transpose()?,
             network_gateway: w.network_gateway.map(|g| gateway("network_gateway", g)).transpose()?,
@@ -130,20 +136,20 @@ impl TryFrom<wire::Workload> for Workload {
                 wire::NetworkMode::Standard => NetworkMode::Standard,
                 wire::NetworkMode::HostNetwork => NetworkMode::HostNetwork,
             },
-            trust_domain: or_default(w.trust_domain, DEFAULT_TRUST_DOMAIN),
-            service_account: or_default(w.service_account, DEFAULT_SERVICE_ACCOUNT),
-            network: w.network.into(),
-            workload_name: w.workload_name.into(),
+            trust_domain: or(default.trust_domain, w.trust_domain),
+            service_account: or(default.service_account, w.service_account),
+            network: text(w.network),
+            workload_name: text(w.workload_name),
             workload_type: match known("workload_type", w.workload_type)? {
                 wire::WorkloadType::Deployment => WorkloadType::Deployment,
                 wire::WorkloadType::Cronjob => WorkloadType::CronJob,
                 wire::WorkloadType::Pod => WorkloadType::Pod,
                 wire::WorkloadType::Job => WorkloadType::Job,
             },
-            canonical_name: w.canonical_name.into(),
-            canonical_revision: w.canonical_revision.into(),
-            hostname: w.hostname.into(),
-            node: w.node.into(),
+            canonical_name: text(w.canonical_name),
+            canonical_revision: text(w.canonical_revision),
+            hostname: text(w.hostname),
+            node: text(w.node),
             native_tunnel: w.native_tunnel,
             application_tunnel: w.application_tunnel.map(application_tunnel).transpose()?,
             authorization_policies: w.authorization_policies.into_iter().map(Into::into).collect(),
@@ -151,10 +157,10 @@ impl TryFrom<wire::Workload> for Workload {
                 wire::WorkloadStatus::Healthy => HealthStatus::Healthy,
                 wire::WorkloadStatus::Unhealthy => HealthStatus::Unhealthy,
             },
-            cluster_id: or_default(w.cluster_id, DEFAULT_CLUSTER_ID),
+            cluster_id: or(default.cluster_id, w.cluster_id),
             locality: w
                 .locality
-                .map(|l| Locality { region: l.region.into(), zone: l.zone.into(), subzone: l.subzone.into() })
+                .map(|l| Locality { region: text(l.region), zone: text(l.zone), subzone: text(l.subzone) })
                 .unwrap_or_default(),
             services: w
                 .services
@@ -171,7 +177,7 @@ fn vips(addresses: Vec<wire::NetworkAddress>) -> Result<(Vec<NetworkAddress>, Ve
     let (mut hosts, mut ranges) = (Vec::new(), Vec::new());
     for vip in addresses {
         let address = ip_from_bytes("addresses", &vip.address)?;
-        let network: Arc<str> = vip.network.into();
+        let network = text(vip.network);
         let full = if address.is_ipv4() { 32 } else { 128 };
         match vip.length {
             None => hosts.push(NetworkAddress { network, address }),
@@ -226,7 +232,7 @@ impl TryFrom<wire::Service> for Service {
             Ok(WeightedWaypoint { destination: gateway("weighted_waypoints", destination)?, weight: w.weight })
         };
         Ok(Service {
-            name: s.name.into(),
+            name: text(s.name),
             namespace: required("namespace", s.namespace)?,
             hostname: required("hostname", s.hostname)?,
             vips,

@@ -138,6 +138,21 @@ impl Demand {
     }
 }
 
+/// How long to wait before the next attempt.
+struct Backoff(Duration);
+
+impl Backoff {
+    fn new() -> Self {
+        Self(BACKOFF_MIN)
+    }
+
+    fn next(&mut self) -> Duration {
+        let wait = self.0;
+        self.0 = (wait * 2).min(BACKOFF_MAX);
+        wait
+    }
+}
+
 /// The xDS client of one process.
 pub struct XdsClient {
     config: XdsConfig,
@@ -219,7 +234,7 @@ impl XdsClient {
     pub async fn run(mut self, drain: DrainWatcher) {
         let gauge = metrics::gauge!("xds_connected");
         gauge.set(0.0);
-        let mut backoff = BACKOFF_MIN;
+        let mut backoff = Backoff::new();
         loop {
             let end = tokio::select! {
                 () = drain.draining() => break,
@@ -227,16 +242,16 @@ impl XdsClient {
             };
             // A stream that brought something was a good one: the next attempt starts afresh.
             if self.connected.send_replace(false) {
-                backoff = BACKOFF_MIN;
+                backoff = Backoff::new();
             }
             gauge.set(0.0);
             metrics::counter!("istio_xds_connection_terminations_total", "reason" => end.reason()).increment(1);
-            tracing::warn!(address = %self.config.grpc.address, retry_in = ?backoff, "xds: {end}");
+            let wait = backoff.next();
+            tracing::warn!(address = %self.config.grpc.address, retry_in = ?wait, "xds: {end}");
             tokio::select! {
                 () = drain.draining() => break,
-                () = tokio::time::sleep(backoff) => {}
+                () = tokio::time::sleep(wait) => {}
             }
-            backoff = (backoff * 2).min(BACKOFF_MAX);
         }
         self.connected.send_replace(false);
         gauge.set(0.0);

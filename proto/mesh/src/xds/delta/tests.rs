@@ -1,1 +1,164 @@
+use mesh_proto::ads::Resource;
+use prost_types::Any;
 
+use super::*;
+
+const A: &str = "type.googleapis.com/a";
+const B: &str = "type.googleapis.com/b";
+
+fn client() -> DeltaClient {
+    let node = Node { id: "ztunnel~1.1.1.1~z.ns~ns.svc.cluster.local".to_owned(), ..Default::default() };
+    DeltaClient::new(node, [(A, Interest::All), (B, Interest::All)])
+}
+
+fn resource(type_url: &str, name: &str, version: &str) -> Resource {
+    Resource {
+        name: name.to_owned(),
+        version: version.to_owned(),
+        resource: Some(Any { type_url: type_url.to_owned(), value: name.as_bytes().to_vec() }),
+        ..Default::default()
+    }
+}
+
+fn response(type_url: &str, nonce: &str, resources: Vec<Resource>, removed: &[&str]) -> DeltaDiscoveryResponse {
+    DeltaDiscoveryResponse {
+        type_url: type_url.to_owned(),
+        nonce: nonce.to_owned(),
+        resources,
+        removed_resources: removed.iter().map(ToString::to_string).collect(),
+        ..Default::default()
+    }
+}
+
+fn all_good(client: &mut DeltaClient, response: DeltaDiscoveryResponse) -> DeltaDiscoveryRequest {
+    let delivery = client.handle_response(response).unwrap();
+    client.handle_applied(delivery, vec![]).expect("the stream is still there")
+}
+
+fn versions(request: &DeltaDiscoveryRequest) -> Vec<(&str, &str)> {
+    request.initial_resource_versions.iter().map(|(name, version)| (name.as_str(), version.as_str())).collect()
+}
+
+#[test]
+fn first_requests_ask_for_everything_in_order_and_say_who_we_are() {
+    let requests = client().handle_connected();
+    assert_eq!(requests.iter().map(|r| r.type_url.as_str()).collect::<Vec<_>>(), [A, B]);
+    for request in requests {
+        assert!(request.node.is_some());
+        assert!(request.resource_names_subscribe.is_empty() && request.initial_resource_versions.is_empty());
+        assert!(request.response_nonce.is_empty() && request.error_detail.is_none());
+    }
+}
+
+#[test]
+fn a_good_response_is_delivered_and_acknowledged_by_its_nonce() {
+    let mut client = client();
+    client.handle_connected();
+    let delivery = client.handle_response(response(A, "n1", vec![resource(A, "x", "1")], &["gone"])).unwrap();
+    assert_eq!(delivery.updated, [("x".to_owned(), "1".to_owned(), Bytes::from_static(b"x"))]);
+    assert_eq!(delivery.removed, ["gone"]);
+    let ack = client.handle_applied(delivery, vec![]).unwrap();
+    let expected =
+        DeltaDiscoveryRequest { type_url: A.to_owned(), response_nonce: "n1".to_owned(), ..Default::default() };
+    assert_eq!(ack, expected, "an ACK is type and nonce and nothing else");
+}
+
+#[test]
+fn a_nack_names_each_rejected_resource() {
+    let mut client = client();
+    client.handle_connected();
+    let empty = Resource { name: "empty".to_owned(), ..Default::default() };
+    let resources = vec![resource(A, "good", "1"), resource(A, "bad", "1"), resource(B, "alien", "1"), empty];
+    let delivery = client.handle_response(response(A, "n1", resources, &[])).unwrap();
+    assert_eq!(delivery.updated.iter().map(|(name, ..)| name.as_str()).collect::<Vec<_>>(), ["good", "bad"]);
+    let nack = client.handle_applied(delivery, vec![Rejected::new("bad", "it is")]).unwrap();
+    let status = nack.error_detail.expect("a NACK");
+    assert_eq!(status.code, 0);
+    let expected = r#"alien: is a "type.googleapis.com/b"; empty: has no content; bad: it is"#;
+    assert_eq!(status.message, expected);
+    assert_eq!(nack.response_nonce, "n1");
+}
+
+#[test]
+fn reconnecting_resumes_with_the_versions_held() {
+    let mut client = client();
+    client.handle_connected();
+    let resources = vec![resource(A, "x", "1"), resource(A, "y", "1"), resource(A, "z", "")];
+    all_good(&mut client, response(A, "n1", resources, &[]));
+    all_good(&mut client, response(A, "n2", vec![resource(A, "x", "2")], &["y"]));
+    let requests = client.handle_connected();
+    assert_eq!(versions(&requests[0]), [("x", "2"), ("z", "")]);
+    assert!(requests[0].response_nonce.is_empty(), "a nonce means nothing to the next stream");
+    assert!(requests[0].node.is_some());
+    assert!(versions(&requests[1]).is_empty());
+}
+
+#[test]
+fn what_was_rejected_is_asked_for_again_and_its_removal_is_told() {
+    let mut client = client();
+    client.handle_connected();
+    all_good(&mut client, response(A, "n1", vec![resource(A, "x", "1")], &[]));
+    let delivery = client.handle_response(response(A, "n2", vec![resource(A, "x", "2")], &[])).unwrap();
+    client.handle_applied(delivery, vec![Rejected::new("x", "bad")]);
+    let requests = client.handle_connected();
+    assert_eq!(versions(&requests[0]), [("x", "")], "neither forgotten nor taken for version 1 or 2");
+}
+
+#[test]
+fn an_answer_to_an_earlier_stream_is_not_sent() {
+    let mut client = client();
+    client.handle_connected();
+    let delivery = client.handle_response(response(A, "n1", vec![resource(A, "x", "1")], &[])).unwrap();
+    client.handle_connected();
+    assert_eq!(client.handle_applied(delivery, vec![]), None, "its nonce is stale");
+    assert_eq!(versions(&client.handle_connected()[0]), [("x", "1")], "but what was applied is held");
+}
+
+#[test]
+fn a_type_not_asked_for_is_neither_delivered_nor_answered() {
+    let mut client = client();
+    client.handle_connected();
+    let error = client.handle_response(response("type.googleapis.com/c", "n", vec![], &[])).unwrap_err();
+    assert_eq!(error, UnknownType("type.googleapis.com/c".to_owned()));
+}
+
+#[test]
+fn synced_once_every_type_was_answered_even_with_nothing() {
+    let mut client = client();
+    client.handle_connected();
+    all_good(&mut client, response(A, "1", vec![], &[]));
+    assert!(!client.is_synced());
+    let delivery = client.handle_response(response(B, "2", vec![resource(B, "bad", "1")], &[])).unwrap();
+    assert!(!client.is_synced(), "not before it is applied");
+    client.handle_applied(delivery, vec![Rejected::new("bad", "x")]);
+    assert!(client.is_synced());
+    client.handle_connected();
+    assert!(client.is_synced(), "losing the stream loses nothing");
+}
+
+#[test]
+fn on_demand_drops_the_wildcard_and_names_what_it_wants() {
+    let mut client = DeltaClient::new(Node::default(), [(A, Interest::OnDemand), (B, Interest::All)]);
+    let first = client.handle_connected().swap_remove(0);
+    assert_eq!(
+        (first.resource_names_subscribe, first.resource_names_unsubscribe),
+        (vec!["*".into()], vec!["*".into()])
+    );
+    let request = client.subscribe(A, "/10.0.0.1").unwrap();
+    assert_eq!(request.resource_names_subscribe, ["/10.0.0.1"]);
+    assert!(request.response_nonce.is_empty() && request.node.is_none());
+    assert_eq!(client.subscribe(A, "/10.0.0.1"), None, "asked for already");
+    assert_eq!(client.subscribe(B, "x"), None, "everything comes anyway");
+
+    let again = client.handle_connected().swap_remove(0);
+    assert_eq!(again.resource_names_subscribe, ["*", "/10.0.0.1"], "not answered yet");
+    all_good(&mut client, response(A, "1", vec![resource(A, "/10.0.0.1", "1")], &[]));
+    assert_eq!(client.subscribe(A, "/10.0.0.1"), None, "held already");
+    let resumed = client.handle_connected().swap_remove(0);
+    assert_eq!(resumed.resource_names_subscribe, ["*", "/10.0.0.1"]);
+    assert_eq!(versions(&resumed), [("/10.0.0.1", "1")]);
+
+    client.subscribe(A, "unknown");
+    all_good(&mut client, response(A, "2", vec![], &["unknown"]));
+    assert!(client.subscribe(A, "unknown").is_some(), "it may exist by now");
+}
