@@ -1,0 +1,354 @@
+//! From the waypoint to an endpoint: HBONE with the waypoint's own identity, or plain TCP where the endpoint has no
+//! tunnel; HTTP connections on top are kept and reused per endpoint.
+//!
+//! One [`Upstreams`] belongs to one worker thread; nothing here is shared between threads.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper::client::conn::{http1, http2};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use mesh::hbone::{Authority, ConnectHeaders, HBONE_PORT, HboneStream, Pool, PoolKey, PoolSettings, TunnelError};
+use mesh::identity::{CertificateManager, Identity, IdentityError};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio::time::Instant;
+
+use crate::balance::Endpoint;
+use crate::body::Body;
+
+/// How long a TCP connection may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Idle HTTP connections are closed after this; below the 75 s that common servers allow, so that we close first.
+const IDLE: Duration = Duration::from_secs(60);
+/// Idle HTTP connections kept for one endpoint.
+const IDLE_PER_ENDPOINT: usize = 64;
+
+/// Why an endpoint could not be asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    #[error("no certificate for the waypoint: {0}")]
+    Identity(#[from] IdentityError),
+    #[error("{0}")]
+    Tunnel(#[from] TunnelError),
+    #[error("connecting: {0}")]
+    Tcp(#[from] io::Error),
+    #[error("connecting took longer than {} s", CONNECT_TIMEOUT.as_secs())]
+    Timeout,
+    #[error("HTTP handshake: {0}")]
+    Handshake(hyper::Error),
+}
+
+/// Why a request got no response.
+#[derive(Debug, thiserror::Error)]
+pub enum SendError {
+    /// Nothing reached the application: safe to try elsewhere.
+    #[error("{cause}")]
+    Connect { cause: ConnectError, request: Box<Request<Body>> },
+    #[error("the upstream closed the connection: {0}")]
+    Http(#[from] hyper::Error),
+}
+
+/// The HTTP version to speak to an endpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum HttpVersion {
+    H1,
+    H2,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Key {
+    uid: Arc<str>,
+    address: SocketAddr,
+    hbone: bool,
+    version: HttpVersion,
+}
+
+struct IdleH1 {
+    sender: http1::SendRequest<Body>,
+    since: Instant,
+}
+
+#[derive(Default)]
+struct Connections {
+    h1: HashMap<Key, Vec<IdleH1>>,
+    h2: HashMap<Key, http2::SendRequest<Body>>,
+}
+
+/// All connections of one worker to endpoints.
+pub struct Upstreams {
+    identity: Identity,
+    certificates: CertificateManager,
+    pool: Pool,
+    local: IpAddr,
+    connections: Arc<Mutex<Connections>>,
+}
+
+impl Upstreams {
+    pub fn new(identity: Identity, certificates: CertificateManager, local: Option<IpAddr>) -> Self {
+        Self {
+            identity,
+            certificates,
+            pool: Pool::new(PoolSettings::default()),
+            local: local.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
+            connections: Arc::default(),
+        }
+    }
+
+    /// Sends a request and waits for the response's headers. A kept connection that turns out to be closed before the
+    /// request went out is replaced by the next, in the end by a fresh one.
+    ///
+    /// # Errors
+    /// [`SendError::Connect`] gives the request back; it reached nobody.
+    pub async fn send(
+        &self,
+        endpoint: &Endpoint,
+        version: HttpVersion,
+        request: Request<Body>,
+    ) -> Result<(Response<Incoming>, Lease), SendError> {
+        match version {
+            HttpVersion::H1 => self.send_h1(endpoint, request).await,
+            HttpVersion::H2 => self.send_h2(endpoint, request).await,
+        }
+    }
+
+    async fn send_h1(
+        &self,
+        endpoint: &Endpoint,
+        mut request: Request<Body>,
+    ) -> Result<(Response<Incoming>, Lease), SendError> {
+        let key = key(endpoint, HttpVersion::H1);
+        loop {
+            let kept = self.take_h1(&key);
+            let fresh = kept.is_none();
+            let mut sender = match kept {
+                Some(sender) => sender,
+                None => match self.connect_h1(endpoint).await {
+                    Ok(sender) => sender,
+                    Err(cause) => return Err(SendError::Connect { cause, request: Box::new(request) }),
+                },
+            };
+            if let Err(error) = sender.ready().await {
+                if fresh {
+                    return Err(SendError::Connect {
+                        cause: ConnectError::Handshake(error),
+                        request: Box::new(request),
+                    });
+                }
+                continue;
+            }
+            match sender.try_send_request(request).await {
+                Ok(response) => {
+                    let lease = Lease { key: Some((key, sender)), connections: self.connections.clone() };
+                    return Ok((response, lease));
+                }
+                Err(mut error) => match error.take_message() {
+                    // Never written: the kept connection had been closed meanwhile.
+                    Some(unsent) if !fresh => request = unsent,
+                    Some(unsent) => return Err(unsent_on_fresh(error.into_error(), unsent)),
+                    None => return Err(error.into_error().into()),
+                },
+            }
+        }
+    }
+
+    async fn send_h2(
+        &self,
+        endpoint: &Endpoint,
+        mut request: Request<Body>,
+    ) -> Result<(Response<Incoming>, Lease), SendError> {
+        let key = key(endpoint, HttpVersion::H2);
+        loop {
+            let kept = self.lock().h2.get(&key).filter(|s| !s.is_closed()).cloned();
+            let fresh = kept.is_none();
+            let mut sender = match kept {
+                Some(sender) => sender,
+                None => match self.connect_h2(endpoint).await {
+                    Ok(sender) => {
+                        self.lock().h2.insert(key.clone(), sender.clone());
+                        sender
+                    }
+                    Err(cause) => return Err(SendError::Connect { cause, request: Box::new(request) }),
+                },
+            };
+            match sender.try_send_request(request).await {
+                Ok(response) => return Ok((response, Lease { key: None, connections: self.connections.clone() })),
+                Err(mut error) => match error.take_message() {
+                    Some(unsent) if !fresh => {
+                        self.lock().h2.remove(&key);
+                        request = unsent;
+                    }
+                    Some(unsent) => return Err(unsent_on_fresh(error.into_error(), unsent)),
+                    None => return Err(error.into_error().into()),
+                },
+            }
+        }
+    }
+
+    /// A byte stream to an endpoint, for TCP.
+    ///
+    /// # Errors
+    /// See [`ConnectError`].
+    pub async fn connect_tcp(
+        &self,
+        endpoint: &Endpoint,
+        headers: &ConnectHeaders,
+    ) -> Result<TcpUpstream, ConnectError> {
+        if endpoint.hbone() {
+            return self.tunnel(endpoint, headers).await.map(TcpUpstream::Tunnel);
+        }
+        plain(endpoint.address).await.map(TcpUpstream::Plain)
+    }
+
+    async fn tunnel(&self, endpoint: &Endpoint, headers: &ConnectHeaders) -> Result<HboneStream, ConnectError> {
+        let certificate = self.certificates.get(&self.identity).await?;
+        let destination = SocketAddr::new(endpoint.address.ip(), HBONE_PORT);
+        let expected = endpoint.identity.iter().cloned().collect();
+        let key = PoolKey::new(self.identity.clone(), expected, destination, self.local);
+        let authority = Authority::Ip(endpoint.address);
+        let dial = move || async move {
+            let stream = TcpStream::connect(destination).await?;
+            mesh::net::tune(&stream)?;
+            Ok(stream)
+        };
+        let tunnel = self.pool.connect(key, &certificate, dial, &authority, headers).await?;
+        Ok(tunnel.stream)
+    }
+
+    async fn connect_h1(&self, endpoint: &Endpoint) -> Result<http1::SendRequest<Body>, ConnectError> {
+        if endpoint.hbone() {
+            return handshake_h1(self.tunnel(endpoint, &shared_connection()).await?).await;
+        }
+        handshake_h1(plain(endpoint.address).await?).await
+    }
+
+    async fn connect_h2(&self, endpoint: &Endpoint) -> Result<http2::SendRequest<Body>, ConnectError> {
+        if endpoint.hbone() {
+            return handshake_h2(self.tunnel(endpoint, &shared_connection()).await?).await;
+        }
+        handshake_h2(plain(endpoint.address).await?).await
+    }
+
+    fn take_h1(&self, key: &Key) -> Option<http1::SendRequest<Body>> {
+        let mut connections = self.lock();
+        let idle = connections.h1.get_mut(key)?;
+        while let Some(kept) = idle.pop() {
+            if !kept.sender.is_closed() && kept.since.elapsed() < IDLE {
+                return Some(kept.sender);
+            }
+        }
+        connections.h1.remove(key);
+        None
+    }
+
+    /// Closes connections that have been idle too long. Called now and then by the worker.
+    pub fn sweep(&self) {
+        let mut connections = self.lock();
+        connections.h1.retain(|_, idle| {
+            idle.retain(|kept| !kept.sender.is_closed() && kept.since.elapsed() < IDLE);
+            !idle.is_empty()
+        });
+        connections.h2.retain(|_, sender| !sender.is_closed());
+    }
+
+    /// Connections to endpoints for which `keep` is false are given up once their requests are done.
+    pub fn retain(&self, keep: impl Fn(&str) -> bool) {
+        let mut connections = self.lock();
+        connections.h1.retain(|key, _| keep(&key.uid));
+        connections.h2.retain(|key, _| keep(&key.uid));
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Connections> {
+        self.connections.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A stream to an endpoint of a TCP port.
+pub enum TcpUpstream {
+    Tunnel(HboneStream),
+    Plain(TcpStream),
+}
+
+fn unsent_on_fresh(error: hyper::Error, request: Request<Body>) -> SendError {
+    SendError::Connect { cause: ConnectError::Handshake(error), request: Box::new(request) }
+}
+
+/// Headers of a tunnel that carries requests of many clients: it must not speak of one of them.
+fn shared_connection() -> ConnectHeaders {
+    ConnectHeaders::default()
+}
+
+/// A connection in use; gives an HTTP/1 connection back for reuse when the response has been read to its end.
+pub struct Lease {
+    key: Option<(Key, http1::SendRequest<Body>)>,
+    connections: Arc<Mutex<Connections>>,
+}
+
+impl Lease {
+    /// The exchange is complete: the connection may serve the next.
+    pub fn give_back(mut self) {
+        let Some((key, sender)) = self.key.take() else { return };
+        if sender.is_closed() {
+            return;
+        }
+        let mut connections = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
+        let idle = connections.h1.entry(key).or_default();
+        if idle.len() < IDLE_PER_ENDPOINT {
+            idle.push(IdleH1 { sender, since: Instant::now() });
+        }
+    }
+}
+
+fn key(endpoint: &Endpoint, version: HttpVersion) -> Key {
+    Key { uid: endpoint.workload.uid.clone(), address: endpoint.address, hbone: endpoint.hbone(), version }
+}
+
+async fn plain(address: SocketAddr) -> Result<TcpStream, ConnectError> {
+    let stream = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(address))
+        .await
+        .map_err(|_| ConnectError::Timeout)??;
+    mesh::net::tune(&stream)?;
+    Ok(stream)
+}
+
+async fn handshake_h1<S>(stream: S) -> Result<http1::SendRequest<Body>, ConnectError>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let (sender, connection) =
+        http1::Builder::new().handshake(TokioIo::new(stream)).await.map_err(ConnectError::Handshake)?;
+    // Ends when the sender is dropped or the peer closes.
+    tokio::spawn(async move {
+        if let Err(error) = connection.with_upgrades().await {
+            tracing::debug!(%error, "upstream HTTP/1 connection ended");
+        }
+    });
+    Ok(sender)
+}
+
+async fn handshake_h2<S>(stream: S) -> Result<http2::SendRequest<Body>, ConnectError>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .keep_alive_interval(Some(Duration::from_secs(10)))
+        .keep_alive_timeout(Duration::from_secs(20))
+        .initial_stream_window_size(1 << 20)
+        .initial_connection_window_size(4 << 20)
+        .handshake(TokioIo::new(stream))
+        .await
+        .map_err(ConnectError::Handshake)?;
+    // Ends when the last sender is dropped or the peer closes.
+    tokio::spawn(async move {
+        if let Err(error) = connection.await {
+            tracing::debug!(%error, "upstream HTTP/2 connection ended");
+        }
+    });
+    Ok(sender)
+}
