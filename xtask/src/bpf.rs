@@ -126,10 +126,11 @@ fn apt(arguments: &[&str]) -> Result<()> {
 }
 
 fn find_toolchain() -> Result<Toolchain> {
-    let bpf_linker = on_path("bpf-linker");
-    if bpf_linker.is_some() || find_llc(Compiler::Nightly).is_some() {
-        if nightly_has_source() {
-            return Ok(Toolchain { compiler: Compiler::Nightly, linker: find_linker(Compiler::Nightly)? });
+    if nightly_has_source() {
+        let found = find_linker(Compiler::Nightly).map(|linker| Toolchain { compiler: Compiler::Nightly, linker });
+        // A nightly whose LLVM nobody here can link for is no reason to do without.
+        if found.is_ok() || !debian_has_core() {
+            return found;
         }
     }
     ensure!(debian_has_core(), "neither a rustup nightly with rust-src nor Debian's rustc-web is installed");
@@ -158,18 +159,13 @@ fn debian_has_core() -> bool {
 /// `llc` where there is one new enough: it needs nothing at run time, whereas `bpf-linker` may have been installed
 /// against an LLVM that is not.
 fn find_linker(compiler: Compiler) -> Result<Linker> {
-    if compiler == Compiler::Debian {
-        if let Some(llc) = find_llc(compiler) {
-            return Ok(Linker::Llc(llc));
-        }
+    if let Some(llc) = find_llc(compiler) {
+        return Ok(Linker::Llc(llc));
     }
-    if let Some(path) = on_path("bpf-linker") {
-        return Ok(Linker::BpfLinker(path));
+    match on_path("bpf-linker") {
+        Some(path) => Ok(Linker::BpfLinker(path)),
+        None => bail!("neither an llc as new as the compiler's LLVM (Debian: llvm-22) nor bpf-linker is installed"),
     }
-    let Some(llc) = find_llc(compiler) else {
-        bail!("neither bpf-linker nor an llc as new as the compiler's LLVM is installed (Debian: llvm-22)");
-    };
-    Ok(Linker::Llc(llc))
 }
 
 /// An `llc` that can read the compiler's bitcode: not older than its LLVM.
@@ -219,11 +215,16 @@ fn compile(root: &Path, toolchain: &Toolchain, object: &Path) -> Result<()> {
     }
     let flags = match &toolchain.linker {
         Linker::BpfLinker(path) => format!("-C linker={} -C link-arg=--cpu={CPU}", path.display()),
-        // The linked executable is not wanted, only the object that would go into it.
+        // The linked executable is not wanted, only the bitcode that would go into it. Maps must therefore be the
+        // legacy kind: the other needs type information that only bpf-linker can mend.
         Linker::Llc(_) => "--emit=obj -C linker=/bin/true".to_owned(),
     };
     // For BPF only: the flags would break the build scripts and macros, which run on the host.
     command.env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_RUSTFLAGS", flags);
+    if let Linker::Llc(_) = toolchain.linker {
+        // `cargo xtask` puts the host toolchain's libraries there, another LLVM among them. bpf-linker may live on it.
+        command.env_remove("LD_LIBRARY_PATH");
+    }
     command.args(["--release", "--locked", "--target", TARGET]).current_dir(&programs);
     run(&mut command)?;
 

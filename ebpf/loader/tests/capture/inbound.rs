@@ -102,6 +102,8 @@ fn without_a_listener_is_refused_or_passed_as_the_pod_says() {
     isolated(|lab| {
         let capture = lab.open();
         let app = lab.pod.listen(POD4, 80);
+        // An application may take the HBONE port; it must not be handed what peers encrypted for ztunnel.
+        let squatter = lab.pod.listen(POD4, 15008);
         let (cookie, proxy) = lab.enrol(&capture, &lab.pod_capture());
         drop(proxy);
         for port in [80, 15008] {
@@ -117,6 +119,8 @@ fn without_a_listener_is_refused_or_passed_as_the_pod_says() {
         app.accept().expect("the app got it");
         let error = lab.peer.connect(at(POD4, 15008)).expect_err("HBONE never reaches the application");
         assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
+        squatter.set_nonblocking(true).expect("a socket option");
+        assert_eq!(squatter.accept().expect_err("nothing arrives").kind(), ErrorKind::WouldBlock);
     });
 }
 
@@ -143,5 +147,14 @@ fn follows_the_pods_addresses() {
         capture.enrol(cookie, &options, ebpf_loader::Phase::Captured).expect("an update");
         leg().expect("now it is");
         app.accept().expect("the app got it");
+        // From one of its addresses to the other: the leg of a pod that calls itself.
+        lab.pod
+            .connect_with(at(second, 80), |socket| {
+                socket.set_mark(MARK_LEG)?;
+                socket.bind(&SockAddr::from(at(POD4, 0)))
+            })
+            .expect("its own business");
+        assert_eq!(app.accept().expect("the app got it").1.ip(), POD4);
+        proxy.assert_idle();
     });
 }
