@@ -1,0 +1,182 @@
+//! The accepting side: one authenticated connection, any number of CONNECTs.
+
+use std::{future::Future, pin::pin, time::Duration};
+
+use bytes::Bytes;
+use h2::{Reason, RecvStream, server::SendResponse};
+use http::{Method, Request, Response, StatusCode};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    task::JoinSet,
+};
+
+use super::{Authority, Baggage, ConnectHeaders, H2Settings, HboneStream, TunnelError, keepalive};
+use crate::{drain::DrainWatcher, tls::VerifiedPeer};
+
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// To say goodbye to a peer that may not be listening.
+const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
+const MAX_HEADER_LIST: u32 = 64 * 1024;
+const SEND_BUFFER: usize = 400 * 1024;
+
+/// How a connection ended when it did not end well.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    #[error("http/2 handshake: {0}")]
+    Handshake(#[source] h2::Error),
+    #[error("http/2 handshake took too long")]
+    HandshakeTimeout,
+    #[error("http/2: {0}")]
+    Connection(#[source] h2::Error),
+    #[error("the peer answers no PING")]
+    PeerGone,
+    #[error("cut at the drain deadline")]
+    Cut,
+}
+
+impl ServeError {
+    pub fn flag(&self) -> crate::telemetry::ResponseFlag {
+        use crate::telemetry::ResponseFlag;
+        match self {
+            Self::Handshake(_) | Self::HandshakeTimeout => ResponseFlag::H2HandshakeFailure,
+            Self::Connection(_) => ResponseFlag::Reset,
+            Self::PeerGone => ResponseFlag::Timeout,
+            Self::Cut => ResponseFlag::Drained,
+        }
+    }
+}
+
+/// A well-formed CONNECT that waits for an answer. Dropping it resets the stream.
+pub struct ConnectRequest {
+    pub authority: Authority,
+    pub headers: ConnectHeaders,
+    pub peer: VerifiedPeer,
+    respond: SendResponse<Bytes>,
+    body: RecvStream,
+}
+
+impl ConnectRequest {
+    /// Answers 200; `baggage` describes the destination.
+    pub fn accept(mut self, baggage: Option<&Baggage>) -> Result<HboneStream, TunnelError> {
+        let mut response = Response::new(());
+        let headers = ConnectHeaders { baggage: baggage.cloned(), ..ConnectHeaders::default() };
+        headers.write(response.headers_mut());
+        let send = self.respond.send_response(response, false).map_err(TunnelError::Stream)?;
+        Ok(HboneStream::new(send, self.body, None))
+    }
+
+    /// Answers `status` and nothing else.
+    pub fn reject(mut self, status: StatusCode) {
+        refuse(&mut self.respond, status);
+    }
+}
+
+fn refuse(respond: &mut SendResponse<Bytes>, status: StatusCode) {
+    let mut response = Response::new(());
+    *response.status_mut() = status;
+    // Fails only when the peer has given the stream up, and then nobody wants the answer.
+    let _ = respond.send_response(response, true);
+}
+
+/// Serves one connection to its end: hands each CONNECT to `handler`, whose futures run as tasks that end no later than
+/// this does. On drain the peer is told to open no more streams, and those it has may finish until the cut.
+pub async fn serve<S, H, F>(
+    stream: S,
+    peer: VerifiedPeer,
+    settings: H2Settings,
+    drain: DrainWatcher,
+    handler: H,
+) -> Result<(), ServeError>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send,
+    H: Fn(ConnectRequest) -> F + Send,
+    F: Future<Output = ()> + Send + 'static,
+{
+    let mut builder = h2::server::Builder::new();
+    builder
+        .initial_window_size(settings.stream_window)
+        .initial_connection_window_size(settings.connection_window)
+        .max_frame_size(settings.frame_size)
+        .max_header_list_size(MAX_HEADER_LIST)
+        .max_concurrent_streams(settings.max_streams)
+        .max_send_buffer_size(SEND_BUFFER);
+    let handshake = Box::pin(tokio::time::timeout(HANDSHAKE_TIMEOUT, builder.handshake(stream)));
+    let mut connection = handshake.await.map_err(|_| ServeError::HandshakeTimeout)?.map_err(ServeError::Handshake)?;
+
+    let mut handlers = JoinSet::new();
+    let mut peer_gone = pin!(keepalive::peer_gone(connection.ping_pong(), settings));
+    let mut draining = pin!(drain.draining());
+    let mut cut = pin!(drain.cut());
+    let mut told = false;
+    let outcome = loop {
+        // Nothing is lost by a branch not taken: all of them outlive the round, and `accept` is cancel safe. The
+        // connection goes first because it is what nearly every wake-up is for.
+        tokio::select! {
+            biased;
+            accepted = connection.accept() => match accepted {
+                Some(Ok((request, respond))) => {
+                    if let Some(request) = admit(request, respond, &peer) {
+                        handlers.spawn(handler(request));
+                    }
+                }
+                Some(Err(error)) => break closed(error),
+                None => break Ok(()),
+            },
+            // Reaps what has finished.
+            Some(_) = handlers.join_next() => {}
+            () = &mut draining, if !told => {
+                told = true;
+                connection.graceful_shutdown();
+            }
+            () = &mut cut, if told => break Err(ServeError::Cut),
+            () = &mut peer_gone => break Err(ServeError::PeerGone),
+        }
+    };
+    match outcome {
+        // The handlers' streams are over; they may have a last word to write elsewhere.
+        Ok(()) | Err(ServeError::Connection(_)) => {
+            tokio::select! {
+                () = async { while handlers.join_next().await.is_some() {} } => {}
+                () = &mut cut => {}
+            }
+        }
+        Err(_) => {
+            handlers.shutdown().await;
+            connection.abrupt_shutdown(Reason::NO_ERROR);
+            let goodbye = async { while let Some(Ok(_)) = connection.accept().await {} };
+            let _ = tokio::time::timeout(GOODBYE_TIMEOUT, goodbye).await;
+        }
+    }
+    outcome
+}
+
+/// A peer that hangs up without a GOAWAY has ended the connection, not broken it.
+fn closed(error: h2::Error) -> Result<(), ServeError> {
+    let hung_up = error.get_io().is_some_and(|io| crate::net::is_hang_up(io.kind()));
+    if hung_up || error.reason() == Some(Reason::NO_ERROR) { Ok(()) } else { Err(ServeError::Connection(error)) }
+}
+
+/// Answers what is no CONNECT to an authority.
+fn admit(
+    request: Request<RecvStream>,
+    mut respond: SendResponse<Bytes>,
+    peer: &VerifiedPeer,
+) -> Option<ConnectRequest> {
+    let (parts, body) = request.into_parts();
+    let authority = (parts.method == Method::CONNECT && !is_extended(&parts.extensions))
+        .then(|| parts.uri.authority())
+        .flatten()
+        .and_then(|authority| authority.as_str().parse().ok());
+    let Some(authority) = authority else {
+        tracing::debug!(peer = %peer.addr(), identity = %peer.identity(), method = %parts.method, uri = %parts.uri, "not a CONNECT to host:port");
+        refuse(&mut respond, StatusCode::BAD_REQUEST);
+        return None;
+    };
+    let headers = ConnectHeaders::parse(&parts.headers);
+    Some(ConnectRequest { authority, headers, peer: peer.clone(), respond, body })
+}
+
+/// Whether the CONNECT is for another protocol (RFC 8441).
+fn is_extended(extensions: &http::Extensions) -> bool {
+    extensions.get::<h2::ext::Protocol>().is_some()
+}

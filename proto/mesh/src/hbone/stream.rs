@@ -1,0 +1,169 @@
+//! One tunnelled connection: an HTTP/2 stream after its 200.
+
+use std::{
+    io,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use bytes::{Bytes, BytesMut};
+use h2::{Reason, RecvStream, SendStream};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use super::client::StreamPermit;
+use crate::net::{ByteStream, Chunks};
+
+/// Flow-control credit is given back in portions of this size: per read it would cost a lock and, at worst, a frame.
+/// A hundred streams holding back this much still leave most of a connection's window.
+const RELEASE: usize = 64 * 1024;
+/// Most that is copied at once for a writer that has no chunks of its own.
+const MAX_COPY: usize = 256 * 1024;
+
+/// The bytes of one tunnelled TCP connection. Ending the writing side (`shutdown`) leaves the reading side open; dropping
+/// it unfinished resets the stream.
+pub struct HboneStream {
+    send: SendStream<Bytes>,
+    recv: RecvStream,
+    /// Received, but the reader had no room for it.
+    leftover: Bytes,
+    unreleased: usize,
+    ended: bool,
+    /// The client's count of streams on the connection.
+    _permit: Option<StreamPermit>,
+}
+
+impl HboneStream {
+    pub(super) fn new(send: SendStream<Bytes>, recv: RecvStream, permit: Option<StreamPermit>) -> Self {
+        Self { send, recv, leftover: Bytes::new(), unreleased: 0, ended: false, _permit: permit }
+    }
+
+    fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Bytes>> {
+        if !self.leftover.is_empty() {
+            return Poll::Ready(Ok(std::mem::take(&mut self.leftover)));
+        }
+        loop {
+            match ready!(self.recv.poll_data(cx)) {
+                // Empty frames are legal and mean nothing.
+                Some(Ok(data)) if data.is_empty() => {}
+                Some(Ok(data)) => {
+                    self.unreleased += data.len();
+                    if self.unreleased >= RELEASE {
+                        // Fails only when the stream is gone, which the next read reports.
+                        let _ = self.recv.flow_control().release_capacity(self.unreleased);
+                        self.unreleased = 0;
+                    }
+                    return Poll::Ready(Ok(data));
+                }
+                None => return Poll::Ready(Ok(Bytes::new())),
+                Some(Err(error)) => {
+                    return Poll::Ready(match error.reason() {
+                        // How peers close a stream whose rest they do not care for.
+                        Some(Reason::NO_ERROR | Reason::CANCEL) => Ok(Bytes::new()),
+                        _ => Err(to_io(error)),
+                    });
+                }
+            }
+        }
+    }
+
+    /// Room to send, at least one byte and at most `want`.
+    fn poll_room(&mut self, cx: &mut Context<'_>, want: usize) -> Poll<io::Result<usize>> {
+        self.send.reserve_capacity(want);
+        loop {
+            let room = self.send.capacity();
+            if room > 0 {
+                return Poll::Ready(Ok(room.min(want)));
+            }
+            match ready!(self.send.poll_capacity(cx)) {
+                Some(Ok(_)) => {}
+                Some(Err(error)) => return Poll::Ready(Err(to_io(error))),
+                None => return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into())),
+            }
+        }
+    }
+
+    fn send(&mut self, data: Bytes) -> io::Result<()> {
+        self.send.send_data(data, false).map_err(to_io)
+    }
+
+    fn end(&mut self) -> io::Result<()> {
+        if self.ended {
+            return Ok(());
+        }
+        self.ended = true;
+        // What was reserved and not used belongs to the other streams again.
+        self.send.reserve_capacity(0);
+        self.send.send_data(Bytes::new(), true).map_err(to_io)
+    }
+}
+
+fn to_io(error: h2::Error) -> io::Error {
+    if error.is_io() {
+        return error.into_io().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into());
+    }
+    let kind = match error.reason() {
+        Some(Reason::NO_ERROR | Reason::CANCEL | Reason::STREAM_CLOSED) => io::ErrorKind::BrokenPipe,
+        _ => io::ErrorKind::ConnectionReset,
+    };
+    io::Error::new(kind, error)
+}
+
+impl ByteStream for HboneStream {
+    fn poll_chunk(&mut self, cx: &mut Context<'_>, _: usize, _: &mut BytesMut) -> Poll<io::Result<Bytes>> {
+        self.poll_data(cx)
+    }
+
+    fn poll_put(&mut self, cx: &mut Context<'_>, chunks: &mut Chunks) -> Poll<io::Result<usize>> {
+        if chunks.is_empty() {
+            return Poll::Ready(Ok(0));
+        }
+        let room = ready!(self.poll_room(cx, chunks.len()))?;
+        let mut sent = 0;
+        while let Some(chunk) = chunks.take(room - sent) {
+            sent += chunk.len();
+            self.send(chunk)?;
+            if sent == room {
+                break;
+            }
+        }
+        Poll::Ready(Ok(sent))
+    }
+
+    /// The connection's driver flushes.
+    fn poll_flush(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_end(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(self.end())
+    }
+}
+
+impl AsyncRead for HboneStream {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let mut data = ready!(self.poll_data(cx))?;
+        let fits = data.split_to(data.len().min(out.remaining()));
+        out.put_slice(&fits);
+        self.leftover = data;
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for HboneStream {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        if data.is_empty() {
+            return Poll::Ready(Ok(0));
+        }
+        let room = ready!(self.poll_room(cx, data.len().min(MAX_COPY)))?;
+        self.send(Bytes::copy_from_slice(&data[..room]))?;
+        Poll::Ready(Ok(room))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(self.end())
+    }
+}

@@ -1,0 +1,491 @@
+use std::{
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{Method, Request, StatusCode};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    task::JoinHandle,
+};
+
+use super::*;
+use crate::{
+    clock::Clock,
+    drain::{self, DrainTrigger, DrainWatcher},
+    identity::{FileCa, Identity, WorkloadCertificate},
+    tls,
+};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+#[test]
+fn authorities_are_addresses_or_names_with_a_port() {
+    for (text, expected) in [
+        ("10.0.0.1:80", Authority::Ip("10.0.0.1:80".parse().unwrap())),
+        ("[fd00::1]:80", Authority::Ip("[fd00::1]:80".parse().unwrap())),
+        ("[::ffff:10.0.0.1]:80", Authority::Ip("10.0.0.1:80".parse().unwrap())),
+        ("api.shop.svc.cluster.local:80", Authority::Host { host: "api.shop.svc.cluster.local".into(), port: 80 }),
+    ] {
+        assert_eq!(text.parse(), Ok(expected));
+    }
+    let long = format!("{}:80", "a".repeat(300));
+    for text in [
+        "",
+        ":",
+        ":80",
+        "10.0.0.1",
+        "host",
+        "host:",
+        "host:0",
+        "host:+80",
+        "host:99999",
+        "a b:80",
+        "[::1]",
+        "::1:80",
+        "u@h:80",
+        "h:8:0",
+        &long,
+    ] {
+        assert!(text.parse::<Authority>().is_err(), "{text}");
+    }
+}
+
+/// A server that answers each CONNECT as its authority's host says.
+struct World {
+    ca: FileCa,
+    addr: SocketAddr,
+    connections: Arc<AtomicUsize>,
+    trigger: Option<DrainTrigger>,
+    serving: JoinHandle<()>,
+    pool: Pool,
+}
+
+fn id(name: &str) -> Identity {
+    Identity::new("td", "ns", name).unwrap()
+}
+
+async fn echo(request: ConnectRequest) {
+    let status = match &request.authority {
+        Authority::Host { host, .. } if &**host == "denied" => StatusCode::UNAUTHORIZED,
+        Authority::Host { host, .. } if &**host == "down" => StatusCode::SERVICE_UNAVAILABLE,
+        _ => StatusCode::OK,
+    };
+    if status != StatusCode::OK {
+        return request.reject(status);
+    }
+    assert_eq!(request.peer.identity(), &id("client"));
+    let baggage = Baggage { service: Some("echo".into()), ..Baggage::default() };
+    let Ok(stream) = request.accept(Some(&baggage)) else { return };
+    let (mut read, mut write) = tokio::io::split(stream);
+    // Ends with the client's direction; the answer to that is the end of ours.
+    if tokio::io::copy(&mut read, &mut write).await.is_ok() {
+        let _ = write.shutdown().await;
+    }
+}
+
+async fn world(server: H2Settings, client: PoolSettings) -> World {
+    let ca = FileCa::generate("td", Duration::from_secs(3600), Clock::system()).unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    let (trigger, watcher) = drain::channel();
+    let connections = Arc::new(AtomicUsize::new(0));
+    let cert = Arc::new(ca.sign(&id("server")).unwrap());
+    let serving = tokio::spawn(accept_all(listener, cert, server, watcher, connections.clone()));
+    World { ca, addr, connections, trigger: Some(trigger), serving, pool: Pool::new(client) }
+}
+
+async fn accept_all(
+    listener: TcpListener,
+    cert: Arc<WorkloadCertificate>,
+    settings: H2Settings,
+    drain: DrainWatcher,
+    connections: Arc<AtomicUsize>,
+) {
+    let watcher = drain.clone();
+    crate::serve::accept_loop(listener, drain, move |stream, peer| {
+        connections.fetch_add(1, Ordering::Relaxed);
+        let (cert, settings, drain) = (cert.clone(), settings.clone(), watcher.clone());
+        async move {
+            if let Ok((stream, peer)) = tls::accept(&cert, stream, peer.0).await {
+                let _ = serve(stream, peer, settings, drain, echo).await;
+            }
+        }
+    })
+    .await;
+}
+
+async fn default_world() -> World {
+    world(H2Settings::default(), PoolSettings::default()).await
+}
+
+impl World {
+    fn key(&self) -> PoolKey {
+        PoolKey::new(id("client"), vec![id("server")], self.addr, IpAddr::from([127, 0, 0, 1]))
+    }
+
+    async fn connect_to(&self, authority: &str) -> Result<Tunnel, TunnelError> {
+        let cert = Arc::new(self.ca.sign(&id("client")).unwrap());
+        let addr = self.addr;
+        let authority = authority.parse().unwrap();
+        self.pool.connect(self.key(), &cert, || TcpStream::connect(addr), &authority, &ConnectHeaders::default()).await
+    }
+
+    async fn connect(&self) -> Tunnel {
+        self.connect_to("10.0.0.1:80").await.expect("the server accepts everything")
+    }
+
+    fn dialled(&self) -> usize {
+        self.connections.load(Ordering::Relaxed)
+    }
+}
+
+async fn within<T>(what: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, what).await.expect("done before patience ends")
+}
+
+async fn until(mut condition: impl FnMut() -> bool) {
+    within(async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    })
+    .await;
+}
+
+async fn round_trip(tunnel: &mut Tunnel, text: &[u8]) {
+    tunnel.stream.write_all(text).await.unwrap();
+    let mut back = vec![0; text.len()];
+    within(tunnel.stream.read_exact(&mut back)).await.unwrap();
+    assert_eq!(back, text);
+}
+
+#[tokio::test]
+async fn bytes_come_back_and_half_close_travels_both_ways() {
+    let world = default_world().await;
+    let mut tunnel = world.connect().await;
+    assert_eq!(tunnel.peer.identity(), &id("server"));
+    assert_eq!(tunnel.response.baggage.as_ref().unwrap().service.as_deref(), Some("echo"));
+    round_trip(&mut tunnel, b"hello").await;
+    // Our direction ends; what is under way still arrives, and then the other end's own end.
+    tunnel.stream.write_all(b"last words").await.unwrap();
+    tunnel.stream.shutdown().await.unwrap();
+    let mut rest = Vec::new();
+    within(tunnel.stream.read_to_end(&mut rest)).await.unwrap();
+    assert_eq!(rest, b"last words");
+}
+
+#[tokio::test]
+async fn sixty_four_mebibytes_come_back_unchanged() {
+    const SIZE: usize = 64 << 20;
+    let world = default_world().await;
+    let Tunnel { stream, .. } = world.connect().await;
+    let (mut read, mut write) = tokio::io::split(stream);
+    let byte = |at: usize| (at.wrapping_mul(2_654_435_761) >> 11) as u8;
+    let writing = async {
+        let mut at = 0;
+        while at < SIZE {
+            let piece: Vec<u8> = (at..(at + 100_003).min(SIZE)).map(byte).collect();
+            write.write_all(&piece).await.unwrap();
+            at += piece.len();
+        }
+        write.shutdown().await.unwrap();
+    };
+    let reading = async {
+        let (mut at, mut buffer) = (0, vec![0; 1 << 16]);
+        loop {
+            let n = read.read(&mut buffer).await.unwrap();
+            if n == 0 {
+                return at;
+            }
+            assert!(buffer[..n].iter().enumerate().all(|(i, b)| *b == byte(at + i)), "changed near {at}");
+            at += n;
+        }
+    };
+    let ((), read) = within(async { tokio::join!(writing, reading) }).await;
+    assert_eq!(read, SIZE);
+}
+
+#[tokio::test]
+async fn tunnels_share_a_connection() {
+    let world = default_world().await;
+    let mut tunnels = Vec::new();
+    for _ in 0..20 {
+        tunnels.push(world.connect().await);
+    }
+    for tunnel in &mut tunnels {
+        round_trip(tunnel, b"x").await;
+    }
+    assert_eq!(world.dialled(), 1);
+    assert_eq!(world.pool.stats(), PoolStats { connections: 1, streams: 20 });
+    drop(tunnels);
+    assert_eq!(world.pool.stats().streams, 0);
+}
+
+#[tokio::test]
+async fn first_connects_of_a_key_dial_once() {
+    let world = default_world().await;
+    let tunnels = within(futures_util::future::join_all((0..32).map(|_| world.connect()))).await;
+    assert_eq!(tunnels.len(), 32);
+    assert_eq!(world.dialled(), 1);
+}
+
+#[tokio::test]
+async fn a_full_connection_gets_a_sibling_and_is_used_again() {
+    let world = world(H2Settings::default(), PoolSettings { max_streams: 2, ..PoolSettings::default() }).await;
+    let mut held = vec![world.connect().await, world.connect().await, world.connect().await];
+    assert_eq!(world.dialled(), 2);
+    held.remove(0);
+    held.push(world.connect().await);
+    assert_eq!(world.dialled(), 2);
+}
+
+#[tokio::test]
+async fn the_peers_stream_limit_is_kept() {
+    let world = world(H2Settings { max_streams: 3, ..H2Settings::default() }, PoolSettings::default()).await;
+    let mut held = Vec::new();
+    // The limit is known once the peer's settings have come, which is no later than its first answer.
+    for _ in 0..7 {
+        held.push(within(world.connect()).await);
+    }
+    assert_eq!(world.dialled(), 3);
+    for tunnel in &mut held {
+        round_trip(tunnel, b"x").await;
+    }
+}
+
+#[tokio::test]
+async fn answers_other_than_200_are_told_by_status() {
+    let world = default_world().await;
+    for (authority, status, flag) in [
+        ("denied:80", StatusCode::UNAUTHORIZED, ResponseFlag::Deny),
+        ("down:80", StatusCode::SERVICE_UNAVAILABLE, ResponseFlag::UpstreamRejected),
+    ] {
+        let error = within(world.connect_to(authority)).await.err().expect("refused");
+        assert!(matches!(error, TunnelError::Status(got) if got == status), "{error}");
+        assert_eq!(error.flag(), flag);
+    }
+    round_trip(&mut world.connect().await, b"the connection is none the worse").await;
+    assert_eq!(world.dialled(), 1);
+}
+
+/// A bare HTTP/2 client with a good identity.
+async fn raw_client(world: &World) -> h2::client::SendRequest<Bytes> {
+    let cert = world.ca.sign(&id("client")).unwrap();
+    let socket = TcpStream::connect(world.addr).await.unwrap();
+    let (stream, _) = tls::connect(&cert, &[id("server")], socket, world.addr).await.unwrap();
+    let (send, connection) = h2::client::handshake(stream).await.unwrap();
+    // Ends with the runtime of the test.
+    tokio::spawn(connection);
+    send.ready().await.unwrap()
+}
+
+#[tokio::test]
+async fn what_is_no_connect_to_host_and_port_gets_400() {
+    let world = default_world().await;
+    let send = raw_client(&world).await;
+    let status = async |method: Method, uri: &str| {
+        let request = Request::builder().method(method).uri(uri).body(()).unwrap();
+        let (response, _) = send.clone().ready().await.unwrap().send_request(request, true).unwrap();
+        within(response).await.unwrap().status()
+    };
+    assert_eq!(status(Method::GET, "https://10.0.0.1:80/").await, StatusCode::BAD_REQUEST);
+    assert_eq!(status(Method::POST, "https://10.0.0.1:80/").await, StatusCode::BAD_REQUEST);
+    assert_eq!(status(Method::CONNECT, "10.0.0.1").await, StatusCode::BAD_REQUEST);
+    assert_eq!(status(Method::CONNECT, "host").await, StatusCode::BAD_REQUEST);
+    assert_eq!(status(Method::CONNECT, "host:0").await, StatusCode::BAD_REQUEST);
+    assert_eq!(status(Method::CONNECT, "user@host:80").await, StatusCode::BAD_REQUEST);
+    assert_eq!(status(Method::CONNECT, "10.0.0.1:80").await, StatusCode::OK);
+
+    let mut extended = Request::builder().method(Method::CONNECT).uri("https://10.0.0.1:80/").body(()).unwrap();
+    extended.extensions_mut().insert(h2::ext::Protocol::from_static("websocket"));
+    if let Ok((response, _)) = send.clone().ready().await.unwrap().send_request(extended, true) {
+        // Refused by us or, since we never offered it, by h2.
+        assert!(
+            within(response).await.is_ok_and(|r| r.status() == StatusCode::BAD_REQUEST)
+                || send.clone().ready().await.is_ok()
+        );
+    }
+}
+
+#[tokio::test]
+async fn garbage_inside_tls_ends_only_its_connection() {
+    let world = default_world().await;
+    let cert = world.ca.sign(&id("client")).unwrap();
+    let socket = TcpStream::connect(world.addr).await.unwrap();
+    let (mut stream, _) = tls::connect(&cert, &[id("server")], socket, world.addr).await.unwrap();
+    stream.write_all(&[0x55; 4096]).await.unwrap();
+    stream.flush().await.unwrap();
+    let mut rest = Vec::new();
+    let _ = within(stream.read_to_end(&mut rest)).await;
+    round_trip(&mut world.connect().await, b"still here").await;
+}
+
+#[tokio::test]
+async fn the_cut_ends_tunnels_that_do_not_finish() {
+    let mut world = default_world().await;
+    let mut tunnel = world.connect().await;
+    round_trip(&mut tunnel, b"x").await;
+    let trigger = world.trigger.take().expect("the drain starts once");
+    // Nobody holds a guard, so the cut follows at once.
+    trigger.drain(Duration::ZERO).await;
+    within(&mut world.serving).await.unwrap();
+    let mut rest = Vec::new();
+    let _ = within(tunnel.stream.read_to_end(&mut rest)).await;
+    assert!(rest.is_empty());
+}
+
+#[tokio::test]
+async fn goaway_lets_tunnels_finish() {
+    let ca = FileCa::generate("td", Duration::from_secs(3600), Clock::system()).unwrap();
+    let (client, server) = (Arc::new(ca.sign(&id("client")).unwrap()), Arc::new(ca.sign(&id("server")).unwrap()));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    let (trigger, watcher) = drain::channel();
+    let guard = watcher.guard();
+    let second_made = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let made = second_made.clone();
+    // Two connections: the first drains, the second takes what comes after.
+    let serving = tokio::spawn({
+        async move {
+            let (socket, peer) = listener.accept().await.unwrap();
+            let (stream, peer) = tls::accept(&server, socket, peer).await.unwrap();
+            let first = tokio::spawn(serve(stream, peer, H2Settings::default(), watcher, echo));
+            let (socket, peer) = listener.accept().await.unwrap();
+            let (stream, peer) = tls::accept(&server, socket, peer).await.unwrap();
+            made.store(true, Ordering::Relaxed);
+            let (_trigger, watcher) = drain::channel();
+            let second = tokio::spawn(async move {
+                let _trigger = _trigger;
+                serve(stream, peer, H2Settings::default(), watcher, echo).await
+            });
+            first.await.unwrap().unwrap();
+            drop(guard);
+            second.await.unwrap().unwrap();
+        }
+    });
+    let pool = Pool::new(PoolSettings::default());
+    let key = PoolKey::new(id("client"), vec![id("server")], addr, addr.ip());
+    let authority: Authority = "10.0.0.1:80".parse().unwrap();
+    let headers = ConnectHeaders::default();
+    let connect = || pool.connect(key.clone(), &client, || TcpStream::connect(addr), &authority, &headers);
+
+    let mut old = connect().await.unwrap();
+    round_trip(&mut old, b"before").await;
+    let draining = tokio::spawn(trigger.drain(PATIENCE));
+    // Until the GOAWAY has arrived, new tunnels may still open on the old connection, or be told to go elsewhere.
+    let mut new = within(async {
+        loop {
+            let tunnel = connect().await.unwrap();
+            if second_made.load(Ordering::Relaxed) {
+                return tunnel;
+            }
+            drop(tunnel);
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    })
+    .await;
+    round_trip(&mut new, b"elsewhere").await;
+    round_trip(&mut old, b"and the old one lives").await;
+    old.stream.shutdown().await.unwrap();
+    let mut rest = Vec::new();
+    within(old.stream.read_to_end(&mut rest)).await.unwrap();
+    drop(old);
+    assert_eq!(within(draining).await.unwrap(), drain::Drained::Clean);
+    drop(new);
+    drop(pool);
+    within(serving).await.unwrap();
+}
+
+#[tokio::test]
+async fn unused_connections_are_closed() {
+    let settings = PoolSettings { unused_release: Duration::from_millis(50), ..PoolSettings::default() };
+    let world = world(H2Settings::default(), settings).await;
+    let mut tunnel = world.connect().await;
+    round_trip(&mut tunnel, b"x").await;
+    assert_eq!(world.pool.stats().connections, 1);
+    drop(tunnel);
+    until(|| world.pool.stats().connections == 0).await;
+    world.connect().await;
+    assert_eq!(world.dialled(), 2);
+}
+
+#[tokio::test]
+async fn a_drained_pool_keeps_tunnels_until_they_end() {
+    let world = default_world().await;
+    let mut tunnel = world.connect().await;
+    let (_trigger, watcher) = drain::channel();
+    let pool = world.pool.clone();
+    let mut drained = tokio::spawn(async move { pool.drain(&watcher).await });
+    round_trip(&mut tunnel, b"x").await;
+    assert!(!drained.is_finished());
+    drop(tunnel);
+    within(&mut drained).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_client_the_server_refuses_learns_that_it_is_tls() {
+    let world = default_world().await;
+    let foreign = Arc::new(world.ca.sign(&Identity::new("other", "ns", "client").unwrap()).unwrap());
+    let authority = "10.0.0.1:80".parse().unwrap();
+    let addr = world.addr;
+    let error = within(world.pool.connect(
+        world.key(),
+        &foreign,
+        || TcpStream::connect(addr),
+        &authority,
+        &ConnectHeaders::default(),
+    ))
+    .await
+    .err()
+    .expect("another trust domain");
+    assert_eq!(error.flag(), ResponseFlag::TlsFailure, "{error:?}");
+}
+
+#[tokio::test]
+async fn a_refused_dial_is_a_connect_failure_and_leaves_nothing_behind() {
+    let world = default_world().await;
+    let cert = Arc::new(world.ca.sign(&id("client")).unwrap());
+    let authority = "10.0.0.1:80".parse().unwrap();
+    let refuse = || async { Err(io::ErrorKind::ConnectionRefused.into()) };
+    let error = within(world.pool.connect(world.key(), &cert, refuse, &authority, &ConnectHeaders::default()))
+        .await
+        .err()
+        .expect("nobody is there");
+    assert_eq!(error.flag(), ResponseFlag::Connect);
+    assert_eq!(world.pool.stats(), PoolStats::default());
+}
+
+#[tokio::test]
+async fn double_hbone_nests() {
+    let world = default_world().await;
+    let outer = world.connect().await;
+    // The echo at the far end cannot speak TLS: it sends our own hello back, which is no server's.
+    let cert = world.ca.sign(&id("client")).unwrap();
+    let settings = PoolSettings::default();
+    let authority = "api:80".parse().unwrap();
+    let (expected, headers) = ([id("server")], ConnectHeaders::default());
+    let inner = connect_once(outer.stream, &cert, &expected, world.addr, &settings, &authority, &headers);
+    assert!(matches!(within(inner).await.err(), Some(TunnelError::Tls(_))));
+
+    let (near, far) = tokio::io::duplex(1 << 16);
+    let server = world.ca.sign(&id("server")).unwrap();
+    let (_trigger, watcher) = drain::channel();
+    let addr = world.addr;
+    let accepting = tokio::spawn(async move {
+        let (stream, peer) = tls::accept(&server, far, addr).await.unwrap();
+        serve(stream, peer, H2Settings::default(), watcher, echo).await
+    });
+    let headers = ConnectHeaders { network: Some("west".into()), ..ConnectHeaders::default() };
+    let mut tunnel =
+        within(connect_once(near, &cert, &[id("server")], addr, &settings, &authority, &headers)).await.unwrap();
+    round_trip(&mut tunnel, b"inner").await;
+    drop(tunnel);
+    within(accepting).await.unwrap().expect("the only stream ended, and with it the connection");
+}

@@ -1,0 +1,164 @@
+use std::{
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+    time::{Duration, SystemTime},
+};
+
+use super::*;
+use crate::{drain, identity::FileCa};
+
+const TTL: Duration = Duration::from_secs(24 * 3600);
+
+/// An authority that counts, can be down, and takes a second to answer.
+struct Authority {
+    ca: FileCa,
+    asked: AtomicUsize,
+    down: AtomicBool,
+}
+
+impl CertificateSource for Authority {
+    fn fetch<'a>(&'a self, id: &'a Identity) -> BoxFuture<'a, Result<Arc<WorkloadCertificate>, IdentityError>> {
+        Box::pin(async move {
+            self.asked.fetch_add(1, Ordering::Relaxed);
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            if self.down.load(Ordering::Relaxed) {
+                return Err(IdentityError::Unreachable { identity: id.clone(), reason: "down".into() });
+            }
+            self.ca.sign(id).map(Arc::new)
+        })
+    }
+}
+
+struct World {
+    authority: Arc<Authority>,
+    manager: CertificateManager,
+    _trigger: drain::DrainTrigger,
+}
+
+fn world() -> World {
+    let clock = Clock::from_runtime(SystemTime::now());
+    let ca = FileCa::generate("td", TTL, clock.clone()).unwrap();
+    let authority = Arc::new(Authority { ca, asked: AtomicUsize::new(0), down: AtomicBool::new(false) });
+    let (manager, rotation) = CertificateManager::new(authority.clone(), clock);
+    let (trigger, watcher) = drain::channel();
+    // Ends when the trigger is dropped at the end of the test.
+    tokio::spawn(rotation.run(watcher));
+    World { authority, manager, _trigger: trigger }
+}
+
+impl World {
+    fn asked(&self) -> usize {
+        self.authority.asked.load(Ordering::Relaxed)
+    }
+
+    fn set_down(&self, down: bool) {
+        self.authority.down.store(down, Ordering::Relaxed);
+    }
+}
+
+fn identity(name: &str) -> Identity {
+    Identity::new("td", "ns", name).unwrap()
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_fetch_serves_all_who_wait() {
+    let world = world();
+    let id = identity("a");
+    let (a, b, c) = tokio::join!(world.manager.get(&id), world.manager.get(&id), world.manager.get(&id));
+    let serial = a.unwrap().serial().to_owned();
+    assert_eq!(b.unwrap().serial(), serial);
+    assert_eq!(c.unwrap().serial(), serial);
+    assert_eq!(world.manager.get(&id).await.unwrap().serial(), serial);
+    assert_eq!(world.asked(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn renews_at_half_life_and_not_before() {
+    let world = world();
+    let id = identity("a");
+    let first = world.manager.get(&id).await.unwrap();
+    tokio::time::sleep(TTL / 2 - Duration::from_secs(300)).await;
+    assert_eq!(world.asked(), 1);
+    tokio::time::sleep(Duration::from_secs(600)).await;
+    assert_eq!(world.asked(), 2);
+    assert_ne!(world.manager.get_cached(&id).unwrap().serial(), first.serial());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_valid_certificate_outlives_an_authority_that_is_down() {
+    let world = world();
+    let id = identity("a");
+    let first = world.manager.get(&id).await.unwrap();
+    world.set_down(true);
+    tokio::time::sleep(TTL / 2 + Duration::from_secs(3600)).await;
+    let asked = world.asked();
+    assert!((20..60).contains(&asked), "an hour of retries capped at 150 s, but {asked} attempts");
+    assert_eq!(world.manager.get(&id).await.unwrap().serial(), first.serial());
+    assert_eq!(world.asked(), asked, "a caller with a valid certificate asks for nothing");
+
+    tokio::time::sleep(TTL / 2).await;
+    assert!(world.manager.get_cached(&id).is_none(), "an expired certificate is none");
+    let error = world.manager.get(&id).await.unwrap_err();
+    assert!(matches!(error, IdentityError::Unreachable { .. }), "{error}");
+    assert!(world.manager.snapshot()[0].state.starts_with("Unavailable: "));
+
+    world.set_down(false);
+    tokio::time::sleep(MIN_PAUSE * 2).await;
+    world.manager.get(&id).await.expect("an impatient caller does not wait for the backoff");
+}
+
+#[tokio::test(start_paused = true)]
+async fn failures_are_told_at_once_and_the_authority_is_not_hammered() {
+    let world = world();
+    world.set_down(true);
+    let id = identity("a");
+    for _ in 0..100 {
+        assert!(world.manager.get(&id).await.is_err());
+    }
+    assert_eq!(world.asked(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn forgotten_identities_are_not_renewed() {
+    let world = world();
+    let id = identity("a");
+    world.manager.prefetch(id.clone());
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(world.manager.get_cached(&id).is_some());
+    assert_eq!(world.manager.snapshot()[0].state, "Available");
+    world.manager.forget(&id);
+    tokio::time::sleep(TTL * 2).await;
+    assert_eq!(world.asked(), 1);
+    assert!(world.manager.snapshot().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn many_identities_come_eight_at_a_time_and_the_one_needed_now_first() {
+    let world = world();
+    for i in 0..64 {
+        world.manager.prefetch(identity(&format!("w{i}")));
+    }
+    let start = Instant::now();
+    world.manager.get(&identity("urgent")).await.unwrap();
+    assert!(start.elapsed() <= Duration::from_millis(210), "took {:?}", start.elapsed());
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(world.manager.snapshot().iter().filter(|s| s.state == "Available").count(), 65);
+}
+
+#[tokio::test(start_paused = true)]
+async fn waiting_ends_when_rotation_does() {
+    let clock = Clock::from_runtime(SystemTime::now());
+    let ca = FileCa::generate("td", TTL, clock.clone()).unwrap();
+    let (manager, rotation) = CertificateManager::new(Arc::new(ca), clock);
+    let id = identity("a");
+    let (got, ()) = tokio::join!(manager.get(&id), async { drop(rotation) });
+    assert!(matches!(got, Err(IdentityError::Stopped(_))));
+    assert!(matches!(manager.get(&id).await, Err(IdentityError::Stopped(_))));
+}
+
+#[test]
+fn pauses_double_and_are_capped() {
+    for failures in 0..40 {
+        let pause = pause(0.5, failures).as_secs_f64();
+        assert!(pause <= MAX_PAUSE && pause >= (0.4 * 2f64.powi(failures.min(16) as i32)).min(MAX_PAUSE * 0.8));
+    }
+}

@@ -1,0 +1,9 @@
+//! Serving: the accept loop, the copy between two streams, and the small HTTP servers of operators.
+
+mod accept;
+mod admin;
+mod copy;
+
+pub use accept::accept_loop;
+pub use admin::{AdminRequest, AdminResponse, AdminServer, Readiness, ReadyGuard, json, text};
+pub use copy::{CopyError, Transferred, copy_bidirectional};

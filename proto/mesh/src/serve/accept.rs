@@ -1,0 +1,60 @@
+//! One accept loop for every listener.
+
+use std::{future::Future, io, time::Duration};
+
+use tokio::{
+    net::{TcpListener, TcpStream},
+    task::JoinSet,
+};
+
+use crate::{
+    drain::DrainWatcher,
+    net::{PeerAddr, canonical, tune},
+};
+
+/// When the process has no file descriptors left, asking again at once would only burn the CPU that frees some.
+const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
+
+/// Hands each connection to `handler`, whose futures run as tasks of this loop. On drain the listener is closed and the
+/// tasks may finish until the cut; dropping the future of this function cuts them at once.
+pub async fn accept_loop<H, F>(listener: TcpListener, drain: DrainWatcher, handler: H)
+where
+    H: Fn(TcpStream, PeerAddr) -> F + Send,
+    F: Future<Output = ()> + Send + 'static,
+{
+    let mut tasks = JoinSet::new();
+    let mut draining = std::pin::pin!(drain.draining());
+    loop {
+        // A connection that arrives in the same instant as the drain is served: `accept` is cancel safe.
+        tokio::select! {
+            biased;
+            () = &mut draining => break,
+            accepted = listener.accept() => match accepted {
+                Ok((stream, peer)) => {
+                    if let Err(error) = tune(&stream) {
+                        tracing::debug!(%error, "connection closed before it was served");
+                        continue;
+                    }
+                    tasks.spawn(handler(stream, PeerAddr(canonical(peer))));
+                }
+                Err(error) => pause_after(&error).await,
+            },
+            // Reaps what has finished.
+            Some(_) = tasks.join_next() => {}
+        }
+    }
+    drop(listener);
+    tokio::select! {
+        () = async { while tasks.join_next().await.is_some() {} } => {}
+        () = drain.cut() => tasks.shutdown().await,
+    }
+}
+
+async fn pause_after(error: &io::Error) {
+    // The connection is gone, not the listener.
+    if crate::net::is_hang_up(error.kind()) {
+        return;
+    }
+    tracing::warn!(%error, "accepting a connection");
+    tokio::time::sleep(EXHAUSTED_PAUSE).await;
+}

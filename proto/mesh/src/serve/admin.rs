@@ -1,0 +1,310 @@
+//! The small HTTP servers of operators: readiness, metrics, admin. HTTP/1.1, a handful of exact paths, short answers.
+
+use std::{
+    collections::BTreeSet,
+    convert::Infallible,
+    fmt::Display,
+    future::Future,
+    pin::Pin,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde::Serialize;
+use tokio::net::TcpListener;
+
+use super::accept_loop;
+use crate::{
+    drain::DrainWatcher,
+    telemetry::{LogHandle, MetricsHandle},
+};
+
+const MAX_BODY: usize = 1 << 20;
+/// For a client to send its request's head; these ports are reachable by whoever reaches the pod.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+
+pub type AdminResponse = Response<Full<Bytes>>;
+
+/// A request with its body read.
+pub struct AdminRequest {
+    pub method: Method,
+    pub path: String,
+    pub query: Option<String>,
+    pub headers: HeaderMap,
+    pub body: Bytes,
+}
+
+impl AdminRequest {
+    /// The value of `name` in the query. `Some("")` when it stands there without one. Nothing is percent-decoded apart
+    /// from `%3D` and `%2C`, which is what curl users meet.
+    pub fn param(&self, name: &str) -> Option<String> {
+        let pairs = self.query.as_deref()?.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
+        let (_, value) = pairs.into_iter().find(|(key, _)| *key == name)?;
+        Some(value.replace("%3D", "=").replace("%3d", "=").replace("%2C", ",").replace("%2c", ","))
+    }
+}
+
+type Handler = Arc<dyn Fn(AdminRequest) -> Pin<Box<dyn Future<Output = AdminResponse> + Send>> + Send + Sync>;
+
+/// A set of routes to serve on one port.
+pub struct AdminServer {
+    name: &'static str,
+    routes: Vec<(Method, &'static str, Handler)>,
+}
+
+impl AdminServer {
+    /// `name` is for the log.
+    pub fn new(name: &'static str) -> Self {
+        Self { name, routes: Vec::new() }
+    }
+
+    /// Answers `method` on exactly `path`.
+    pub fn route<H, F>(mut self, method: Method, path: &'static str, handler: H) -> Self
+    where
+        H: Fn(AdminRequest) -> F + Send + Sync + 'static,
+        F: Future<Output = AdminResponse> + Send + 'static,
+    {
+        self.routes.push((method, path, Arc::new(move |request| Box::pin(handler(request)))));
+        self
+    }
+
+    /// `GET /healthz/ready`.
+    pub fn readiness(self, readiness: Readiness) -> Self {
+        self.route(Method::GET, "/healthz/ready", move |_| {
+            let answer = match readiness.pending_tasks() {
+                tasks if tasks.is_empty() => text(StatusCode::OK, "ready"),
+                tasks => text(StatusCode::INTERNAL_SERVER_ERROR, format!("not ready, pending: {}", tasks.join(", "))),
+            };
+            async { answer }
+        })
+    }
+
+    /// `GET /metrics` and its Envoy spelling.
+    pub fn metrics(self, metrics: MetricsHandle) -> Self {
+        let answer = move |_| {
+            let mut response = text(StatusCode::OK, metrics.render());
+            let content_type = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+            response.headers_mut().insert(header::CONTENT_TYPE, content_type);
+            async { response }
+        };
+        self.route(Method::GET, "/metrics", answer.clone()).route(Method::GET, "/stats/prometheus", answer)
+    }
+
+    /// `POST /logging`: `?level=<filter>` adds, `?reset` resets, bare shows.
+    pub fn logging(self, log: LogHandle) -> Self {
+        self.route(Method::POST, "/logging", move |request| {
+            let changed = match (request.param("reset"), request.param("level")) {
+                (Some(_), None) => log.reset(),
+                (Some(_), Some(level)) if !level.is_empty() => log.reset().and_then(|()| log.add(&level)),
+                (None, Some(level)) if !level.is_empty() => log.add(&level),
+                _ => Ok(()),
+            };
+            let answer = match changed {
+                Ok(()) => text(StatusCode::OK, format!("current log level is {}\n", log.current())),
+                Err(error) => text(StatusCode::BAD_REQUEST, format!("{error}\n")),
+            };
+            async { answer }
+        })
+    }
+
+    /// `POST /quitquitquit` calls `quit`.
+    pub fn quit(self, quit: impl Fn() + Send + Sync + 'static) -> Self {
+        self.route(Method::POST, "/quitquitquit", move |_| {
+            quit();
+            async { text(StatusCode::OK, "shutdown now\n") }
+        })
+    }
+
+    /// Serves until the drain; requests that have begun are answered.
+    pub async fn serve(self, listener: TcpListener, drain: DrainWatcher) {
+        let server = Arc::new(self);
+        let watcher = drain.clone();
+        accept_loop(listener, drain, move |stream, _| {
+            let (server, watcher) = (server.clone(), watcher.clone());
+            async move {
+                let name = server.name;
+                let service = service_fn(move |request| {
+                    let server = server.clone();
+                    async move { Ok::<_, Infallible>(server.answer(request).await) }
+                });
+                let connection = http1::Builder::new()
+                    .timer(TokioTimer::new())
+                    .header_read_timeout(HEAD_TIMEOUT)
+                    .serve_connection(TokioIo::new(stream), service);
+                let mut connection = std::pin::pin!(connection);
+                let outcome = tokio::select! {
+                    outcome = &mut connection => outcome,
+                    () = watcher.draining() => {
+                        connection.as_mut().graceful_shutdown();
+                        connection.await
+                    }
+                };
+                if let Err(error) = outcome {
+                    tracing::debug!(server = name, %error, "connection ended");
+                }
+            }
+        })
+        .await;
+    }
+
+    async fn answer(&self, request: Request<Incoming>) -> AdminResponse {
+        let (parts, body) = request.into_parts();
+        let handler = match self.find(&parts.method, parts.uri.path()) {
+            Ok(handler) => handler,
+            Err(status) => return text(status, format!("{status}\n")),
+        };
+        let Ok(body) = Limited::new(body, MAX_BODY).collect().await else {
+            return text(StatusCode::PAYLOAD_TOO_LARGE, "the body is incomplete or too large\n");
+        };
+        handler(AdminRequest {
+            method: parts.method,
+            path: parts.uri.path().to_owned(),
+            query: parts.uri.query().map(str::to_owned),
+            headers: parts.headers,
+            body: body.to_bytes(),
+        })
+        .await
+    }
+}
+
+impl AdminServer {
+    fn find(&self, method: &Method, path: &str) -> Result<Handler, StatusCode> {
+        let method = if *method == Method::HEAD { Method::GET } else { method.clone() };
+        let mut refusal = StatusCode::NOT_FOUND;
+        for (allowed, route, handler) in &self.routes {
+            if *route == path {
+                if *allowed == method {
+                    return Ok(handler.clone());
+                }
+                refusal = StatusCode::METHOD_NOT_ALLOWED;
+            }
+        }
+        Err(refusal)
+    }
+}
+
+/// An answer in plain text.
+pub fn text(status: StatusCode, body: impl Into<Bytes>) -> AdminResponse {
+    let mut response = Response::new(Full::new(body.into()));
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    response
+}
+
+/// An answer as JSON, indented for people.
+pub fn json(value: &impl Serialize) -> AdminResponse {
+    match serde_json::to_vec_pretty(value) {
+        Ok(body) => {
+            let mut response = text(StatusCode::OK, body);
+            response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+            response
+        }
+        Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
+    }
+}
+
+/// Whether the process can do its job yet: ready once every task that was announced is done.
+#[derive(Clone, Default)]
+pub struct Readiness(Arc<ReadinessState>);
+
+#[derive(Default)]
+struct ReadinessState {
+    pending: Mutex<BTreeSet<String>>,
+    shutting_down: AtomicBool,
+}
+
+/// A task that readiness waits for, until this is dropped.
+pub struct ReadyGuard {
+    readiness: Readiness,
+    name: String,
+}
+
+impl Readiness {
+    /// Announces a task. Its name is what operators read while it is pending.
+    pub fn pending(&self, name: impl Display) -> ReadyGuard {
+        let name = name.to_string();
+        self.0.pending.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone());
+        ReadyGuard { readiness: self.clone(), name }
+    }
+
+    pub fn is_ready(&self) -> bool {
+        self.pending_tasks().is_empty()
+    }
+
+    /// Not ready from now on: the first step of a drain.
+    pub fn shutting_down(&self) {
+        self.0.shutting_down.store(true, Ordering::Relaxed);
+    }
+
+    fn pending_tasks(&self) -> Vec<String> {
+        let pending = self.0.pending.lock().unwrap_or_else(PoisonError::into_inner);
+        let down = self.0.shutting_down.load(Ordering::Relaxed).then(|| "shutting down".to_owned());
+        pending.iter().cloned().chain(down).collect()
+    }
+}
+
+impl Drop for ReadyGuard {
+    fn drop(&mut self) {
+        self.readiness.0.pending.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.name);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpStream,
+    };
+
+    use super::*;
+    use crate::drain;
+
+    async fn ask(addr: std::net::SocketAddr, request: &str) -> String {
+        let mut stream = TcpStream::connect(addr).await.unwrap();
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    #[tokio::test]
+    async fn operators_get_their_answers() {
+        let readiness = Readiness::default();
+        let waiting = readiness.pending("xds sync");
+        let server = AdminServer::new("test")
+            .readiness(readiness.clone())
+            .metrics(crate::telemetry::metrics_handle())
+            .route(Method::GET, "/config_dump", |request| async move { json(&request.param("a")) });
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let (trigger, watcher) = drain::channel();
+        let serving = tokio::spawn(server.serve(listener, watcher));
+
+        let get = |path: &str| format!("GET {path} HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n");
+        let not_ready = ask(addr, &get("/healthz/ready")).await;
+        assert!(not_ready.starts_with("HTTP/1.1 500") && not_ready.contains("xds sync"), "{not_ready}");
+        drop(waiting);
+        assert!(ask(addr, &get("/healthz/ready")).await.starts_with("HTTP/1.1 200"));
+        readiness.shutting_down();
+        assert!(ask(addr, &get("/healthz/ready")).await.starts_with("HTTP/1.1 500"));
+
+        assert!(ask(addr, &get("/stats/prometheus")).await.starts_with("HTTP/1.1 200"));
+        assert!(ask(addr, &get("/config_dump?a=b%3Dc")).await.ends_with("\"b=c\""));
+        assert!(ask(addr, &get("/nowhere")).await.starts_with("HTTP/1.1 404"));
+        let post = "POST /metrics HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
+        assert!(ask(addr, post).await.starts_with("HTTP/1.1 405"));
+        assert!(ask(addr, "\0\0garbage\r\n\r\n").await.starts_with("HTTP/1.1 400"));
+
+        trigger.drain(Duration::from_secs(5)).await;
+        serving.await.unwrap();
+        assert!(TcpStream::connect(addr).await.is_err(), "a drained server accepts nothing");
+    }
+}

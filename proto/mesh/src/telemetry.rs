@@ -1,0 +1,11 @@
+//! What operators see of a component: log lines, metrics, the access record of a connection, and the flag that names how
+//! it ended. Names of fields and labels are Istio's, written here once.
+
+pub mod access;
+mod flag;
+mod logging;
+mod metrics;
+
+pub use flag::ResponseFlag;
+pub use logging::{LogError, LogFormat, LogHandle, init_logging};
+pub use metrics::{ByteCounts, MetricsHandle, metrics_handle, record_build};
