@@ -113,3 +113,6 @@ impl CertificateSource for CaClient {
         Box::pin(async move { self.create(identity).await.map(Arc::new) })
     }
 }
+
+#[cfg(test)]
+mod tests;

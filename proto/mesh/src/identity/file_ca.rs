@@ -6,8 +6,8 @@ use std::{
 };
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType, SerialNumber,
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName, DnType,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType, SerialNumber,
 };
 
 use super::{BoxFuture, CertificateSource, Identity, IdentityError, WorkloadCertificate, certificate::malformed};
@@ -88,6 +88,15 @@ impl FileCa {
         self.issue(identity, now - BACKDATE, now + self.ttl)
     }
 
+    /// The chain for somebody else's key, in PEM: of the request `csr` only the key counts, the name is `identity`.
+    pub fn sign_csr_pem(&self, csr: &str, identity: &Identity) -> Result<String, IdentityError> {
+        let request = CertificateSigningRequestParams::from_pem(csr).map_err(malformed)?;
+        let now = self.clock.now();
+        let params = Self::params(identity, now - BACKDATE, now + self.ttl)?;
+        let leaf = params.signed_by(&request.public_key, &self.issuer).map_err(malformed)?.pem();
+        Ok(leaf + &self.intermediates_pem)
+    }
+
     fn issue(
         &self,
         identity: &Identity,
@@ -95,6 +104,16 @@ impl FileCa {
         not_after: SystemTime,
     ) -> Result<(String, String), IdentityError> {
         let key = new_key()?;
+        let params = Self::params(identity, not_before, not_after)?;
+        let leaf = params.signed_by(&key, &self.issuer).map_err(malformed)?.pem();
+        Ok((leaf + &self.intermediates_pem, key.serialize_pem()))
+    }
+
+    fn params(
+        identity: &Identity,
+        not_before: SystemTime,
+        not_after: SystemTime,
+    ) -> Result<CertificateParams, IdentityError> {
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
         params.subject_alt_names = vec![SanType::URI(identity.to_string().try_into().map_err(malformed)?)];
@@ -104,8 +123,7 @@ impl FileCa {
         params.not_before = not_before.into();
         params.not_after = not_after.into();
         params.serial_number = Some(SerialNumber::from_slice(&rand::random::<[u8; 16]>()));
-        let leaf = params.signed_by(&key, &self.issuer).map_err(malformed)?.pem();
-        Ok((leaf + &self.intermediates_pem, key.serialize_pem()))
+        Ok(params)
     }
 }
 

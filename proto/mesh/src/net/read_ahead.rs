@@ -4,7 +4,7 @@
 use std::{
     io::{self, IoSlice},
     pin::Pin,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use bytes::{Buf, BytesMut};
@@ -34,24 +34,36 @@ impl<S> ReadAhead<S> {
     }
 }
 
+impl<S> ReadAhead<S> {
+    /// Sizes the next read by what the last one brought.
+    fn learn(&mut self, read: usize) {
+        if read >= self.want {
+            self.want = (self.want * 4).min(LARGE);
+        } else if read < self.want / 4 {
+            self.want = (self.want / 4).max(SMALL);
+        }
+    }
+}
+
 impl<S: AsyncRead + Unpin> AsyncRead for ReadAhead<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         if this.buffer.is_empty() {
             // Who asks for as much as we would read gains nothing from a detour.
             if out.remaining() >= this.want {
-                return Pin::new(&mut this.inner).poll_read(cx, out);
+                let before = out.filled().len();
+                ready!(Pin::new(&mut this.inner).poll_read(cx, out))?;
+                this.learn(out.filled().len() - before);
+                return Poll::Ready(Ok(()));
             }
             this.buffer.reserve(this.want);
-            let read = match poll_read_buf(Pin::new(&mut this.inner), cx, &mut this.buffer) {
+            match poll_read_buf(Pin::new(&mut this.inner), cx, &mut this.buffer) {
                 Poll::Pending => {
                     this.buffer = BytesMut::new();
-                    this.want = SMALL;
                     return Poll::Pending;
                 }
-                Poll::Ready(read) => read?,
-            };
-            this.want = if read >= this.want { (this.want * 4).min(LARGE) } else { this.want };
+                Poll::Ready(read) => this.learn(read?),
+            }
         }
         let len = this.buffer.len().min(out.remaining());
         out.put_slice(&this.buffer[..len]);
@@ -91,6 +103,30 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
+
+    /// Counts reads, and has endless bytes.
+    struct Endless(usize);
+
+    impl AsyncRead for Endless {
+        fn poll_read(mut self: Pin<&mut Self>, _: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            self.0 += 1;
+            let n = out.remaining();
+            out.initialize_unfilled();
+            out.advance(n);
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    #[tokio::test]
+    async fn bulk_is_read_in_large_pieces_although_asked_for_in_small_ones() {
+        let mut stream = ReadAhead::new(Endless(0));
+        let mut piece = [0; 4096];
+        for _ in 0..1024 {
+            stream.read_exact(&mut piece).await.unwrap();
+        }
+        let reads = stream.get_ref().0;
+        assert!(reads <= 40, "4 MiB took {reads} reads");
+    }
 
     #[tokio::test]
     async fn hands_on_every_byte_in_small_pieces() {
