@@ -21,6 +21,10 @@ pub use stream::HboneStream;
 /// The port HBONE is spoken on.
 pub const HBONE_PORT: u16 = 15008;
 
+/// Bytes a stream may have waiting for its connection. It bridges the time until the connection's task runs, not the
+/// way to the peer, and is what a stream costs whose peer does not read.
+const SEND_BUFFER: usize = 512 * 1024;
+
 /// What a CONNECT asks for.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Authority {

@@ -19,7 +19,7 @@ use tokio::{
     sync::Notify,
 };
 
-use super::{Authority, ConnectHeaders, H2Settings, HboneStream, PoolSettings, TunnelError, keepalive};
+use super::{Authority, ConnectHeaders, H2Settings, HboneStream, PoolSettings, SEND_BUFFER, TunnelError, keepalive};
 use crate::{
     identity::{Identity, WorkloadCertificate},
     tls::{self, TlsStream, VerifiedPeer},
@@ -145,7 +145,7 @@ where
         .max_frame_size(settings.frame_size)
         .max_header_list_size(MAX_HEADER_LIST)
         .initial_max_send_streams(ASSUMED_STREAMS)
-        .max_send_buffer_size(settings.stream_window as usize)
+        .max_send_buffer_size(SEND_BUFFER)
         .enable_push(false);
     let (send, connection) =
         builder.handshake(stream).await.map_err(|error| TunnelError::from_h2(error, TunnelError::H2))?;

@@ -10,14 +10,13 @@ use tokio::{
     task::JoinSet,
 };
 
-use super::{Authority, Baggage, ConnectHeaders, H2Settings, HboneStream, TunnelError, keepalive};
+use super::{Authority, Baggage, ConnectHeaders, H2Settings, HboneStream, SEND_BUFFER, TunnelError, keepalive};
 use crate::{drain::DrainWatcher, tls::VerifiedPeer};
 
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// To say goodbye to a peer that may not be listening.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
 const MAX_HEADER_LIST: u32 = 64 * 1024;
-const SEND_BUFFER: usize = 400 * 1024;
 
 /// How a connection ended when it did not end well.
 #[derive(Debug, thiserror::Error)]

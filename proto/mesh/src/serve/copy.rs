@@ -20,7 +20,8 @@ use crate::{
 /// Room at the start, after [`GROW_FIRST`] bytes, and after [`GROW_SECOND`].
 const ROOM: [usize; 3] = [1024, 16 * 1024, 256 * 1024];
 const GROW_FIRST: u64 = 128 * 1024;
-const GROW_SECOND: u64 = 10 * 1024 * 1024;
+/// Early, because a buffer is let go whenever its direction waits: it costs memory only while bytes flow.
+const GROW_SECOND: u64 = 2 * 1024 * 1024;
 /// Rounds of one direction in one poll. Streams in memory are always ready and would starve everybody else.
 const MAX_ROUNDS: usize = 32;
 

@@ -112,3 +112,115 @@ async fn a_reader_that_stops_stops_the_writer() {
     let (outcome, ()) = within(async { tokio::join!(copying, drained) }).await;
     assert!(outcome.unwrap().received >= written);
 }
+
+/// Application, copy, tunnel, copy, application: the whole data path of two node proxies.
+struct Path {
+    client: TcpStream,
+    server: TcpStream,
+    client_side: tokio::task::JoinHandle<Transferred>,
+    server_side: tokio::task::JoinHandle<Transferred>,
+    _pool: crate::hbone::Pool,
+    _trigger: crate::drain::DrainTrigger,
+}
+
+async fn path() -> Path {
+    use crate::{
+        clock::Clock,
+        hbone::{self, ConnectHeaders, H2Settings, Pool, PoolKey, PoolSettings},
+        identity::{FileCa, Identity},
+        tls,
+    };
+    let ca = FileCa::generate("td", Duration::from_secs(3600), Clock::system()).unwrap();
+    let [source, destination] = ["client", "server"].map(|name| Identity::new("td", "ns", name).unwrap());
+    let client_cert = std::sync::Arc::new(ca.sign(&source).unwrap());
+    let server_cert = ca.sign(&destination).unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    let (client, downstream) = pair().await;
+    let (upstream, server) = pair().await;
+    let (trigger, watcher) = crate::drain::channel();
+    let (done, served) = tokio::sync::oneshot::channel();
+    let slot = std::sync::Mutex::new(Some((upstream, done)));
+    tokio::spawn(async move {
+        let (socket, peer) = listener.accept().await.unwrap();
+        let (stream, peer) = tls::accept(&server_cert, socket, peer).await.unwrap();
+        hbone::serve(stream, peer, H2Settings::default(), watcher, |request| {
+            let (upstream, done) = slot.lock().unwrap().take().expect("one tunnel is opened");
+            async move {
+                let tunnel = request.accept(None).unwrap();
+                let copied = copy_bidirectional(tunnel, upstream, &ByteCounts::default()).await;
+                let _ = done.send(copied.unwrap());
+            }
+        })
+        .await
+    });
+    let pool = Pool::new(PoolSettings::default());
+    let key = PoolKey::new(source, vec![destination], addr, addr.ip());
+    let authority = "10.0.0.1:80".parse().unwrap();
+    let tunnel = pool
+        .connect(key, &client_cert, || TcpStream::connect(addr), &authority, &ConnectHeaders::default())
+        .await
+        .unwrap();
+    let client_side =
+        tokio::spawn(
+            async move { copy_bidirectional(downstream, tunnel.stream, &ByteCounts::default()).await.unwrap() },
+        );
+    let server_side = tokio::spawn(async move { served.await.expect("the handler says how it ended") });
+    Path { client, server, client_side, server_side, _pool: pool, _trigger: trigger }
+}
+
+#[tokio::test]
+async fn applications_talk_through_a_tunnel_and_end_one_direction_at_a_time() {
+    const SIZE: usize = 16 << 20;
+    let mut path = within(path()).await;
+    let byte = |at: usize| (at.wrapping_mul(2_654_435_761) >> 13) as u8;
+    let asking = async {
+        let sent: Vec<u8> = (0..SIZE).map(byte).collect();
+        path.client.write_all(&sent).await.unwrap();
+        path.client.shutdown().await.unwrap();
+        let mut answer = String::new();
+        path.client.read_to_string(&mut answer).await.unwrap();
+        answer
+    };
+    let answering = async {
+        let mut got = Vec::new();
+        path.server.read_to_end(&mut got).await.unwrap();
+        assert_eq!(got.len(), SIZE);
+        assert!(got.iter().enumerate().all(|(at, b)| *b == byte(at)));
+        path.server.write_all(b"all there").await.unwrap();
+        path.server.shutdown().await.unwrap();
+    };
+    let (answer, ()) = within(async { tokio::join!(asking, answering) }).await;
+    assert_eq!(answer, "all there");
+    let wanted = Transferred { received: SIZE as u64, sent: 9 };
+    assert_eq!(within(path.client_side).await.unwrap(), wanted);
+    assert_eq!(within(path.server_side).await.unwrap(), wanted);
+}
+
+#[tokio::test]
+async fn an_application_that_vanishes_ends_the_other_through_the_tunnel() {
+    // The pool must outlive the tunnel, so the rest is bound as well.
+    let Path { mut client, mut server, client_side, server_side, _pool, _trigger } = within(path()).await;
+    client.write_all(b"x").await.unwrap();
+    assert_eq!(within(server.read_u8()).await.unwrap(), b'x');
+    socket2::SockRef::from(&client).set_linger(Some(Duration::ZERO)).unwrap();
+    drop(client);
+    let mut rest = Vec::new();
+    let _ = within(server.read_to_end(&mut rest)).await;
+    assert!(rest.is_empty());
+    drop(server);
+    within(client_side).await.unwrap();
+    within(server_side).await.unwrap();
+}
+
+/// A hundred thousand of these may be alive at once.
+#[test]
+fn the_copy_is_small() {
+    fn size<F>(_: impl FnOnce() -> F) -> usize {
+        size_of::<F>()
+    }
+    let counts = &ByteCounts::default();
+    let plain =
+        size(|| copy_bidirectional(Option::<TcpStream>::None.expect("never called"), tokio::io::duplex(1).0, counts));
+    assert!(plain <= 600, "{plain} bytes");
+}
