@@ -6,8 +6,20 @@
 
 #![forbid(unsafe_code)]
 
+pub mod app;
 pub mod auth;
 pub mod ca;
+pub mod config;
+pub mod deploy;
+pub mod enrol;
 pub mod push;
 pub mod resources;
+pub mod serve;
 pub mod standalone;
+pub mod status;
+pub mod translate;
+pub mod types;
+pub mod watch;
+
+#[cfg(test)]
+mod testing;

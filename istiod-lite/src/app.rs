@@ -1,0 +1,241 @@
+//! Wiring of the control plane: start order, the loop from a changed world to published resources, and the writers that
+//! bring the API up to date. Decisions live elsewhere.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use futures_util::{StreamExt, stream};
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::{Patch, PatchParams};
+use kube::{Api, Client};
+use mesh::clock::Clock;
+use mesh::drain::DrainWatcher;
+use mesh_proto::workload::ADDRESS_TYPE;
+use serde_json::json;
+use time::OffsetDateTime;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use crate::auth::TokenReviewer;
+use crate::ca::Authority;
+use crate::config::Config;
+use crate::enrol::{self, Annotate, LEAVE_DEADLINE, Leaving, REDIRECTION, Reports};
+use crate::resources::{Acks, ResourceStore};
+use crate::translate::translate;
+use crate::translate::verdict::Verdict;
+use crate::translate::world::World;
+use crate::watch::Watch;
+use crate::{deploy, serve, status};
+
+/// Changes that arrive within this time of one another are translated together…
+const QUIET: Duration = Duration::from_millis(20);
+/// …but no change waits longer than this.
+const PATIENCE: Duration = Duration::from_millis(100);
+/// Before writes that failed are tried again, and between attempts to reach the API at start.
+const RETRY: Duration = Duration::from_secs(1);
+const CONCURRENT_ANNOTATIONS: usize = 16;
+/// The audience of tokens that proxies present.
+const TOKEN_AUDIENCE: &str = "istio-ca";
+
+/// One pass: what was seen and what is to be said about it.
+struct Pass {
+    world: World,
+    verdicts: Vec<Verdict>,
+}
+
+type Passes = watch::Receiver<Option<Arc<Pass>>>;
+
+/// Runs the control plane against the API that `client` speaks to, until drained.
+///
+/// # Errors
+/// A port is taken, or the CA Secret is unusable. An API that does not answer is waited for.
+pub async fn run(config: Config, client: Client, drain: DrainWatcher) -> anyhow::Result<()> {
+    let metrics = mesh::telemetry::metrics_handle();
+    let listeners = serve::Listeners::bind(&config.serve).await?;
+    let authority = tokio::select! {
+        authority = authority(&config, &client) => authority?,
+        () = drain.draining() => return Ok(()),
+    };
+
+    // Dropping the set ends every task below; it goes when the server has drained.
+    let mut tasks = JoinSet::new();
+    let watch = Watch::start(&client, config.mesh.clone(), &mut tasks);
+    let (store, acks, reports) =
+        (Arc::new(ResourceStore::new()), Arc::new(Acks::default()), Arc::new(Reports::default()));
+    let (passes_in, passes) = watch::channel(None);
+    tasks.spawn(translate_changes(Arc::clone(&watch), Arc::clone(&store), Arc::clone(&acks), passes_in));
+    tasks.spawn(write_statuses(client.clone(), passes.clone()));
+    tasks.spawn(write_annotations(client.clone(), Arc::clone(&reports), passes.clone()));
+    tasks.spawn(apply_objects(client.clone(), config.clone(), Arc::clone(&authority), passes));
+
+    let deps = serve::Deps {
+        store,
+        acks,
+        pods: watch,
+        reports,
+        authority,
+        authenticator: Arc::new(TokenReviewer::new(client, vec![TOKEN_AUDIENCE.to_owned()])),
+        metrics: Arc::new(move || metrics.render()),
+        clock: Clock::system(),
+        settings: config.serve,
+    };
+    serve::run(deps, listeners, drain).await
+}
+
+/// The signing authority; waits for an API that is not there yet, and for its namespace.
+async fn authority(config: &Config, client: &Client) -> anyhow::Result<Arc<Authority>> {
+    loop {
+        let namespace = &config.mesh.root_namespace;
+        match Authority::load_or_create(client, namespace, &config.mesh.trust_domain).await {
+            Ok(authority) => return Ok(authority),
+            Err(error) => match error.downcast_ref::<kube::Error>() {
+                Some(cause) => {
+                    tracing::warn!(error = %cause, "{error}; trying again");
+                    tokio::time::sleep(RETRY).await;
+                }
+                None => return Err(error).context("the signing authority"),
+            },
+        }
+    }
+}
+
+/// World → resources → store, once per burst of changes.
+async fn translate_changes(
+    watch: Arc<Watch>,
+    store: Arc<ResourceStore>,
+    acks: Arc<Acks>,
+    passes: watch::Sender<Option<Arc<Pass>>>,
+) {
+    let mut leaving = Leaving::default();
+    let (left, mut all_left) = mpsc::unbounded_channel::<Vec<String>>();
+    // Owned here: ends with this task.
+    let mut farewells = JoinSet::new();
+    loop {
+        watch.changed().await;
+        settle(&watch).await;
+        while let Ok(uids) = all_left.try_recv() {
+            leaving.acknowledged(&uids);
+        }
+        while farewells.try_join_next().is_some() {}
+        let missing = watch.missing();
+        if !missing.is_empty() {
+            tracing::debug!(?missing, "waiting for the first lists");
+            continue;
+        }
+        let mut world = watch.snapshot();
+        world.leaving = leaving.observe(&world);
+        let started = Instant::now();
+        let translated = tokio::task::spawn_blocking(move || (translate(&world), world)).await;
+        let Ok((translation, world)) = translated else {
+            tracing::error!("translation panicked; proxies keep the last configuration");
+            continue;
+        };
+        let resources = translation.resources.len();
+        let generation = store.publish(translation.resources);
+        tracing::debug!(generation, resources, elapsed = ?started.elapsed(), "published");
+        let uids = leaving.published(generation);
+        if !uids.is_empty() {
+            let (acks, left, watch) = (Arc::clone(&acks), left.clone(), Arc::clone(&watch));
+            farewells.spawn(async move {
+                if !acks.wait_acked(ADDRESS_TYPE, generation, LEAVE_DEADLINE).await {
+                    tracing::warn!(pods = uids.len(), "pods leave although some proxies did not acknowledge it");
+                }
+                if left.send(uids).is_ok() {
+                    watch.touch();
+                }
+            });
+        }
+        passes.send_replace(Some(Arc::new(Pass { world, verdicts: translation.verdicts })));
+    }
+}
+
+/// Returns when nothing has changed for [`QUIET`], or after [`PATIENCE`].
+async fn settle(watch: &Watch) {
+    let end = Instant::now() + PATIENCE;
+    while Instant::now() < end {
+        let quiet = (Instant::now() + QUIET).min(end);
+        if tokio::time::timeout_at(quiet, watch.changed()).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Calls `write` with the newest pass, again whenever there is a newer one, and again after [`RETRY`] if it says false.
+async fn for_each_pass<F: Future<Output = bool>>(mut passes: Passes, write: impl Fn(Arc<Pass>) -> F) {
+    loop {
+        let pass = passes.borrow_and_update().clone();
+        let done = match pass {
+            Some(pass) => write(pass).await,
+            None => true,
+        };
+        let next = passes.changed();
+        let ended = match done {
+            true => next.await.is_err(),
+            false => tokio::time::timeout(RETRY, next).await.is_ok_and(|changed| changed.is_err()),
+        };
+        if ended {
+            return;
+        }
+    }
+}
+
+async fn write_statuses(client: Client, passes: Passes) {
+    for_each_pass(passes, |pass| {
+        let client = client.clone();
+        async move {
+            let writes = status::differences(&pass.world, &pass.verdicts, OffsetDateTime::now_utc());
+            status::write(&client, writes).await
+        }
+    })
+    .await;
+}
+
+async fn apply_objects(client: Client, config: Config, authority: Arc<Authority>, passes: Passes) {
+    for_each_pass(passes, |pass| {
+        let objects = deploy::differences(&pass.world, &config.waypoint, &authority.root_bundle_pem());
+        let client = client.clone();
+        async move { deploy::apply(&client, objects).await }
+    })
+    .await;
+}
+
+/// Annotations follow both the world and the nodes' reports.
+async fn write_annotations(client: Client, reports: Arc<Reports>, mut passes: Passes) {
+    loop {
+        let pass = passes.borrow_and_update().clone();
+        let mut done = true;
+        if let Some(pass) = pass {
+            let changes = enrol::annotations(&pass.world, &reports);
+            let outcomes = stream::iter(changes).map(|change| annotate(&client, change));
+            done = outcomes.buffer_unordered(CONCURRENT_ANNOTATIONS).all(std::future::ready).await;
+        }
+        // Nothing is lost by cancelling a branch: each is a wake-up, and the state is read again above.
+        tokio::select! {
+            changed = passes.changed() => if changed.is_err() { return },
+            () = reports.changed() => {}
+            () = tokio::time::sleep(RETRY), if !done => {}
+        }
+    }
+}
+
+/// By the status subresource, so that no right to change pods is needed. The UID makes sure that it is the same pod.
+async fn annotate(client: &Client, change: Annotate) -> bool {
+    let pods: Api<Pod> = Api::namespaced(client.clone(), &change.namespace);
+    let body = json!({"metadata": {"uid": change.uid, "annotations": {REDIRECTION: change.value}}});
+    let params = PatchParams { field_manager: Some(status::FIELD_MANAGER.into()), ..PatchParams::default() };
+    match pods.patch_status(&change.name, &params, &Patch::Merge(&body)).await {
+        Ok(_) => {
+            tracing::info!(pod = change.name, namespace = change.namespace, value = change.value, "redirection");
+            true
+        }
+        // Gone, or another pod of that name.
+        Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409 | 422) => true,
+        Err(error) => {
+            tracing::warn!(pod = change.name, namespace = change.namespace, error = %error, "not annotated");
+            false
+        }
+    }
+}

@@ -1,0 +1,142 @@
+//! Settings of the control plane: raw environment in, one typed [`Config`] out, with *all* mistakes listed at once.
+//! Names are Istio's where one exists. Nothing reads the environment after this.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::str::FromStr;
+use std::time::Duration;
+
+use mesh::telemetry::LogFormat;
+
+use crate::auth::TrustedNodeAccounts;
+use crate::ca::LeafLifetime;
+use crate::deploy::WaypointSettings;
+use crate::serve;
+use crate::translate::world::MeshSettings;
+
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub mesh: MeshSettings,
+    pub serve: serve::Settings,
+    pub waypoint: WaypointSettings,
+    pub log_filter: String,
+    pub log_format: LogFormat,
+    /// From SIGTERM to the end of the process.
+    pub drain_deadline: Duration,
+}
+
+/// Variables that could not be used, and why.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Mistakes(pub Vec<String>);
+
+impl fmt::Display for Mistakes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} unusable setting(s):", self.0.len())?;
+        self.0.iter().try_for_each(|mistake| write!(f, "\n  {mistake}"))
+    }
+}
+
+impl std::error::Error for Mistakes {}
+
+impl Config {
+    /// # Errors
+    /// Every variable of ours whose value cannot be used.
+    pub fn from_env(vars: impl IntoIterator<Item = (String, String)>) -> Result<Self, Mistakes> {
+        let mut env = Env { vars: vars.into_iter().collect(), mistakes: Vec::new() };
+        let defaults = MeshSettings::default();
+        let lifetime = LeafLifetime::default();
+        let serve_defaults = serve::Settings::default();
+        let mesh = MeshSettings {
+            cluster_id: env.text("CLUSTER_ID", &defaults.cluster_id),
+            trust_domain: env.text("TRUST_DOMAIN", &defaults.trust_domain),
+            root_namespace: env.text("POD_NAMESPACE", &defaults.root_namespace),
+            cluster_domain: env.text("CLUSTER_DOMAIN", &defaults.cluster_domain),
+        };
+        let serve = serve::Settings {
+            grpc: env.parsed::<SocketAddr>("ISTIOD_GRPC_ADDR").unwrap_or(serve_defaults.grpc),
+            http: env.parsed::<SocketAddr>("ISTIOD_MONITORING_ADDR").unwrap_or(serve_defaults.http),
+            namespace: mesh.root_namespace.clone(),
+            trust_domain: mesh.trust_domain.clone(),
+            custom_host: env.vars.get("ISTIOD_CUSTOM_HOST").cloned().filter(|host| !host.is_empty()),
+            trusted_node_accounts: env.parsed::<TrustedNodeAccounts>("CA_TRUSTED_NODE_ACCOUNTS").unwrap_or_default(),
+            lifetime: LeafLifetime {
+                default: env.duration("DEFAULT_WORKLOAD_CERT_TTL", lifetime.default),
+                max: env.duration("MAX_WORKLOAD_CERT_TTL", lifetime.max),
+            },
+        };
+        if serve.lifetime.default > serve.lifetime.max {
+            env.mistakes.push("DEFAULT_WORKLOAD_CERT_TTL: longer than MAX_WORKLOAD_CERT_TTL".into());
+        }
+        let log_filter = env.text("RUST_LOG", "info");
+        let waypoint = WaypointSettings {
+            image: env.text("WAYPOINT_IMAGE", "waypoint"),
+            control_plane: env.text("WAYPOINT_CONTROL_PLANE", &format!("istiod.{}.svc:15012", mesh.root_namespace)),
+            cluster_id: mesh.cluster_id.clone(),
+            trust_domain: mesh.trust_domain.clone(),
+            log_filter: env.text("WAYPOINT_LOG", "info"),
+        };
+        let log_format = env.parsed::<LogFormat>("LOG_FORMAT").unwrap_or_default();
+        let drain_deadline = env.duration("TERMINATION_DRAIN_DURATION", Duration::from_secs(5));
+        if !env.mistakes.is_empty() {
+            return Err(Mistakes(env.mistakes));
+        }
+        Ok(Self { mesh, serve, waypoint, log_filter, log_format, drain_deadline })
+    }
+}
+
+struct Env {
+    vars: BTreeMap<String, String>,
+    mistakes: Vec<String>,
+}
+
+impl Env {
+    /// An empty value is the same as none.
+    fn text(&self, name: &str, default: &str) -> String {
+        self.vars.get(name).filter(|value| !value.is_empty()).map_or(default, String::as_str).to_owned()
+    }
+
+    fn parsed<T: FromStr<Err: fmt::Display>>(&mut self, name: &str) -> Option<T> {
+        let value = self.vars.get(name).filter(|value| !value.is_empty())?;
+        match value.parse() {
+            Ok(parsed) => Some(parsed),
+            Err(reason) => {
+                self.mistakes.push(format!("{name}={value:?}: {reason}"));
+                None
+            }
+        }
+    }
+
+    fn duration(&mut self, name: &str, default: Duration) -> Duration {
+        self.parsed::<humantime::Duration>(name).map_or(default, Into::into)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(vars: &[(&str, &str)]) -> Result<Config, Mistakes> {
+        Config::from_env(vars.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())))
+    }
+
+    #[test]
+    fn an_empty_environment_is_istios_defaults() {
+        let config = config(&[("UNRELATED", "x")]).unwrap();
+        assert_eq!(config.mesh, MeshSettings::default());
+        assert_eq!(config.serve.grpc.port(), 15012);
+        assert_eq!(config.waypoint, WaypointSettings::default());
+    }
+
+    #[test]
+    fn every_mistake_is_listed() {
+        let Mistakes(mistakes) = config(&[
+            ("ISTIOD_GRPC_ADDR", "nowhere"),
+            ("DEFAULT_WORKLOAD_CERT_TTL", "soon"),
+            ("CA_TRUSTED_NODE_ACCOUNTS", "ztunnel"),
+            ("LOG_FORMAT", "xml"),
+        ])
+        .unwrap_err();
+        assert_eq!(mistakes.len(), 4, "{mistakes:?}");
+    }
+}

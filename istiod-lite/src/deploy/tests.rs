@@ -1,0 +1,70 @@
+use super::*;
+use crate::translate::fixture::world;
+
+const GATEWAY: &str = "
+kind: Namespace
+metadata: {name: shop}
+---
+kind: Gateway
+metadata: {name: waypoint, namespace: shop, uid: g-1, generation: 1}
+spec:
+  gatewayClassName: istio-waypoint
+  listeners: [{name: mesh, port: 15008, protocol: HBONE}]
+  infrastructure:
+    labels: {team: a, gateway.istio.io/managed: nobody}
+    annotations: {note: b}
+";
+
+fn of_kind(objects: &[Apply], kind: AppliedKind) -> &Value {
+    &objects.iter().find(|apply| apply.kind == kind).expect("is applied").object
+}
+
+#[test]
+fn a_gateway_is_three_objects_owned_by_it() {
+    let objects = differences(&world(GATEWAY), &WaypointSettings::default(), "ROOT");
+    for kind in [AppliedKind::ServiceAccount, AppliedKind::Service, AppliedKind::Deployment] {
+        let object = of_kind(&objects, kind);
+        assert_eq!(object["metadata"]["name"], "waypoint");
+        assert_eq!(object["metadata"]["ownerReferences"][0]["uid"], "g-1");
+        assert_eq!(object["metadata"]["labels"]["team"], "a");
+        assert_eq!(object["metadata"]["labels"]["gateway.istio.io/managed"], "istio.io-mesh-controller");
+        assert_eq!(object["metadata"]["annotations"]["note"], "b");
+    }
+    let pod = &of_kind(&objects, AppliedKind::Deployment)["spec"]["template"];
+    assert_eq!(pod["metadata"]["labels"]["istio.io/dataplane-mode"], "none");
+    assert_eq!(pod["metadata"]["labels"]["gateway.networking.k8s.io/gateway-name"], "waypoint");
+    assert_eq!(pod["spec"]["serviceAccountName"], "waypoint");
+    assert_eq!(of_kind(&objects, AppliedKind::ConfigMap)["data"]["root-cert.pem"], "ROOT");
+}
+
+#[test]
+fn what_was_applied_is_not_applied_again_until_it_should_be_different() {
+    let mut world = world(GATEWAY);
+    let settings = WaypointSettings::default();
+    let objects = differences(&world, &settings, "ROOT");
+    for apply in &objects {
+        let object = apply.object.clone();
+        let key = apply.key.clone();
+        fn read<T: serde::de::DeserializeOwned>(object: Value) -> Arc<T> {
+            Arc::new(serde_json::from_value(object).expect("what we apply is well-formed"))
+        }
+        match apply.kind {
+            AppliedKind::ServiceAccount => _ = Arc::make_mut(&mut world.service_accounts).insert(key, read(object)),
+            AppliedKind::Service => _ = Arc::make_mut(&mut world.services).insert(key, read(object)),
+            AppliedKind::Deployment => _ = Arc::make_mut(&mut world.deployments).insert(key, read(object)),
+            AppliedKind::ConfigMap => _ = Arc::make_mut(&mut world.root_certs).insert(key, read(object)),
+        }
+    }
+    assert_eq!(differences(&world, &settings, "ROOT"), []);
+    let image = WaypointSettings { image: "waypoint:2".into(), ..settings.clone() };
+    assert_eq!(differences(&world, &image, "ROOT").len(), 1, "the Deployment");
+    assert_eq!(differences(&world, &settings, "OTHER").len(), 1, "the root certificate");
+}
+
+#[test]
+fn a_gateway_that_is_refused_or_foreign_is_not_deployed() {
+    for (from, to) in [("protocol: HBONE", "protocol: HTTP"), ("istio-waypoint", "someone-elses"), ("15008", "15009")] {
+        let objects = differences(&world(&GATEWAY.replace(from, to)), &WaypointSettings::default(), "ROOT");
+        assert!(objects.iter().all(|apply| apply.kind == AppliedKind::ConfigMap), "{to}");
+    }
+}

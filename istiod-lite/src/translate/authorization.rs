@@ -1,0 +1,243 @@
+//! AuthorizationPolicy without targetRefs → connection-level authorization for the node proxy of the destination.
+//!
+//! L7 attributes cannot be seen there: a rule of an ALLOW that has one is left out (less is allowed), in a DENY the
+//! attribute is left out (more is denied), and the status says so.
+
+use mesh_proto::security::{
+    Action as WireAction, Address, Authorization, Clause, Group, Match, Scope, ServiceAccountMatch, StringMatch,
+    string_match,
+};
+
+use super::parse::{self, Action, DropRule, Polarity, Reader, Text};
+use super::verdict::{Status, Wanted};
+use super::world::World;
+use crate::types::security::{AuthorizationPolicySpec, Condition, Operation, Rule, Source};
+use crate::types::{Lenient, Object, annotation};
+
+pub const CONDITION: &str = "ZtunnelAccepted";
+const L7_ONLY: &str = "is an HTTP attribute, which only a waypoint can see (use targetRefs)";
+
+/// The authorization to send, if any, and what the status says.
+pub fn translate(
+    world: &World,
+    policy: &Object<AuthorizationPolicySpec>,
+    spec: &AuthorizationPolicySpec,
+) -> (Option<Authorization>, Wanted) {
+    let unsupported = |message: String| Wanted::new(CONDITION, Status::False, "UnsupportedValue", message);
+    let (action, closed) = match spec.action.as_deref().unwrap_or("ALLOW") {
+        "ALLOW" => (Action::Allow, None),
+        "DENY" => (Action::Deny, None),
+        other @ ("AUDIT" | "CUSTOM") => {
+            return (None, unsupported(format!("action {other} needs a waypoint (use targetRefs); not enforced")));
+        }
+        other => (Action::Allow, Some(format!("action: {other:?} is unknown; everything is denied"))),
+    };
+    let mut problems = Vec::new();
+    let groups = match closed {
+        // An ALLOW that matches nothing.
+        Some(_) => Vec::new(),
+        None => spec
+            .rules
+            .iter()
+            .enumerate()
+            .filter_map(|(index, rule)| group(index, rule, action, policy.namespace(), &mut problems))
+            .collect(),
+    };
+    let scope = match &spec.selector {
+        Some(selector) if !selector.match_labels.is_empty() => Scope::WorkloadSelector,
+        _ if policy.namespace() == world.mesh.root_namespace => Scope::Global,
+        _ => Scope::Namespace,
+    };
+    let authorization = Authorization {
+        name: policy.name().to_owned(),
+        namespace: policy.namespace().to_owned(),
+        scope: scope.into(),
+        action: match action {
+            Action::Allow => WireAction::Allow,
+            Action::Deny => WireAction::Deny,
+        }
+        .into(),
+        groups,
+        dry_run: is_dry_run(policy),
+    };
+    let wanted = match (closed, problems.is_empty()) {
+        (Some(message), _) => unsupported(message),
+        (None, true) => Wanted::new(CONDITION, Status::True, "Accepted", "attached to ztunnel"),
+        (None, false) => Wanted::new(CONDITION, Status::True, "UnsupportedValue", problems.join("; ")),
+    };
+    (Some(authorization), wanted)
+}
+
+/// Annotation `istio.io/dry-run: "true"`: evaluated and logged, not enforced.
+pub fn is_dry_run(policy: &Object<AuthorizationPolicySpec>) -> bool {
+    annotation(&policy.meta, "istio.io/dry-run") == Some("true")
+}
+
+/// `None`: the rule is left out, i.e. never matches.
+fn group(
+    index: usize,
+    rule: &Lenient<Rule>,
+    action: Action,
+    namespace: &str,
+    problems: &mut Vec<String>,
+) -> Option<Group> {
+    let mut reader = Reader::new(action);
+    let result = match rule {
+        Lenient::Good(rule) => clauses(rule, namespace, &mut reader),
+        Lenient::Bad(reason) => {
+            reader.problems.push(reason.clone());
+            match action {
+                Action::Allow => Err(DropRule),
+                // We cannot tell what it denies: everything.
+                Action::Deny => Ok(Vec::new()),
+            }
+        }
+    };
+    let note = if result.is_err() { " (the rule is left out)" } else { "" };
+    problems.extend(reader.problems.drain(..).map(|problem| format!("rules[{index}]: {problem}{note}")));
+    result.ok().map(|rules| Group { rules })
+}
+
+fn clauses(rule: &Rule, namespace: &str, reader: &mut Reader) -> Result<Vec<Clause>, DropRule> {
+    for attribute in rule.unknown.keys() {
+        reader.unsupported(attribute, true, "is unknown")?;
+    }
+    let mut clauses = Vec::new();
+    push_clause(&mut clauses, &rule.to, reader, |to, reader| operation(&to.operation, reader))?;
+    push_clause(&mut clauses, &rule.from, reader, |from, reader| source(&from.source, namespace, reader))?;
+    for when in &rule.when {
+        push_clause(&mut clauses, std::slice::from_ref(when), reader, |when, reader| {
+            condition(when, namespace, reader)
+        })?;
+    }
+    Ok(clauses)
+}
+
+/// One clause for a list of alternatives. A match left empty by unreadable values is true, so the clause goes; one left
+/// empty by L7 attributes stays and never matches.
+fn push_clause<T>(
+    clauses: &mut Vec<Clause>,
+    alternatives: &[T],
+    reader: &mut Reader,
+    translate: impl Fn(&T, &mut Reader) -> Result<Match, DropRule>,
+) -> Result<(), DropRule> {
+    if alternatives.is_empty() {
+        return Ok(());
+    }
+    let mut matches = Vec::with_capacity(alternatives.len());
+    let mut always = false;
+    for alternative in alternatives {
+        reader.widened = false;
+        let found = translate(alternative, reader)?;
+        always |= reader.widened && found == Match::default();
+        matches.push(found);
+    }
+    if !always {
+        clauses.push(Clause { matches });
+    }
+    Ok(())
+}
+
+fn operation(operation: &Operation, reader: &mut Reader) -> Result<Match, DropRule> {
+    for (attribute, values) in [
+        ("hosts", &operation.hosts),
+        ("notHosts", &operation.not_hosts),
+        ("methods", &operation.methods),
+        ("notMethods", &operation.not_methods),
+        ("paths", &operation.paths),
+        ("notPaths", &operation.not_paths),
+    ] {
+        reader.unsupported(attribute, !values.is_empty(), L7_ONLY)?;
+    }
+    for attribute in operation.unknown.keys() {
+        reader.unsupported(attribute, true, "is unknown")?;
+    }
+    Ok(Match {
+        destination_ports: reader.field("ports", Polarity::Positive, &operation.ports, parse::port)?,
+        not_destination_ports: reader.field("notPorts", Polarity::Negative, &operation.not_ports, parse::port)?,
+        ..Match::default()
+    })
+}
+
+fn source(source: &Source, namespace: &str, reader: &mut Reader) -> Result<Match, DropRule> {
+    use Polarity::{Negative, Positive};
+    for (attribute, values) in [
+        ("requestPrincipals", &source.request_principals),
+        ("notRequestPrincipals", &source.not_request_principals),
+        ("remoteIpBlocks", &source.remote_ip_blocks),
+        ("notRemoteIpBlocks", &source.not_remote_ip_blocks),
+    ] {
+        reader.unsupported(attribute, !values.is_empty(), L7_ONLY)?;
+    }
+    for attribute in source.unknown.keys() {
+        reader.unsupported(attribute, true, "is unknown")?;
+    }
+    let account = |value: &str| service_account(value, namespace);
+    Ok(Match {
+        principals: reader.field("principals", Positive, &source.principals, string)?,
+        not_principals: reader.field("notPrincipals", Negative, &source.not_principals, string)?,
+        namespaces: reader.field("namespaces", Positive, &source.namespaces, string)?,
+        not_namespaces: reader.field("notNamespaces", Negative, &source.not_namespaces, string)?,
+        service_accounts: reader.field("serviceAccounts", Positive, &source.service_accounts, account)?,
+        not_service_accounts: reader.field("notServiceAccounts", Negative, &source.not_service_accounts, account)?,
+        source_ips: reader.field("ipBlocks", Positive, &source.ip_blocks, ip_block)?,
+        not_source_ips: reader.field("notIpBlocks", Negative, &source.not_ip_blocks, ip_block)?,
+        ..Match::default()
+    })
+}
+
+fn condition(when: &Condition, namespace: &str, reader: &mut Reader) -> Result<Match, DropRule> {
+    use Polarity::{Negative, Positive};
+    let key = when.key.as_str();
+    let (values, not_values) = (&when.values, &when.not_values);
+    let account = |value: &str| service_account(value, namespace);
+    let mut found = Match::default();
+    match key {
+        "source.ip" => {
+            found.source_ips = reader.field(key, Positive, values, ip_block)?;
+            found.not_source_ips = reader.field(key, Negative, not_values, ip_block)?;
+        }
+        "source.namespace" => {
+            found.namespaces = reader.field(key, Positive, values, string)?;
+            found.not_namespaces = reader.field(key, Negative, not_values, string)?;
+        }
+        "source.principal" => {
+            found.principals = reader.field(key, Positive, values, string)?;
+            found.not_principals = reader.field(key, Negative, not_values, string)?;
+        }
+        "source.serviceAccount" => {
+            found.service_accounts = reader.field(key, Positive, values, account)?;
+            found.not_service_accounts = reader.field(key, Negative, not_values, account)?;
+        }
+        "destination.ip" => {
+            found.destination_ips = reader.field(key, Positive, values, ip_block)?;
+            found.not_destination_ips = reader.field(key, Negative, not_values, ip_block)?;
+        }
+        "destination.port" => {
+            found.destination_ports = reader.field(key, Positive, values, parse::port)?;
+            found.not_destination_ports = reader.field(key, Negative, not_values, parse::port)?;
+        }
+        _ => reader.unsupported(&format!("when {key:?}"), true, L7_ONLY)?,
+    }
+    Ok(found)
+}
+
+fn string(value: &str) -> Result<StringMatch, String> {
+    use string_match::MatchType;
+    let found = match parse::text(value)? {
+        Text::Exact(text) => MatchType::Exact(text),
+        Text::Prefix(text) => MatchType::Prefix(text),
+        Text::Suffix(text) => MatchType::Suffix(text),
+        Text::Present => MatchType::Presence(()),
+    };
+    Ok(StringMatch { match_type: Some(found) })
+}
+
+fn ip_block(value: &str) -> Result<Address, String> {
+    parse::ip_block(value).map(|(address, length)| Address { address, length })
+}
+
+fn service_account(value: &str, policy_namespace: &str) -> Result<ServiceAccountMatch, String> {
+    parse::service_account(value, policy_namespace)
+        .map(|(namespace, service_account)| ServiceAccountMatch { namespace, service_account })
+}

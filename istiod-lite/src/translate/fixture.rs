@@ -1,0 +1,49 @@
+//! Worlds from YAML, as users write it, for tests.
+
+use std::sync::Arc;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use super::world::{Table, World};
+use crate::types::{CustomKind, Key, Object};
+
+/// Every document of `yaml`; panics on what it does not know, naming it.
+pub(crate) fn world(yaml: &str) -> World {
+    let mut world = World::default();
+    for document in yaml.split("\n---\n").filter(|document| !document.trim().is_empty()) {
+        let object: Value = serde_saphyr::from_str(document).unwrap_or_else(|error| panic!("{error}\n{document}"));
+        add(&mut world, object);
+    }
+    world
+}
+
+fn add(world: &mut World, object: Value) {
+    let kind = object["kind"].as_str().expect("every document has a kind").to_owned();
+    match kind.as_str() {
+        "Namespace" => core(&mut world.namespaces, object),
+        "Node" => core(&mut world.nodes, object),
+        "Pod" => core(&mut world.pods, object),
+        "Service" => core(&mut world.services, object),
+        "EndpointSlice" => core(&mut world.endpoint_slices, object),
+        "Deployment" => core(&mut world.deployments, object),
+        "GatewayClass" => custom(&mut world.gateway_classes, object),
+        "Gateway" => custom(&mut world.gateways, object),
+        "HTTPRoute" => custom(&mut world.http_routes, object),
+        "AuthorizationPolicy" => custom(&mut world.authorization_policies, object),
+        "PeerAuthentication" => custom(&mut world.peer_authentications, object),
+        other => panic!("no table for {other}"),
+    }
+}
+
+fn core<T: DeserializeOwned>(table: &mut Table<T>, object: Value) {
+    let meta: ObjectMeta = serde_json::from_value(object["metadata"].clone()).expect("metadata");
+    let object: T = serde_json::from_value(object).expect("a well-formed object");
+    Arc::make_mut(table).insert(Key::of(&meta), Arc::new(object));
+}
+
+fn custom<S: CustomKind>(table: &mut Table<Object<S>>, object: Value) {
+    let object = Object::from_dynamic(serde_json::from_value(object).expect("metadata"));
+    Arc::make_mut(table).insert(object.key(), Arc::new(object));
+}

@@ -1,0 +1,351 @@
+//! AuthorizationPolicy with targetRefs → request-level policy for the waypoints that serve its targets, and the list of
+//! what it reaches, from which [`super::guard`] closes the way around the waypoint.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use mesh_proto::waypoint::{
+    Action as WireAction, Condition, HttpPolicy, HttpRule, IpBlock, Operation, Source, StringMatch, string_match,
+};
+
+use super::authorization::is_dry_run;
+use super::binding::{self, Binding};
+use super::parse::{self, Action, DropRule, Polarity, Reader, Text};
+use super::verdict::{Status, Wanted};
+use super::world::World;
+use crate::types::gateway::{MESH_CONTROLLER, WAYPOINT_CLASS};
+use crate::types::security::{self, AuthorizationPolicySpec, TargetRef};
+use crate::types::{Key, Lenient, Object};
+
+pub const CONDITION: &str = "WaypointAccepted";
+const UNSUPPORTED: &str = "is not supported by waypoints yet";
+
+/// What policies attached by targetRefs reach.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Reach {
+    /// Services, each with the waypoint it is bound to.
+    pub services: BTreeSet<Key>,
+    /// Waypoints with all their traffic.
+    pub waypoints: BTreeSet<Key>,
+}
+
+/// A policy for certain waypoints.
+#[derive(Debug, PartialEq)]
+pub struct Attached {
+    /// The xDS name.
+    pub name: String,
+    pub policy: HttpPolicy,
+    pub waypoints: BTreeSet<Key>,
+}
+
+/// `bindings` are those of all Services.
+pub fn translate(
+    world: &World,
+    policy: &Object<AuthorizationPolicySpec>,
+    spec: &AuthorizationPolicySpec,
+    bindings: &BTreeMap<Key, Binding>,
+    reach: &mut Reach,
+) -> (Vec<Attached>, Wanted) {
+    if spec.selector.is_some() {
+        let message = "selector and targetRefs exclude one another; the policy is not enforced";
+        return (Vec::new(), Wanted::new(CONDITION, Status::False, "Invalid", message));
+    }
+    let mut targets = Targets::default();
+    for target in spec.targets() {
+        targets.add(world, policy.namespace(), target, bindings);
+    }
+    let (http_policy, mut problems) = http_policy(policy, spec);
+    // What only watches closes nothing.
+    if !http_policy.dry_run && http_policy.action() != WireAction::Audit {
+        reach.services.extend(targets.guarded.iter().cloned());
+        reach.waypoints.extend(targets.waypoints.iter().cloned());
+    }
+
+    let name = format!("AuthorizationPolicy/{}", policy.key());
+    let mut attached = Vec::new();
+    if !targets.services.is_empty() {
+        attached.push(Attached {
+            name: name.clone(),
+            policy: HttpPolicy {
+                services: targets.services.keys().map(|service| world.service_name(service)).collect(),
+                ..http_policy.clone()
+            },
+            waypoints: targets.services.values().cloned().collect(),
+        });
+    }
+    if !targets.waypoints.is_empty() {
+        // A waypoint that is a target itself applies the policy to everything: a resource of its own.
+        attached.push(Attached {
+            name: format!("{name}/gateways"),
+            policy: http_policy,
+            waypoints: targets.waypoints.clone(),
+        });
+    }
+    let condition = match (attached.is_empty(), targets.problems.first()) {
+        (true, Some((reason, _))) => {
+            let all: Vec<String> = targets.problems.iter().map(|(_, message)| message.clone()).collect();
+            Wanted::new(CONDITION, Status::False, reason, all.join("; "))
+        }
+        _ => {
+            problems.extend(targets.problems.into_iter().map(|(_, message)| message));
+            match problems.is_empty() {
+                true => Wanted::new(CONDITION, Status::True, "Accepted", "bound to its waypoints"),
+                false => Wanted::new(CONDITION, Status::True, "PartiallyInvalid", problems.join("; ")),
+            }
+        }
+    };
+    (attached, condition)
+}
+
+#[derive(Default)]
+struct Targets {
+    /// Service → its waypoint.
+    services: BTreeMap<Key, Key>,
+    /// Those and the Services whose waypoint does not exist: nothing may go around it all the same.
+    guarded: BTreeSet<Key>,
+    waypoints: BTreeSet<Key>,
+    problems: Vec<(&'static str, String)>,
+}
+
+impl Targets {
+    fn add(&mut self, world: &World, namespace: &str, target: &TargetRef, bindings: &BTreeMap<Key, Binding>) {
+        let key = Key::new(namespace, target.name.as_str());
+        if target.namespace.as_deref().is_some_and(|other| !other.is_empty() && other != namespace) {
+            return self.problem("Invalid", format!("targetRefs: {} must be in the policy's namespace", target.name));
+        }
+        match (target.group.as_str(), target.kind.as_str()) {
+            ("" | "core", "Service") => match bindings.get(&key) {
+                None => self.problem("TargetNotFound", format!("targetRefs: Service {key} does not exist")),
+                Some(Binding { waypoint: Some(waypoint), .. }) => {
+                    self.guarded.insert(key.clone());
+                    if world.gateways.contains_key(waypoint) {
+                        self.services.insert(key, waypoint.clone());
+                    } else {
+                        let message = format!("targetRefs: waypoint {waypoint} of Service {key} does not exist");
+                        self.problem("AncestorNotBound", message);
+                    }
+                }
+                Some(_) => {
+                    self.problem("AncestorNotBound", format!("targetRefs: Service {key} is not bound to a waypoint"));
+                }
+            },
+            ("gateway.networking.k8s.io", "Gateway") => match world.gateways.get(&key) {
+                Some(gateway) if binding::is_waypoint(world, gateway) => {
+                    self.waypoints.insert(key);
+                }
+                Some(_) => self.problem("Invalid", format!("targetRefs: Gateway {key} is not a waypoint")),
+                None => self.problem("TargetNotFound", format!("targetRefs: Gateway {key} does not exist")),
+            },
+            ("gateway.networking.k8s.io", "GatewayClass") => {
+                let class = world.gateway_classes.get(&Key::new("", target.name.as_str()));
+                let ours = class.is_some_and(|class| {
+                    class.spec.as_ref().is_ok_and(|class| class.controller_name == MESH_CONTROLLER)
+                });
+                if namespace != world.mesh.root_namespace {
+                    let message = format!("targetRefs: GatewayClass only from namespace {}", world.mesh.root_namespace);
+                    self.problem("Invalid", message);
+                } else if ours || target.name == WAYPOINT_CLASS {
+                    self.waypoints.extend(binding::waypoints(world).map(|(key, _)| key.clone()));
+                } else {
+                    self.problem("TargetNotFound", format!("targetRefs: GatewayClass {} is not ours", target.name));
+                }
+            }
+            (group, kind) => self.problem("Invalid", format!("targetRefs: kind {group}/{kind} is not supported")),
+        }
+    }
+
+    fn problem(&mut self, reason: &'static str, message: String) {
+        self.problems.push((reason, message));
+    }
+}
+
+fn http_policy(policy: &Object<AuthorizationPolicySpec>, spec: &AuthorizationPolicySpec) -> (HttpPolicy, Vec<String>) {
+    let mut problems = Vec::new();
+    let (wire, action) = match spec.action.as_deref().unwrap_or("ALLOW") {
+        "ALLOW" => (WireAction::Allow, Action::Allow),
+        "DENY" => (WireAction::Deny, Action::Deny),
+        // An audit that matches more only records more.
+        "AUDIT" => (WireAction::Audit, Action::Deny),
+        "CUSTOM" => {
+            problems.push("action: CUSTOM is not supported; matching requests are denied".into());
+            (WireAction::Deny, Action::Deny)
+        }
+        other => {
+            problems.push(format!("action: {other:?} is unknown; everything is denied"));
+            let rules = vec![HttpRule::default()];
+            return (message(policy, WireAction::Deny, rules), problems);
+        }
+    };
+    let rules = spec
+        .rules
+        .iter()
+        .enumerate()
+        .filter_map(|(index, rule)| {
+            let mut reader = Reader::new(action);
+            let result = match rule {
+                Lenient::Good(rule) => http_rule(rule, policy.namespace(), &mut reader),
+                Lenient::Bad(reason) => {
+                    reader.problems.push(reason.clone());
+                    match action {
+                        Action::Allow => Err(DropRule),
+                        Action::Deny => Ok(HttpRule::default()),
+                    }
+                }
+            };
+            let note = if result.is_err() { " (the rule is left out)" } else { "" };
+            problems.extend(reader.problems.drain(..).map(|problem| format!("rules[{index}]: {problem}{note}")));
+            result.ok()
+        })
+        .collect();
+    (message(policy, wire, rules), problems)
+}
+
+fn message(policy: &Object<AuthorizationPolicySpec>, action: WireAction, rules: Vec<HttpRule>) -> HttpPolicy {
+    HttpPolicy {
+        name: policy.name().to_owned(),
+        namespace: policy.namespace().to_owned(),
+        action: action.into(),
+        services: Vec::new(),
+        rules,
+        dry_run: is_dry_run(policy),
+    }
+}
+
+fn http_rule(rule: &security::Rule, namespace: &str, reader: &mut Reader) -> Result<HttpRule, DropRule> {
+    for attribute in rule.unknown.keys() {
+        reader.unsupported(attribute, true, "is unknown")?;
+    }
+    let from = rule.from.iter().map(|from| source(&from.source, namespace, reader)).collect::<Result<_, _>>()?;
+    let to = rule.to.iter().map(|to| operation(&to.operation, reader)).collect::<Result<_, _>>()?;
+    let mut when = Vec::new();
+    for condition in &rule.when {
+        when.extend(self::condition(condition, namespace, reader)?);
+    }
+    Ok(HttpRule { from, to, when })
+}
+
+fn source(source: &security::Source, namespace: &str, reader: &mut Reader) -> Result<Source, DropRule> {
+    use Polarity::{Negative, Positive};
+    for (attribute, values) in [
+        ("requestPrincipals", &source.request_principals),
+        ("notRequestPrincipals", &source.not_request_principals),
+        ("remoteIpBlocks", &source.remote_ip_blocks),
+        ("notRemoteIpBlocks", &source.not_remote_ip_blocks),
+    ] {
+        reader.unsupported(attribute, !values.is_empty(), UNSUPPORTED)?;
+    }
+    for attribute in source.unknown.keys() {
+        reader.unsupported(attribute, true, "is unknown")?;
+    }
+    let account = |value: &str| service_account(value, namespace);
+    Ok(Source {
+        principals: reader.field("principals", Positive, &source.principals, string)?,
+        not_principals: reader.field("notPrincipals", Negative, &source.not_principals, string)?,
+        namespaces: reader.field("namespaces", Positive, &source.namespaces, string)?,
+        not_namespaces: reader.field("notNamespaces", Negative, &source.not_namespaces, string)?,
+        service_accounts: reader.field("serviceAccounts", Positive, &source.service_accounts, account)?,
+        not_service_accounts: reader.field("notServiceAccounts", Negative, &source.not_service_accounts, account)?,
+        ip_blocks: reader.field("ipBlocks", Positive, &source.ip_blocks, ip_block)?,
+        not_ip_blocks: reader.field("notIpBlocks", Negative, &source.not_ip_blocks, ip_block)?,
+    })
+}
+
+fn operation(operation: &security::Operation, reader: &mut Reader) -> Result<Operation, DropRule> {
+    use Polarity::{Negative, Positive};
+    for attribute in operation.unknown.keys() {
+        reader.unsupported(attribute, true, "is unknown")?;
+    }
+    Ok(Operation {
+        hosts: reader.field("hosts", Positive, &operation.hosts, string)?,
+        not_hosts: reader.field("notHosts", Negative, &operation.not_hosts, string)?,
+        ports: reader.field("ports", Positive, &operation.ports, parse::port)?,
+        not_ports: reader.field("notPorts", Negative, &operation.not_ports, parse::port)?,
+        methods: reader.field("methods", Positive, &operation.methods, string)?,
+        not_methods: reader.field("notMethods", Negative, &operation.not_methods, string)?,
+        paths: reader.field("paths", Positive, &operation.paths, path)?,
+        not_paths: reader.field("notPaths", Negative, &operation.not_paths, path)?,
+    })
+}
+
+/// `None`: nothing of the condition is left, in a DENY.
+fn condition(when: &security::Condition, namespace: &str, reader: &mut Reader) -> Result<Option<Condition>, DropRule> {
+    let key = when.key.as_str();
+    let is_header = key.strip_prefix("request.headers[").and_then(|rest| rest.strip_suffix(']'));
+    let check: Box<Check<'_>> = match key {
+        "source.ip" | "destination.ip" => Box::new(|value| {
+            parse::ip_block(value)?;
+            Ok(exact(value))
+        }),
+        "destination.port" => Box::new(|value| {
+            parse::port(value)?;
+            Ok(exact(value))
+        }),
+        "source.serviceAccount" => Box::new(|value| service_account(value, namespace).map(|found| exact(&found))),
+        "source.namespace" | "source.principal" => Box::new(string),
+        _ if is_header.is_some_and(|name| !name.is_empty()) => Box::new(string),
+        _ => {
+            reader.unsupported(&format!("when {key:?}"), true, UNSUPPORTED)?;
+            return Ok(None);
+        }
+    };
+    let values = reader.field(key, Polarity::Positive, &when.values, &check)?;
+    let not_values = reader.field(key, Polarity::Negative, &when.not_values, &check)?;
+    Ok((!values.is_empty() || !not_values.is_empty()).then(|| Condition { key: key.to_owned(), values, not_values }))
+}
+
+/// Reads a value of a condition.
+type Check<'a> = dyn Fn(&str) -> Result<StringMatch, String> + 'a;
+
+fn exact(value: &str) -> StringMatch {
+    StringMatch { match_type: Some(string_match::MatchType::Exact(value.to_owned())) }
+}
+
+fn string(value: &str) -> Result<StringMatch, String> {
+    use string_match::MatchType;
+    let found = match parse::text(value)? {
+        Text::Exact(text) => MatchType::Exact(text),
+        Text::Prefix(text) => MatchType::Prefix(text),
+        Text::Suffix(text) => MatchType::Suffix(text),
+        Text::Present => MatchType::Presence(()),
+    };
+    Ok(StringMatch { match_type: Some(found) })
+}
+
+/// A path, or a template: `{*}` is one segment, `{**}` any run of characters and the last operator.
+fn path(value: &str) -> Result<StringMatch, String> {
+    if !value.contains(['{', '}']) {
+        return string(value);
+    }
+    let rest = value.replace("{**}", "").replace("{*}", "");
+    if rest.contains(['{', '}', '*']) {
+        return Err("templates may hold {*} and {**} and no other brace or star".into());
+    }
+    let whole_segments = value.split('/').all(|segment| !segment.contains('{') || matches!(segment, "{*}" | "{**}"));
+    let operators_after_rest = value.split_once("{**}").is_some_and(|(_, after)| after.contains('{'));
+    if !value.starts_with('/') || !whole_segments || operators_after_rest {
+        return Err("{*} and {**} stand for whole segments of an absolute path, and {**} comes last".into());
+    }
+    Ok(StringMatch { match_type: Some(string_match::MatchType::Template(value.to_owned())) })
+}
+
+fn ip_block(value: &str) -> Result<IpBlock, String> {
+    parse::ip_block(value).map(|(address, length)| IpBlock { address, length })
+}
+
+fn service_account(value: &str, policy_namespace: &str) -> Result<String, String> {
+    parse::service_account(value, policy_namespace).map(|(namespace, name)| format!("{namespace}/{name}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn path_templates_are_checked() {
+        for good in ["/a/{*}/b", "/a/{**}", "/{**}/x", "/plain", "/p*", "*"] {
+            assert!(path(good).is_ok(), "{good}");
+        }
+        for bad in ["/foo/{*}.txt", "/{**}/{*}", "/{id}", "/a/{*}/b*", "a/{*}"] {
+            assert!(path(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,218 @@
+//! From what users wrote to what proxies are told, as a pure function: no client, no clock, no push. The same pass says
+//! what became of each object ([`verdict`]), so a field is either enforced or reported.
+//!
+//! It derives everything anew on each change. That is simple and cheap enough for thousands of pods; the store sends
+//! only what differs. Deriving only what a change touches is the next step when it no longer is.
+
+pub mod authorization;
+pub mod binding;
+pub mod enrolment;
+pub mod gateway;
+pub mod guard;
+pub mod http_policy;
+pub mod parse;
+pub mod peer_authentication;
+pub mod route;
+pub mod service;
+pub mod verdict;
+pub mod workload;
+pub mod world;
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use mesh_proto::security::{AUTHORIZATION_TYPE, Authorization};
+use mesh_proto::waypoint::{HTTP_POLICY_TYPE, ROUTE_TYPE};
+use mesh_proto::workload::{ADDRESS_TYPE, Address};
+
+use self::authorization as l4;
+use self::binding::Binding;
+use self::http_policy::Reach;
+use self::peer_authentication::PeerAuthentications;
+use self::verdict::{Kind, Report, Status, Verdict, Wanted};
+use self::world::{View, World};
+use crate::resources::{Audience, Resource};
+use crate::types::security::WorkloadSelector;
+use crate::types::{Key, matches_labels};
+
+/// Everything that follows from a world.
+#[derive(Debug, Default)]
+pub struct Translation {
+    pub resources: Vec<Resource>,
+    pub verdicts: Vec<Verdict>,
+}
+
+pub fn translate(world: &World) -> Translation {
+    let view = View::new(world);
+    let mut out = Translation::default();
+    let bindings = services(&view, &mut out);
+    let policies = policies(world, &bindings, &mut out);
+    workloads(&view, &bindings, &policies, &mut out);
+    let attached = routes(world, &bindings, &mut out);
+    out.verdicts.extend(world.gateway_classes.iter().filter_map(|(key, class)| gateway::class(key, class)));
+    out.verdicts.extend(binding::waypoints(world).filter_map(|(key, object)| {
+        gateway::gateway(world, key, object, attached.get(key).copied().unwrap_or_default())
+    }));
+    out.resources.extend(world.pods.values().filter_map(|pod| enrolment::translate(world, pod)));
+    out
+}
+
+fn services(view: &View<'_>, out: &mut Translation) -> BTreeMap<Key, Binding> {
+    let mut bindings = BTreeMap::new();
+    for (key, object) in view.world.services.iter() {
+        let Some((resource, binding)) = service::translate(view.world, object) else { continue };
+        out.resources.push(resource);
+        for slice in view.slices_of(&object.metadata) {
+            out.resources.extend(workload::from_slice(view.world, object, slice));
+        }
+        out.verdicts.push(Verdict {
+            kind: Kind::Service,
+            key: key.clone(),
+            generation: object.metadata.generation.unwrap_or_default(),
+            report: Report::Conditions {
+                owned: &["istio.io/WaypointBound"],
+                wanted: binding.condition.clone().into_iter().collect(),
+            },
+        });
+        bindings.insert(key.clone(), binding);
+    }
+    bindings
+}
+
+/// What workloads need to know of policies.
+struct Policies<'a> {
+    /// Connection-level policies with a selector: namespace (`None` = every one), selector, reference.
+    selected: Vec<(Option<String>, &'a WorkloadSelector, String)>,
+    peer_authentications: PeerAuthentications<'a>,
+    reach: Reach,
+}
+
+fn policies<'a>(world: &'a World, bindings: &BTreeMap<Key, Binding>, out: &mut Translation) -> Policies<'a> {
+    let mut selected = Vec::new();
+    let mut reach = Reach::default();
+    for (key, policy) in world.authorization_policies.iter() {
+        let wanted = match &policy.spec {
+            Err(reason) => {
+                let message = format!("{reason}; the policy is not enforced");
+                Wanted::new(l4::CONDITION, Status::False, "Invalid", message)
+            }
+            Ok(spec) if spec.targets().next().is_some() => {
+                let (attached, wanted) = http_policy::translate(world, policy, spec, bindings, &mut reach);
+                out.resources.extend(attached.into_iter().map(|attached| {
+                    Resource::new(HTTP_POLICY_TYPE, attached.name, &attached.policy)
+                        .for_audience(attached.waypoints.iter().map(waypoint_audience).collect())
+                }));
+                wanted
+            }
+            Ok(spec) => {
+                let (authorization, wanted) = l4::translate(world, policy, spec);
+                if let Some(authorization) = authorization {
+                    if let Some(selector) = spec.selector.as_ref().filter(|s| !s.match_labels.is_empty()) {
+                        let everywhere = *key.namespace == *world.mesh.root_namespace;
+                        let namespace = (!everywhere).then(|| key.namespace.to_string());
+                        selected.push((namespace, selector, key.to_string()));
+                    }
+                    out.resources.push(authorization_resource(&authorization));
+                }
+                wanted
+            }
+        };
+        out.verdicts.push(Verdict {
+            kind: Kind::AuthorizationPolicy,
+            key: key.clone(),
+            generation: policy.generation(),
+            report: Report::Conditions { owned: &[l4::CONDITION, http_policy::CONDITION], wanted: vec![wanted] },
+        });
+    }
+    let peer_authentications = PeerAuthentications::new(world);
+    out.resources.extend(peer_authentications.authorizations().iter().map(authorization_resource));
+    out.verdicts.extend(world.peer_authentications.iter().map(|(key, policy)| Verdict {
+        kind: Kind::PeerAuthentication,
+        key: key.clone(),
+        generation: policy.generation(),
+        report: Report::Conditions {
+            owned: &[peer_authentication::CONDITION],
+            wanted: peer_authentication::condition(world, policy).into_iter().collect(),
+        },
+    }));
+    Policies { selected, peer_authentications, reach }
+}
+
+fn workloads(view: &View<'_>, bindings: &BTreeMap<Key, Binding>, policies: &Policies<'_>, out: &mut Translation) {
+    let world = view.world;
+    let by_name: BTreeMap<String, (&Key, &Binding)> =
+        bindings.iter().map(|(key, binding)| (world.service_name(key), (key, binding))).collect();
+    let mut guards: BTreeMap<String, Authorization> = BTreeMap::new();
+    for (key, pod) in world.pods.iter() {
+        let labels = pod.metadata.labels.as_ref();
+        let mut references: Vec<String> = policies
+            .selected
+            .iter()
+            .filter(|(namespace, selector, _)| {
+                namespace.as_deref().is_none_or(|namespace| *namespace == *key.namespace)
+                    && matches_labels(&selector.match_labels, labels)
+            })
+            .map(|(_, _, reference)| reference.clone())
+            .collect();
+        references.extend(policies.peer_authentications.policy_of(&key.namespace, labels));
+        let services = workload::services(view, pod);
+        let own = binding::resolve(world, &pod.metadata, binding::TrafficType::Workload);
+        for guard in guard::for_workload(world, &key.namespace, &own, &services, &by_name, &policies.reach) {
+            let reference = format!("{}/{}", guard.namespace, guard.name);
+            references.push(reference.clone());
+            guards.insert(reference, guard);
+        }
+        references.sort_unstable();
+        out.resources.extend(workload::from_pod(view, pod, references).map(|(resource, _)| resource));
+    }
+    out.resources.extend(guards.values().map(authorization_resource));
+}
+
+/// The number of routes each waypoint carries out.
+fn routes(world: &World, bindings: &BTreeMap<Key, Binding>, out: &mut Translation) -> BTreeMap<Key, usize> {
+    let mut attached: BTreeMap<Key, usize> = BTreeMap::new();
+    for (key, object) in world.http_routes.iter() {
+        let translated = route::translate(world, object, bindings);
+        if let Some(route) = translated.route {
+            let audience = translated.waypoints.iter().map(waypoint_audience).collect();
+            out.resources.push(Resource::new(ROUTE_TYPE, format!("HTTPRoute/{key}"), &route).for_audience(audience));
+        }
+        for waypoint in translated.waypoints {
+            *attached.entry(waypoint).or_default() += 1;
+        }
+        out.verdicts.push(Verdict {
+            kind: Kind::HttpRoute,
+            key: key.clone(),
+            generation: object.generation(),
+            report: Report::Parents(translated.parents),
+        });
+    }
+    attached
+}
+
+fn waypoint_audience(waypoint: &Key) -> Audience {
+    Audience::Waypoint { namespace: Arc::clone(&waypoint.namespace), name: Arc::clone(&waypoint.name) }
+}
+
+fn authorization_resource(authorization: &Authorization) -> Resource {
+    Resource::new(AUTHORIZATION_TYPE, format!("{}/{}", authorization.namespace, authorization.name), authorization)
+}
+
+fn address_resource(name: String, address: &Address, aliases: Vec<Arc<str>>) -> Resource {
+    Resource { aliases, ..Resource::new(ADDRESS_TYPE, name, address) }
+}
+
+/// Network order, 4 or 16 bytes.
+fn address_bytes(address: IpAddr) -> Bytes {
+    match address {
+        IpAddr::V4(address) => Bytes::copy_from_slice(&address.octets()),
+        IpAddr::V6(address) => Bytes::copy_from_slice(&address.octets()),
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod fixture;
+#[cfg(test)]
+mod tests;

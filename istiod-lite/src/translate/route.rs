@@ -1,0 +1,508 @@
+//! HTTPRoute with Service parents → one resolved route for the waypoints of those Services.
+//!
+//! A rule we cannot carry out is not skipped: requests that match it are answered 500, and the status names the field.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use k8s_openapi::api::core::v1::Service;
+use mesh_proto::waypoint::{
+    Backend, Filter, Header, HeaderModifier, KeyMatch, Parent, PathModifier, Redirect, Rewrite, Route, RouteMatch,
+    RouteRule, ServicePort, backend, filter, key_match, path_modifier, route_match,
+};
+use prost_types::Duration;
+
+use super::binding::Binding;
+use super::verdict::{ParentReport, Status, Wanted};
+use super::world::World;
+use crate::types::gateway::{self as api, HttpRouteSpec, ParentRef};
+use crate::types::{Key, Lenient, Object, created};
+
+/// Parents we report on, the route if any parent takes it, and the waypoints that carry it out.
+#[derive(Debug, Default)]
+pub struct Translated {
+    pub route: Option<Route>,
+    pub waypoints: BTreeSet<Key>,
+    pub parents: Vec<ParentReport>,
+}
+
+pub fn translate(world: &World, object: &Object<HttpRouteSpec>, bindings: &BTreeMap<Key, Binding>) -> Translated {
+    let spec = match &object.spec {
+        Ok(spec) => spec,
+        // Without a readable parentRef there is nobody to report to; with one, say it there.
+        Err(_) => return Translated::default(),
+    };
+    let mut problems = Problems::default();
+    let rules: Vec<RouteRule> = match &spec.rules {
+        Some(rules) => {
+            rules.iter().enumerate().filter_map(|(index, rule)| self::rule(world, object, index, rule, &mut problems))
+        }
+        .collect(),
+        None => vec![RouteRule { matches: vec![match_all()], ..RouteRule::default() }],
+    };
+    let resolved = problems.resolved_refs();
+    let whole = problems.accepted(spec.rules.as_ref().map_or(1, Vec::len));
+    let mut translated = Translated::default();
+    let mut parents = Vec::new();
+    for parent_ref in spec.parent_refs.iter().filter(|parent| is_service(parent)) {
+        let (accepted, parent, waypoints) = parent(world, object, parent_ref, bindings);
+        let mut conditions = match (&parent, &whole) {
+            (Some(_), (accepted, partial)) => {
+                let mut conditions = vec![accepted.clone()];
+                conditions.extend(partial.clone());
+                conditions
+            }
+            (None, _) => vec![accepted],
+        };
+        conditions.push(resolved.clone());
+        if parent.is_some() {
+            conditions.push(waypoint_condition(&waypoints));
+        }
+        parents.extend(parent);
+        translated.waypoints.extend(waypoints);
+        let parent = serde_json::to_value(parent_ref).unwrap_or_default();
+        translated.parents.push(ParentReport { parent, conditions });
+    }
+    if !parents.is_empty() && !translated.waypoints.is_empty() {
+        translated.route = Some(Route {
+            name: object.name().to_owned(),
+            namespace: object.namespace().to_owned(),
+            created: created(&object.meta),
+            parents,
+            rules,
+        });
+    }
+    translated
+}
+
+fn is_service(parent: &ParentRef) -> bool {
+    matches!(parent.group.as_deref(), Some("" | "core")) && parent.kind.as_deref() == Some("Service")
+}
+
+/// Whether the Service takes the route; what is sent; and the waypoint that serves it.
+fn parent(
+    world: &World,
+    route: &Object<HttpRouteSpec>,
+    parent: &ParentRef,
+    bindings: &BTreeMap<Key, Binding>,
+) -> (Wanted, Option<Parent>, Option<Key>) {
+    let refuse = |message: String| (Wanted::new("Accepted", Status::False, "NoMatchingParent", message), None, None);
+    let key = Key::new(parent.namespace.as_deref().unwrap_or(route.namespace()), parent.name.as_str());
+    let Some(service) = world.services.get(&key) else { return refuse(format!("Service {key} does not exist")) };
+    let spec = service.spec.as_ref();
+    if spec.is_some_and(|spec| spec.type_.as_deref() == Some("ExternalName")) {
+        return refuse(format!("Service {key} is an ExternalName"));
+    }
+    if spec.is_some_and(|spec| spec.cluster_ip.as_deref() == Some("None")) {
+        return refuse(format!("Service {key} is headless: no address to attach to"));
+    }
+    if let Some(port) = parent.port
+        && !has_port(service, port)
+    {
+        return refuse(format!("Service {key} has no port {port}"));
+    }
+    if parent.section_name.is_some() {
+        return refuse("parentRefs: sectionName of a Service is not supported (use port)".into());
+    }
+    let accepted = Wanted::new("Accepted", Status::True, "Accepted", "Route was valid");
+    let waypoint = bindings.get(&key).and_then(|binding| binding.waypoint.clone());
+    let waypoint = waypoint.filter(|waypoint| world.gateways.contains_key(waypoint));
+    let parent = Parent { service: world.service_name(&key), port: parent.port.unwrap_or_default().into() };
+    (accepted, Some(parent), waypoint)
+}
+
+fn waypoint_condition(waypoint: &Option<Key>) -> Wanted {
+    match waypoint {
+        Some(waypoint) => {
+            Wanted::new("ResolvedWaypoints", Status::True, "ResolvedWaypoints", format!("carried out by {waypoint}"))
+        }
+        None => Wanted::new(
+            "ResolvedWaypoints",
+            Status::False,
+            "MissingUseWaypointLabel",
+            "the Service is bound to no waypoint that exists, so the route does nothing (label istio.io/use-waypoint)",
+        ),
+    }
+}
+
+fn has_port(service: &Service, number: u16) -> bool {
+    let ports = service.spec.iter().flat_map(|spec| spec.ports.iter().flatten());
+    ports.into_iter().any(|port| port.port == i32::from(number))
+}
+
+#[derive(Default)]
+struct Problems {
+    /// What is wrong with rules, in their order.
+    rules: Vec<String>,
+    /// How many rules are not carried out at all.
+    refused: usize,
+    /// Reason and text of backend references that lead nowhere.
+    backends: Vec<(&'static str, String)>,
+}
+
+impl Problems {
+    fn rule(&mut self, index: usize, problem: String) {
+        self.rules.push(format!("rules[{index}]{problem}"));
+    }
+
+    fn resolved_refs(&self) -> Wanted {
+        match self.backends.first() {
+            None => Wanted::new("ResolvedRefs", Status::True, "ResolvedRefs", "All references resolved"),
+            Some((reason, _)) => {
+                let all: Vec<&str> = self.backends.iter().map(|(_, message)| message.as_str()).collect();
+                Wanted::new("ResolvedRefs", Status::False, reason, all.join("; "))
+            }
+        }
+    }
+
+    /// `Accepted`, and `PartiallyInvalid` where it applies.
+    fn accepted(&self, rules: usize) -> (Wanted, Option<Wanted>) {
+        let message = self.rules.join("; ");
+        if self.rules.is_empty() {
+            (Wanted::new("Accepted", Status::True, "Accepted", "Route was valid"), None)
+        } else if self.refused >= rules {
+            (Wanted::new("Accepted", Status::False, "UnsupportedValue", message), None)
+        } else {
+            let partial = Wanted::new(
+                "PartiallyInvalid",
+                Status::True,
+                "UnsupportedValue",
+                format!("Dropped Rule (its requests are answered 500): {message}"),
+            );
+            (Wanted::new("Accepted", Status::True, "Accepted", "Route was valid in part"), Some(partial))
+        }
+    }
+}
+
+/// `None`: no match of the rule can be read, so no request can be told to be its.
+fn rule(
+    world: &World,
+    route: &Object<HttpRouteSpec>,
+    index: usize,
+    rule: &Lenient<api::HttpRouteRule>,
+    problems: &mut Problems,
+) -> Option<RouteRule> {
+    let rule = match rule {
+        Lenient::Good(rule) => rule,
+        Lenient::Bad(reason) => {
+            problems.rule(index, format!(": {reason}"));
+            problems.refused += 1;
+            return None;
+        }
+    };
+    let mut bad = Vec::new();
+    let mut matches = Vec::new();
+    for (number, found) in rule.matches.iter().enumerate() {
+        match good(found).and_then(route_match) {
+            Ok(found) => matches.push(found),
+            Err(reason) => bad.push(format!("matches[{number}]: {reason} (the match is left out)")),
+        }
+    }
+    if rule.matches.is_empty() {
+        matches.push(match_all());
+    }
+    let partly_matched = bad.len();
+    let mut filters = Vec::new();
+    for (number, found) in rule.filters.iter().enumerate() {
+        match good(found).and_then(|found| filter(found, FilterPlace::Rule(rule))) {
+            Ok(found) => filters.push(found),
+            Err(reason) => bad.push(format!("filters[{number}]: {reason}")),
+        }
+    }
+    let redirects = filters.iter().any(|found| matches!(found.filter, Some(filter::Filter::Redirect(_))));
+    let rewrites = filters.iter().any(|found| matches!(found.filter, Some(filter::Filter::Rewrite(_))));
+    if redirects && (rewrites || !rule.backend_refs.is_empty()) {
+        bad.push("filters: RequestRedirect goes with neither URLRewrite nor backendRefs".into());
+    }
+    let mut backends = Vec::new();
+    for (number, found) in rule.backend_refs.iter().enumerate() {
+        let place = format!("rules[{index}].backendRefs[{number}]");
+        match good(found) {
+            Ok(found) => match backend(world, route, &place, found, problems) {
+                Ok(found) => backends.push(found),
+                Err(reason) => bad.push(format!("backendRefs[{number}].{reason}")),
+            },
+            Err(reason) => bad.push(format!("backendRefs[{number}]: {reason}")),
+        }
+    }
+    let mut timeout = |field: &str, value: &Option<String>| match value.as_deref().map(duration) {
+        None => None,
+        Some(Ok(found)) => found,
+        Some(Err(reason)) => {
+            bad.push(format!("timeouts.{field}: {reason}"));
+            None
+        }
+    };
+    let request_timeout = timeout("request", &rule.timeouts.request);
+    let backend_request_timeout = timeout("backendRequest", &rule.timeouts.backend_request);
+    if rule.retry.is_some() {
+        bad.push("retry: is not supported yet".into());
+    }
+    if rule.session_persistence.is_some() {
+        bad.push("sessionPersistence: is not supported yet".into());
+    }
+    // Unreadable matches narrow the rule; anything else leaves it impossible to carry out.
+    let impossible = bad.len() > partly_matched;
+    for problem in bad.drain(..) {
+        problems.rule(index, format!(".{problem}"));
+    }
+    if matches.is_empty() {
+        problems.refused += 1;
+        return None;
+    }
+    if impossible {
+        problems.refused += 1;
+        filters.clear();
+        let reason = "the rule cannot be carried out; see the route's status".to_owned();
+        backends = vec![Backend { weight: 1, target: Some(backend::Target::Invalid(reason)), filters: Vec::new() }];
+    }
+    Some(RouteRule { name: rule.name.clone(), matches, filters, backends, request_timeout, backend_request_timeout })
+}
+
+fn good<T>(value: &Lenient<T>) -> Result<&T, String> {
+    match value {
+        Lenient::Good(value) => Ok(value),
+        Lenient::Bad(reason) => Err(reason.clone()),
+    }
+}
+
+fn match_all() -> RouteMatch {
+    RouteMatch { path: Some(route_match::Path::PathPrefix("/".into())), ..RouteMatch::default() }
+}
+
+fn route_match(found: &api::HttpMatch) -> Result<RouteMatch, String> {
+    let path = match &found.path {
+        None => route_match::Path::PathPrefix("/".into()),
+        Some(path) => {
+            let value = path.value.clone().unwrap_or_else(|| "/".into());
+            match path.r#type.as_deref().unwrap_or("PathPrefix") {
+                "RegularExpression" => route_match::Path::PathRegex(regex(value)?),
+                _ if !value.starts_with('/') => return Err(format!("path.value: {value:?} is not absolute")),
+                "Exact" => route_match::Path::PathExact(value),
+                "PathPrefix" => route_match::Path::PathPrefix(value),
+                other => return Err(format!("path.type: {other:?} is unknown")),
+            }
+        }
+    };
+    Ok(RouteMatch {
+        path: Some(path),
+        headers: key_matches("headers", &found.headers, |name| name.to_ascii_lowercase())?,
+        query_params: key_matches("queryParams", &found.query_params, str::to_owned)?,
+        method: found.method.clone(),
+    })
+}
+
+/// A second entry of the same name is ignored, as the standard says.
+fn key_matches(
+    field: &str,
+    entries: &[api::ValueMatch],
+    canonical: impl Fn(&str) -> String,
+) -> Result<Vec<KeyMatch>, String> {
+    let mut seen = BTreeSet::new();
+    let mut found = Vec::new();
+    for entry in entries {
+        let name = canonical(&entry.name);
+        if !seen.insert(name.clone()) {
+            continue;
+        }
+        let value = entry.value.clone().unwrap_or_default();
+        let value = match entry.r#type.as_deref().unwrap_or("Exact") {
+            "Exact" => key_match::Value::Exact(value),
+            "RegularExpression" => {
+                key_match::Value::Regex(regex(value).map_err(|reason| format!("{field}[{name}]: {reason}"))?)
+            }
+            other => return Err(format!("{field}[{name}].type: {other:?} is unknown")),
+        };
+        found.push(KeyMatch { name, value: Some(value) });
+    }
+    Ok(found)
+}
+
+fn regex(value: String) -> Result<String, String> {
+    match regex::Regex::new(&value) {
+        Ok(_) => Ok(value),
+        Err(_) => Err(format!("{value:?} is not a regular expression (RE2 syntax)")),
+    }
+}
+
+enum FilterPlace<'a> {
+    Rule(&'a api::HttpRouteRule),
+    Backend,
+}
+
+fn filter(found: &api::HttpFilter, place: FilterPlace<'_>) -> Result<Filter, String> {
+    let missing = |field: &str| format!("type {} without {field}", found.r#type);
+    let filter = match (found.r#type.as_str(), place) {
+        ("RequestHeaderModifier", _) => {
+            let modifier = found.request_header_modifier.as_ref().ok_or_else(|| missing("requestHeaderModifier"))?;
+            filter::Filter::RequestHeaders(header_modifier(modifier))
+        }
+        ("ResponseHeaderModifier", _) => {
+            let modifier = found.response_header_modifier.as_ref().ok_or_else(|| missing("responseHeaderModifier"))?;
+            filter::Filter::ResponseHeaders(header_modifier(modifier))
+        }
+        ("RequestRedirect", FilterPlace::Rule(rule)) => {
+            let redirect = found.request_redirect.as_ref().ok_or_else(|| missing("requestRedirect"))?;
+            let status = redirect.status_code.unwrap_or(302);
+            if !matches!(status, 301 | 302 | 303 | 307 | 308) {
+                return Err(format!("requestRedirect.statusCode: {status} is not supported"));
+            }
+            if !matches!(redirect.scheme.as_str(), "" | "http" | "https") {
+                return Err(format!("requestRedirect.scheme: {:?} is not supported", redirect.scheme));
+            }
+            filter::Filter::Redirect(Redirect {
+                scheme: redirect.scheme.clone(),
+                hostname: redirect.hostname.clone(),
+                path: path_modifier("requestRedirect", redirect.path.as_ref(), rule)?,
+                port: redirect.port.unwrap_or_default().into(),
+                status,
+            })
+        }
+        ("URLRewrite", FilterPlace::Rule(rule)) => {
+            let rewrite = found.url_rewrite.as_ref().ok_or_else(|| missing("urlRewrite"))?;
+            filter::Filter::Rewrite(Rewrite {
+                hostname: rewrite.hostname.clone(),
+                path: path_modifier("urlRewrite", rewrite.path.as_ref(), rule)?,
+            })
+        }
+        ("RequestRedirect" | "URLRewrite", FilterPlace::Backend) => {
+            return Err(format!("type {} is not supported on a backendRef", found.r#type));
+        }
+        (other, _) => return Err(format!("type {other:?} is not supported yet")),
+    };
+    Ok(Filter { filter: Some(filter) })
+}
+
+fn header_modifier(modifier: &api::HeaderModifier) -> HeaderModifier {
+    // The first entry of a name wins.
+    let headers = |entries: &[api::NameValue]| {
+        let mut seen = BTreeSet::new();
+        let first = entries.iter().filter(|entry| seen.insert(entry.name.to_ascii_lowercase()));
+        first.map(|entry| Header { name: entry.name.to_ascii_lowercase(), value: entry.value.clone() }).collect()
+    };
+    HeaderModifier {
+        set: headers(&modifier.set),
+        add: headers(&modifier.add),
+        remove: modifier.remove.iter().map(|name| name.to_ascii_lowercase()).collect(),
+    }
+}
+
+fn path_modifier(
+    field: &str,
+    modifier: Option<&api::PathModifier>,
+    rule: &api::HttpRouteRule,
+) -> Result<Option<PathModifier>, String> {
+    let Some(modifier) = modifier else { return Ok(None) };
+    let kind = match modifier.r#type.as_str() {
+        "ReplaceFullPath" => path_modifier::Kind::ReplaceFull(modifier.replace_full_path.clone().unwrap_or_default()),
+        "ReplacePrefixMatch" => {
+            let is_prefix = |found: &Lenient<api::HttpMatch>| match found {
+                Lenient::Good(found) => found
+                    .path
+                    .as_ref()
+                    .is_none_or(|path| path.r#type.as_deref().is_none_or(|kind| kind == "PathPrefix")),
+                Lenient::Bad(_) => false,
+            };
+            if !rule.matches.iter().all(is_prefix) {
+                return Err(format!("{field}.path: ReplacePrefixMatch needs PathPrefix matches"));
+            }
+            path_modifier::Kind::ReplacePrefixMatch(modifier.replace_prefix_match.clone().unwrap_or_default())
+        }
+        other => return Err(format!("{field}.path.type: {other:?} is unknown")),
+    };
+    Ok(Some(PathModifier { kind: Some(kind) }))
+}
+
+/// A reference that leads nowhere becomes an invalid backend with its weight: its share is answered 500. A Service of
+/// another namespace needs no grant, because the mesh's own policy guards it.
+fn backend(
+    world: &World,
+    route: &Object<HttpRouteSpec>,
+    place: &str,
+    found: &api::BackendRef,
+    problems: &mut Problems,
+) -> Result<Backend, String> {
+    let mut filters = Vec::new();
+    for (number, entry) in found.filters.iter().enumerate() {
+        let entry = good(entry).and_then(|entry| filter(entry, FilterPlace::Backend));
+        filters.push(entry.map_err(|reason| format!("filters[{number}]: {reason}"))?);
+    }
+    let target = match resolve_backend(world, route, found) {
+        Ok(target) => backend::Target::Service(target),
+        Err((reason, message)) => {
+            problems.backends.push((reason, format!("{place}: {message}")));
+            backend::Target::Invalid(message)
+        }
+    };
+    Ok(Backend { weight: found.weight.unwrap_or(1), target: Some(target), filters })
+}
+
+fn resolve_backend(
+    world: &World,
+    route: &Object<HttpRouteSpec>,
+    found: &api::BackendRef,
+) -> Result<ServicePort, (&'static str, String)> {
+    let (group, kind) = (found.group.as_deref().unwrap_or_default(), found.kind.as_deref().unwrap_or("Service"));
+    if !matches!(group, "" | "core") || kind != "Service" {
+        return Err(("InvalidKind", format!("kind {group}/{kind} is not supported")));
+    }
+    let key = Key::new(found.namespace.as_deref().unwrap_or(route.namespace()), found.name.as_str());
+    let Some(port) = found.port else {
+        return Err(("UnsupportedValue", format!("Service {key} needs a port")));
+    };
+    let service = world.services.get(&key).ok_or(("BackendNotFound", format!("Service {key} does not exist")))?;
+    if service.spec.as_ref().is_some_and(|spec| spec.type_.as_deref() == Some("ExternalName")) {
+        return Err(("BackendNotFound", format!("Service {key} is an ExternalName, which the mesh does not know")));
+    }
+    if !has_port(service, port) {
+        return Err(("BackendNotFound", format!("Service {key} has no port {port}")));
+    }
+    Ok(ServicePort { service: world.service_name(&key), port: port.into() })
+}
+
+/// Gateway API durations (`1h2m3s4ms`, each unit once, in any order); zero means none.
+fn duration(value: &str) -> Result<Option<Duration>, String> {
+    let unreadable = || format!("{value:?} is not a duration such as 10s, 500ms or 1m30s");
+    let mut millis: u64 = 0;
+    let mut rest = value;
+    while !rest.is_empty() {
+        let digits = rest.find(|c: char| !c.is_ascii_digit()).ok_or_else(unreadable)?;
+        let number: u64 = rest[..digits].parse().map_err(|_| unreadable())?;
+        rest = &rest[digits..];
+        let end = rest.find(|c: char| c.is_ascii_digit()).unwrap_or(rest.len());
+        let unit = match &rest[..end] {
+            "h" => 3_600_000,
+            "m" => 60_000,
+            "s" => 1000,
+            "ms" => 1,
+            _ => return Err(unreadable()),
+        };
+        millis = number.checked_mul(unit).and_then(|more| millis.checked_add(more)).ok_or_else(unreadable)?;
+        rest = &rest[end..];
+    }
+    if value.is_empty() {
+        return Err(unreadable());
+    }
+    let (seconds, nanos) = (millis / 1000, (millis % 1000) * 1_000_000);
+    let found = Duration {
+        seconds: i64::try_from(seconds).map_err(|_| unreadable())?,
+        nanos: i32::try_from(nanos).map_err(|_| unreadable())?,
+    };
+    Ok((millis > 0).then_some(found))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_durations_as_the_standard_writes_them() {
+        let of = |seconds, nanos| Ok(Some(Duration { seconds, nanos }));
+        assert_eq!(duration("10s"), of(10, 0));
+        assert_eq!(duration("1m30s"), of(90, 0));
+        assert_eq!(duration("500ms"), of(0, 500_000_000));
+        assert_eq!(duration("0s"), Ok(None));
+        for bad in ["", "10", "s", "1d", "-1s", "1.5s", "99999999999999999999h"] {
+            assert!(duration(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! Kubernetes Services as the mesh's services.
+
+use std::net::IpAddr;
+
+use k8s_openapi::api::core::v1::{Service as KubeService, ServicePort};
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use mesh_proto::workload::{
+    Address, AppProtocol, IpFamilies, LoadBalancing, NetworkAddress, Port, Service, address, load_balancing,
+};
+
+use super::binding::{self, Binding, TrafficType};
+use super::world::World;
+use super::{address_bytes, address_resource};
+use crate::resources::Resource;
+use crate::types::{Key, annotation};
+
+/// The service and what it is bound to; `None` for those the mesh does not know (ExternalName).
+pub fn translate(world: &World, service: &KubeService) -> Option<(Resource, Binding)> {
+    let spec = service.spec.as_ref()?;
+    if spec.type_.as_deref() == Some("ExternalName") {
+        return None;
+    }
+    let key = Key::of(&service.metadata);
+    let binding = binding::resolve(world, &service.metadata, TrafficType::Service);
+    let vips = vips(service);
+    let network = world.network();
+    let message = Service {
+        name: key.name.to_string(),
+        namespace: key.namespace.to_string(),
+        hostname: world.hostname(&key),
+        addresses: vips
+            .iter()
+            .map(|vip| NetworkAddress { network: network.into(), address: address_bytes(*vip), length: None })
+            .collect(),
+        ports: spec.ports.iter().flatten().filter_map(port).collect(),
+        waypoint: binding.address.clone(),
+        load_balancing: load_balancing(service),
+        ip_families: ip_families(spec.ip_families.as_deref().unwrap_or_default()).into(),
+        canonical: true,
+        ingress_use_waypoint: binding::ingress_uses_waypoint(world, &service.metadata),
+        ..Service::default()
+    };
+    let aliases = vips.iter().map(|vip| format!("{network}/{vip}").into()).collect();
+    let resource =
+        address_resource(world.service_name(&key), &Address { r#type: Some(address::Type::Service(message)) }, aliases);
+    Some((resource, binding))
+}
+
+/// Cluster IPs; none for a headless Service or one that has not been given any yet.
+fn vips(service: &KubeService) -> Vec<IpAddr> {
+    let Some(spec) = &service.spec else { return Vec::new() };
+    let many = spec.cluster_ips.as_deref().unwrap_or_default();
+    let one = if many.is_empty() { spec.cluster_ip.as_slice() } else { &[] };
+    many.iter().chain(one).filter_map(|ip| ip.parse().ok()).collect()
+}
+
+fn port(port: &ServicePort) -> Option<Port> {
+    Some(Port {
+        service_port: u32::try_from(port.port).ok()?,
+        target_port: match &port.target_port {
+            None => u32::try_from(port.port).ok()?,
+            Some(IntOrString::Int(number)) if *number > 0 => u32::try_from(*number).ok()?,
+            // Zero means the same as absent; a name differs from pod to pod.
+            Some(IntOrString::Int(_)) => u32::try_from(port.port).ok()?,
+            Some(IntOrString::String(_)) => 0,
+        },
+        app_protocol: app_protocol(port).into(),
+    })
+}
+
+/// `appProtocol` beats the port's name, which beats well-known numbers; `Unknown` means: look at the first bytes.
+pub fn app_protocol(port: &ServicePort) -> AppProtocol {
+    if port.protocol.as_deref().is_some_and(|protocol| protocol != "TCP") {
+        return AppProtocol::Unknown;
+    }
+    let named = |text: &str| match text.to_ascii_lowercase().as_str() {
+        "kubernetes.io/h2c" => Some(AppProtocol::Http2),
+        "kubernetes.io/ws" => Some(AppProtocol::Http11),
+        "kubernetes.io/wss" => Some(AppProtocol::Tls),
+        "grpc-web" => Some(AppProtocol::Http11),
+        lower if lower.starts_with("grpc-web-") => Some(AppProtocol::Http11),
+        lower => match lower.split('-').next().unwrap_or_default() {
+            "http" => Some(AppProtocol::Http11),
+            "http2" => Some(AppProtocol::Http2),
+            "grpc" => Some(AppProtocol::Grpc),
+            "https" | "tls" => Some(AppProtocol::Tls),
+            "tcp" | "mongo" | "redis" | "mysql" => Some(AppProtocol::Tcp),
+            _ => None,
+        },
+    };
+    let by_number = || matches!(port.port, 25 | 53 | 3306 | 27017).then_some(AppProtocol::Tcp);
+    port.app_protocol
+        .as_deref()
+        .and_then(named)
+        .or_else(|| port.name.as_deref().and_then(named))
+        .or_else(by_number)
+        .unwrap_or(AppProtocol::Unknown)
+}
+
+fn ip_families(families: &[String]) -> IpFamilies {
+    match (families.iter().any(|f| f == "IPv4"), families.iter().any(|f| f == "IPv6")) {
+        (true, true) => IpFamilies::Dual,
+        (true, false) => IpFamilies::Ipv4Only,
+        (false, true) => IpFamilies::Ipv6Only,
+        (false, false) => IpFamilies::Automatic,
+    }
+}
+
+fn load_balancing(service: &KubeService) -> Option<LoadBalancing> {
+    use load_balancing::{HealthPolicy, Mode, Scope};
+    let spec = service.spec.as_ref()?;
+    let distribution = annotation(&service.metadata, "networking.istio.io/traffic-distribution")
+        .or(spec.traffic_distribution.as_deref());
+    let (mode, scopes): (Mode, &[Scope]) = match (spec.internal_traffic_policy.as_deref(), distribution) {
+        (Some("Local"), _) => (Mode::Strict, &[Scope::Node]),
+        (_, Some("PreferClose" | "PreferSameZone")) => (Mode::Failover, &[Scope::Network, Scope::Region, Scope::Zone]),
+        (_, Some("PreferSameNode")) => {
+            (Mode::Failover, &[Scope::Network, Scope::Region, Scope::Zone, Scope::Subzone, Scope::Node])
+        }
+        _ => (Mode::UnspecifiedMode, &[]),
+    };
+    let health = match spec.publish_not_ready_addresses {
+        Some(true) => HealthPolicy::AllowAll,
+        _ => HealthPolicy::OnlyHealthy,
+    };
+    if mode == Mode::UnspecifiedMode && health == HealthPolicy::OnlyHealthy {
+        return None;
+    }
+    Some(LoadBalancing {
+        routing_preference: scopes.iter().map(|scope| i32::from(*scope)).collect(),
+        mode: mode.into(),
+        health_policy: health.into(),
+    })
+}

@@ -1,0 +1,131 @@
+//! Golden cases: `testdata/translate/<case>/in.yaml` → `out.txt`. `UPDATE_GOLDEN=1` rewrites; review the diff. Addresses
+//! and authorization are shown as the proxies' own decoder understands them, so a case also proves that they accept it.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use mesh_proto::enrolment::{POD_ENROLMENT_TYPE, PodEnrolment};
+use mesh_proto::security::{AUTHORIZATION_TYPE, Authorization};
+use mesh_proto::waypoint::{HTTP_POLICY_TYPE, HttpPolicy, ROUTE_TYPE, Route};
+use mesh_proto::workload::{ADDRESS_TYPE, Address};
+use prost::Message;
+
+use super::fixture::world;
+use super::verdict::{Report, Verdict, Wanted};
+use super::{Translation, translate};
+use crate::resources::Resource;
+
+fn golden(case: &str) {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/translate").join(case);
+    let input = std::fs::read_to_string(directory.join("in.yaml")).expect("in.yaml");
+    let actual = render(&translate(&world(&input)));
+    let golden = directory.join("out.txt");
+    if std::env::var_os("UPDATE_GOLDEN").is_some() {
+        std::fs::write(&golden, &actual).expect("out.txt");
+    }
+    let expected = std::fs::read_to_string(&golden).expect("out.txt");
+    assert!(actual == expected, "{case} differs from {}; UPDATE_GOLDEN=1 rewrites it\n{actual}", golden.display());
+}
+
+fn render(translation: &Translation) -> String {
+    let mut resources: Vec<&Resource> = translation.resources.iter().collect();
+    resources.sort_by_key(|resource| (resource.type_url, resource.name.clone()));
+    let mut out = String::new();
+    for resource in resources {
+        let kind = resource.type_url.rsplit('.').next().unwrap_or_default();
+        writeln!(out, "== {kind} {} to {:?}", resource.name, resource.audience).expect("strings take all");
+        if !resource.aliases.is_empty() {
+            writeln!(out, "aliases {:?}", resource.aliases).expect("strings take all");
+        }
+        writeln!(out, "{}", body(resource)).expect("strings take all");
+    }
+    for verdict in &translation.verdicts {
+        out.push_str(&render_verdict(verdict));
+    }
+    out
+}
+
+fn body(resource: &Resource) -> String {
+    let bytes = resource.body.clone();
+    let json = |value: serde_json::Result<String>| value.expect("models serialize");
+    match resource.type_url {
+        ADDRESS_TYPE => {
+            let address = Address::decode(bytes).expect("an Address");
+            match mesh::model::Resource::try_from(address).expect("proxies accept it") {
+                mesh::model::Resource::Workload(workload) => json(serde_json::to_string_pretty(&workload)),
+                mesh::model::Resource::Service(service) => json(serde_json::to_string_pretty(&service)),
+            }
+        }
+        AUTHORIZATION_TYPE => {
+            let authorization = Authorization::decode(bytes).expect("an Authorization");
+            let policy = mesh::policy::Policy::try_from(authorization).expect("proxies accept it");
+            json(serde_json::to_string_pretty(&policy))
+        }
+        ROUTE_TYPE => format!("{:#?}", Route::decode(bytes).expect("a Route")),
+        HTTP_POLICY_TYPE => format!("{:#?}", HttpPolicy::decode(bytes).expect("an HttpPolicy")),
+        POD_ENROLMENT_TYPE => format!("{:#?}", PodEnrolment::decode(bytes).expect("a PodEnrolment")),
+        other => panic!("no such type: {other}"),
+    }
+}
+
+fn render_verdict(verdict: &Verdict) -> String {
+    let mut out = String::new();
+    let mut lines = |prefix: &str, conditions: &[Wanted]| {
+        for wanted in conditions {
+            let Wanted { r#type, reason, message, .. } = wanted;
+            let status = wanted.status.as_str();
+            writeln!(out, "{:?} {}{prefix}: {type}={status} {reason} {message:?}", verdict.kind, verdict.key)
+                .expect("strings take all");
+        }
+    };
+    match &verdict.report {
+        Report::Conditions { wanted, .. } => lines("", wanted),
+        Report::Gateway { conditions, addresses, listeners } => {
+            lines(&format!(" addresses {addresses:?}"), conditions);
+            for listener in listeners {
+                lines(&format!(" listener {} attached {}", listener.name, listener.attached), &listener.conditions);
+            }
+        }
+        Report::Parents(parents) => {
+            for parent in parents {
+                lines(&format!(" parent {}", parent.parent), &parent.conditions);
+            }
+        }
+    }
+    out
+}
+
+#[test]
+fn pods_services_and_endpoints_become_addresses() {
+    golden("addresses");
+}
+
+#[test]
+fn a_waypoint_that_cannot_be_used_binds_closed() {
+    golden("waypoint-binding");
+}
+
+#[test]
+fn connection_policies_keep_only_what_a_node_proxy_can_see() {
+    golden("authorization-l4");
+}
+
+#[test]
+fn request_policies_go_to_their_waypoints_and_close_the_way_around() {
+    golden("authorization-l7");
+}
+
+#[test]
+fn peer_authentication_refuses_where_it_is_strict() {
+    golden("peer-authentication");
+}
+
+#[test]
+fn routes_are_resolved_and_what_is_wrong_is_answered_500() {
+    golden("routes");
+}
+
+#[test]
+fn pods_are_enrolled_by_label_and_only_on_their_node() {
+    golden("enrolment");
+}

@@ -1,0 +1,89 @@
+//! What becomes of each object, decided by the same functions that translate it: what is accepted is either enforced or
+//! reported here. `status` writes it down.
+
+use crate::types::Key;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Status {
+    True,
+    False,
+}
+
+impl Status {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::True => "True",
+            Self::False => "False",
+        }
+    }
+}
+
+impl From<bool> for Status {
+    fn from(value: bool) -> Self {
+        if value { Self::True } else { Self::False }
+    }
+}
+
+/// A condition as it should be; times are added when it is written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wanted {
+    pub r#type: &'static str,
+    pub status: Status,
+    pub reason: &'static str,
+    pub message: String,
+}
+
+impl Wanted {
+    pub fn new(r#type: &'static str, status: Status, reason: &'static str, message: impl Into<String>) -> Self {
+        Self { r#type, status, reason, message: message.into() }
+    }
+}
+
+/// The kinds we report on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    Service,
+    GatewayClass,
+    Gateway,
+    HttpRoute,
+    AuthorizationPolicy,
+    PeerAuthentication,
+}
+
+/// What is to be said about one object.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Verdict {
+    pub kind: Kind,
+    pub key: Key,
+    /// `metadata.generation` that was judged.
+    pub generation: i64,
+    pub report: Report,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Report {
+    /// `status.conditions`: those of `owned` types become exactly `wanted`, others are left alone.
+    Conditions { owned: &'static [&'static str], wanted: Vec<Wanted> },
+    Gateway {
+        conditions: Vec<Wanted>,
+        /// `(type, value)`; `None` leaves what is there.
+        addresses: Option<Vec<(&'static str, String)>>,
+        listeners: Vec<ListenerReport>,
+    },
+    /// `status.parents` of our controller become exactly these.
+    Parents(Vec<ParentReport>),
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct ListenerReport {
+    pub name: String,
+    pub attached: i32,
+    pub conditions: Vec<Wanted>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct ParentReport {
+    /// The parentRef as the user wrote it.
+    pub parent: serde_json::Value,
+    pub conditions: Vec<Wanted>,
+}

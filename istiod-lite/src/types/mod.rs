@@ -1,0 +1,163 @@
+//! Our own types for the custom resources we read: Gateway API and Istio. Enumerations are strings and lists of rules
+//! are decoded one by one, so that an object written for a newer version, or a malformed one, costs that object (or that
+//! rule) and not the whole list. What a value means is decided in `translate`, which also reports what it did not like.
+
+pub mod gateway;
+pub mod security;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
+use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
+
+/// Namespace (empty for cluster-scoped objects) and name.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Key {
+    pub namespace: Arc<str>,
+    pub name: Arc<str>,
+}
+
+impl Key {
+    pub fn new(namespace: impl Into<Arc<str>>, name: impl Into<Arc<str>>) -> Self {
+        Self { namespace: namespace.into(), name: name.into() }
+    }
+
+    pub fn of(meta: &ObjectMeta) -> Self {
+        Self::new(meta.namespace.as_deref().unwrap_or_default(), meta.name.as_deref().unwrap_or_default())
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.namespace.is_empty() { f.write_str(&self.name) } else { write!(f, "{}/{}", self.namespace, self.name) }
+    }
+}
+
+/// A custom kind, named by the type of its `spec`.
+pub trait CustomKind: DeserializeOwned + Default + fmt::Debug + Send + Sync + 'static {
+    const GROUP: &'static str;
+    const VERSION: &'static str;
+    const KIND: &'static str;
+    const PLURAL: &'static str;
+
+    fn api_resource() -> ApiResource {
+        ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk(Self::GROUP, Self::VERSION, Self::KIND), Self::PLURAL)
+    }
+}
+
+/// A custom object: metadata always, the spec if it could be read.
+#[derive(Debug, Clone)]
+pub struct Object<S> {
+    pub meta: ObjectMeta,
+    /// Why it could not be read, with the path of the field.
+    pub spec: Result<S, String>,
+    /// As found; other controllers write here too.
+    pub status: Value,
+}
+
+impl<S: CustomKind> Object<S> {
+    pub fn from_dynamic(object: DynamicObject) -> Self {
+        let mut data = object.data;
+        let spec = match data.get_mut("spec").map(Value::take) {
+            None | Some(Value::Null) => Ok(S::default()),
+            Some(spec) => S::deserialize(spec).map_err(|error| format!("spec: {error}")),
+        };
+        let status = data.get_mut("status").map(Value::take).unwrap_or_default();
+        let mut meta = object.metadata;
+        meta.managed_fields = None;
+        Self { meta, spec, status }
+    }
+}
+
+impl<S> Object<S> {
+    pub fn key(&self) -> Key {
+        Key::of(&self.meta)
+    }
+
+    pub fn name(&self) -> &str {
+        self.meta.name.as_deref().unwrap_or_default()
+    }
+
+    pub fn namespace(&self) -> &str {
+        self.meta.namespace.as_deref().unwrap_or_default()
+    }
+
+    pub fn generation(&self) -> i64 {
+        self.meta.generation.unwrap_or_default()
+    }
+
+    /// Sorts the oldest first, ties by name.
+    pub fn age(&self) -> (i64, Key) {
+        (created(&self.meta), self.key())
+    }
+}
+
+/// `metadata.creationTimestamp` in nanoseconds since the epoch; 0 if unset.
+pub fn created(meta: &ObjectMeta) -> i64 {
+    meta.creation_timestamp.as_ref().map_or(0, |time| i64::try_from(time.0.as_nanosecond()).unwrap_or(i64::MAX))
+}
+
+pub fn label<'a>(meta: &'a ObjectMeta, key: &str) -> Option<&'a str> {
+    meta.labels.as_ref()?.get(key).map(String::as_str)
+}
+
+pub fn annotation<'a>(meta: &'a ObjectMeta, key: &str) -> Option<&'a str> {
+    meta.annotations.as_ref()?.get(key).map(String::as_str)
+}
+
+/// An element of a list that was or was not readable; the others don't suffer.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Lenient<T> {
+    Good(T),
+    Bad(String),
+}
+
+impl<'de, T: DeserializeOwned> Deserialize<'de> for Lenient<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let value = Value::deserialize(deserializer)?;
+        Ok(T::deserialize(value).map_or_else(|error| Self::Bad(error.to_string()), Self::Good))
+    }
+}
+
+/// A status condition as written and read on every kind we report on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Condition {
+    pub r#type: String,
+    pub status: String,
+    #[serde(default)]
+    pub reason: String,
+    #[serde(default)]
+    pub message: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    #[serde(default)]
+    pub last_transition_time: String,
+}
+
+/// Whether a Kubernetes label selector admits these labels; an operator we don't know admits nothing.
+pub fn selects(selector: &LabelSelector, labels: Option<&BTreeMap<String, String>>) -> bool {
+    let get = |key: &str| labels.and_then(|labels| labels.get(key));
+    let exact = selector.match_labels.iter().flatten().all(|(key, value)| get(key) == Some(value));
+    exact
+        && selector.match_expressions.iter().flatten().all(|rule| {
+            let values = rule.values.as_deref().unwrap_or_default();
+            match rule.operator.as_str() {
+                "In" => get(&rule.key).is_some_and(|value| values.contains(value)),
+                "NotIn" => get(&rule.key).is_none_or(|value| !values.contains(value)),
+                "Exists" => get(&rule.key).is_some(),
+                "DoesNotExist" => get(&rule.key).is_none(),
+                _ => false,
+            }
+        })
+}
+
+/// Whether all of `wanted` are among `labels`.
+pub fn matches_labels(wanted: &BTreeMap<String, String>, labels: Option<&BTreeMap<String, String>>) -> bool {
+    wanted.iter().all(|(key, value)| labels.is_some_and(|labels| labels.get(key) == Some(value)))
+}
