@@ -188,14 +188,17 @@ impl Launch {
         let workdir = self.workdir.as_deref().unwrap_or(Path::new("/")).display().to_string();
         let run = format!("cd {} && exec {} -- \"$@\"", quote(&workdir), self.security.setpriv());
         let _ = writeln!(inner, "exec {chroot}/bin/sh -ec {} container \"$@\"", quote(&run));
-        script + &format!("unshare --mount --propagation private /bin/sh -ec {} container \"$@\"\n", quote(&inner))
+        script
+            + &format!("unshare --mount --uts --propagation private /bin/sh -ec {} container \"$@\"\n", quote(&inner))
     }
 }
 
 impl Root {
     fn script(&self) -> String {
         let root = quote(&self.scratch.display().to_string());
-        let mut s = format!("R={root}\nmount -t tmpfs -o mode=0755 pod \"$R\"\n");
+        let hostname = quote(&self.hostname);
+        let mut s =
+            format!("echo {hostname} > /proc/sys/kernel/hostname\nR={root}\nmount -t tmpfs -o mode=0755 pod \"$R\"\n");
         let shared: Vec<&str> = SHARED.to_vec();
         s += "cd \"$R\" && mkdir -p etc sys run tmp var/log var/lib var/tmp var/cache root home mnt ";
         let _ = writeln!(s, "{}", shared.join(" "));
@@ -266,7 +269,7 @@ pub fn append(path: &Path) -> Result<File> {
 /// A command that runs inside a started container: its namespaces, root and cgroup. Rights are the caller's.
 pub fn exec_command(pid: u32, cgroup: &Path, env: &BTreeMap<String, String>, argv: &[String]) -> Command {
     let script = format!(
-        "echo $$ > {}/cgroup.procs; exec nsenter --target {pid} --mount --net --root --wd=/ -- \"$@\"",
+        "echo $$ > {}/cgroup.procs; exec nsenter --target {pid} --mount --uts --net --root --wd=/ -- \"$@\"",
         quote(&cgroup.display().to_string())
     );
     let mut command = Command::new("/bin/sh");

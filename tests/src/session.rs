@@ -12,6 +12,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::capture::Capture;
+use crate::cluster::api;
 use crate::cluster::state::{self, Pod};
 use crate::container;
 use crate::places::Places;
@@ -95,7 +96,7 @@ impl Session {
 
     /// Kubeconfig of the administrator.
     pub fn kubeconfig(&self) -> PathBuf {
-        self.record.run_dir.join("kubeconfig")
+        api::kubeconfig(&self.record)
     }
 
     /// `kubectl` (Debian's 1.20) as administrator, not yet run.

@@ -20,9 +20,12 @@ use crate::record::Record;
 use crate::sys::{self, quote};
 use crate::topology::{PARENT_V4, Parent};
 
-/// A running API server.
+/// A running API server. Its sockets are the lab's: while it restarts, clients wait in their queues.
 pub struct Server {
     child: Child,
+    sockets: [TcpListener; 2],
+    record: Record,
+    program: PathBuf,
     /// Kubeconfig of the administrator, for the root namespace.
     pub kubeconfig: PathBuf,
 }
@@ -33,41 +36,32 @@ impl Server {
         let local = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         let address = SocketAddr::new(IpAddr::V4(PARENT_V4), API_PORT);
         let inside = parent.netns.enter(move || Ok(TcpListener::bind(address)?))?;
-        let kubeconfig = record.run_dir.join("kubeconfig");
-        let log = append(&record.logs().join("api-server.log"))?;
-        let cgroup = record.cgroup.join("api-server");
-        fs::create_dir_all(&cgroup)?;
-        // The sockets arrive as standard input and output and are moved to where LISTEN_FDS says they are.
-        let script = format!(
-            "echo $$ > {}/cgroup.procs\nexec 3<&0 4<&1 0</dev/null 1>&2\nexport LISTEN_PID=$$ LISTEN_FDS=2\n\
-             exec {} standalone --api-only --data-dir {} --kubeconfig-out {}",
-            quote(&cgroup.display().to_string()),
-            quote(&program.display().to_string()),
-            quote(&record.run_dir.join("api-data").display().to_string()),
-            quote(&kubeconfig.display().to_string()),
-        );
-        let mut child = Command::new("/bin/sh")
-            .args(["-ec", &script])
-            .env_clear()
-            .env("PATH", sys::PATH)
-            .env("RUST_LOG", "info")
-            .stdin(OwnedFd::from(local))
-            .stdout(OwnedFd::from(inside))
-            .stderr(log)
-            .process_group(0)
-            .spawn()
-            .context("cannot start the API server")?;
+        let sockets = [local, inside];
+        let child = spawn(record, program, &sockets)?;
+        let kubeconfig = kubeconfig(record);
+        let (record, program) = (record.clone(), program.to_owned());
+        let mut server = Self { child, sockets, record, program, kubeconfig };
         crate::wait::until("the API server to write its kubeconfig", Duration::from_secs(30), || {
-            if let Some(status) = child.try_wait()? {
-                let log = fs::read_to_string(record.logs().join("api-server.log")).unwrap_or_default();
+            if let Some(status) = server.child.try_wait()? {
+                let log = fs::read_to_string(server.log()).unwrap_or_default();
                 return Ok(Err(anyhow::anyhow!("the API server ended with {status}:\n{log}")));
             }
-            if !kubeconfig.exists() {
+            if !server.kubeconfig.exists() {
                 bail!("it is still starting");
             }
             Ok(Ok(()))
         })??;
-        Ok(Self { child, kubeconfig })
+        server.publish()?;
+        Ok(server)
+    }
+
+    fn log(&self) -> PathBuf {
+        self.record.logs().join("api-server.log")
+    }
+
+    /// Lets others find the process (the demo kills it).
+    fn publish(&self) -> Result<()> {
+        Ok(fs::write(pid_file(&self.record), self.child.id().to_string())?)
     }
 
     /// A client with the administrator's rights.
@@ -75,12 +69,14 @@ impl Server {
         client(&self.kubeconfig).await
     }
 
-    /// Whether the server still runs; if not, why.
-    pub fn check(&mut self) -> Result<()> {
-        match self.child.try_wait()? {
-            None => Ok(()),
-            Some(status) => bail!("the API server ended with {status}; see logs/api-server.log"),
+    /// Starts the server again if it has ended.
+    pub fn keep(&mut self) -> Result<()> {
+        if let Some(status) = self.child.try_wait()? {
+            eprintln!("the API server ended with {status}: starting it again");
+            self.child = spawn(&self.record, &self.program, &self.sockets)?;
+            self.publish()?;
         }
+        Ok(())
     }
 
     /// Ends the server in good order.
@@ -88,7 +84,7 @@ impl Server {
         let pid = i32::try_from(self.child.id()).context("PID out of range")?;
         // It may have ended by itself.
         let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
-        let ended = crate::wait::until_true("the API server to end", Duration::from_secs(5), || {
+        let ended = crate::wait::until_true("the API server to end", Duration::from_secs(3), || {
             matches!(self.child.try_wait(), Ok(Some(_)))
         });
         if ended.is_err() {
@@ -97,6 +93,42 @@ impl Server {
         }
         Ok(())
     }
+}
+
+/// Where the administrator's kubeconfig is.
+pub fn kubeconfig(record: &Record) -> PathBuf {
+    record.run_dir.join("kubeconfig")
+}
+
+/// Holds the PID of the API server.
+pub fn pid_file(record: &Record) -> PathBuf {
+    record.run_dir.join("api-server.pid")
+}
+
+fn spawn(record: &Record, program: &Path, sockets: &[TcpListener; 2]) -> Result<Child> {
+    let log = append(&record.logs().join("api-server.log"))?;
+    let cgroup = record.cgroup.join("api-server");
+    fs::create_dir_all(&cgroup)?;
+    // The sockets arrive as standard input and output and are moved to where LISTEN_FDS says they are.
+    let script = format!(
+        "echo $$ > {}/cgroup.procs\nexec 3<&0 4<&1 0</dev/null 1>&2\nexport LISTEN_PID=$$ LISTEN_FDS=2\n\
+         exec {} standalone --api-only --data-dir {} --kubeconfig-out {}",
+        quote(&cgroup.display().to_string()),
+        quote(&program.display().to_string()),
+        quote(&record.run_dir.join("api-data").display().to_string()),
+        quote(&kubeconfig(record).display().to_string()),
+    );
+    Command::new("/bin/sh")
+        .args(["-ec", &script])
+        .env_clear()
+        .env("PATH", sys::PATH)
+        .env("RUST_LOG", "info")
+        .stdin(OwnedFd::from(sockets[0].try_clone()?))
+        .stdout(OwnedFd::from(sockets[1].try_clone()?))
+        .stderr(log)
+        .process_group(0)
+        .spawn()
+        .context("cannot start the API server")
 }
 
 /// A client from a kubeconfig file.

@@ -122,7 +122,7 @@ impl Supervisor {
             if let Err(e) = network.sync(&services.state(), &pods.state()).await {
                 eprintln!("services: {e:#}");
             }
-            self.server.check()?;
+            self.server.keep()?;
             tokio::select! {
                 () = changed.notified() => tokio::time::sleep(DEBOUNCE).await,
                 () = tokio::time::sleep(RESYNC) => {}
@@ -149,7 +149,7 @@ impl Supervisor {
 async fn workloads(client: Client, places: Vec<Place>, mut due: watch::Receiver<()>) -> Result<()> {
     while due.changed().await.is_ok() {
         let pass = Pass { client: &client, places: &places };
-        if let Err(e) = pass.run().await {
+        if let Err(e) = Box::pin(pass.run()).await {
             eprintln!("workloads: {e:#}");
         }
     }

@@ -108,7 +108,7 @@ impl Pass<'_> {
         let everything = ListParams::default();
         let deployments = Api::<apps::Deployment>::all(self.client.clone()).list(&everything).await?;
         for deployment in deployments.items.iter().filter(|d| d.metadata.deletion_timestamp.is_none()) {
-            self.deployment(deployment).await?;
+            Box::pin(self.deployment(deployment)).await?;
         }
         let daemons = Api::<apps::DaemonSet>::all(self.client.clone()).list(&everything).await?;
         for daemon in daemons.items.iter().filter(|d| d.metadata.deletion_timestamp.is_none()) {
