@@ -12,6 +12,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use crate::config::Config;
 use crate::node::Registry;
 use crate::worker::Shared;
 
@@ -26,12 +27,30 @@ pub struct Deps {
     pub quit: watch::Sender<bool>,
 }
 
-/// Starts the three servers into `tasks`. They go on during the drain, so that it can be watched.
-///
-/// # Errors
-/// A port that cannot be bound, by name.
-pub async fn start(deps: Deps, tasks: &mut JoinSet<()>, drain: &DrainWatcher) -> anyhow::Result<()> {
-    let config = deps.shared.config.clone();
+/// The servers' sockets.
+pub struct Ports {
+    admin: TcpListener,
+    stats: TcpListener,
+    readiness: TcpListener,
+}
+
+impl Ports {
+    /// Before anything else is touched: a second ztunnel in one network namespace must fail without taking pods over.
+    ///
+    /// # Errors
+    /// A port that cannot be bound, with the setting that chooses another.
+    pub async fn bind(config: &Config) -> anyhow::Result<Self> {
+        let everywhere: &[IpAddr] = &[Ipv6Addr::UNSPECIFIED.into(), Ipv4Addr::UNSPECIFIED.into()];
+        Ok(Self {
+            admin: bind("ADMIN_PORT", &[Ipv4Addr::LOCALHOST.into()], config.admin_port).await?,
+            stats: bind("STATS_PORT", everywhere, config.stats_port).await?,
+            readiness: bind("READINESS_PORT", everywhere, config.readiness_port).await?,
+        })
+    }
+}
+
+/// Starts the three servers into `tasks`. They go on during the drain of the pods, so that it can be watched.
+pub fn start(ports: Ports, deps: Deps, tasks: &mut JoinSet<()>, drain: &DrainWatcher) {
     let dump = {
         let (shared, registry) = (deps.shared.clone(), deps.registry.clone());
         move |_| {
@@ -45,15 +64,9 @@ pub async fn start(deps: Deps, tasks: &mut JoinSet<()>, drain: &DrainWatcher) ->
     });
     let stats = AdminServer::new("stats").metrics(deps.metrics);
     let ready = AdminServer::new("readiness").readiness(deps.readiness);
-
-    let local = bind("ADMIN_PORT", &[Ipv4Addr::LOCALHOST.into()], config.admin_port).await?;
-    let everywhere: &[IpAddr] = &[Ipv6Addr::UNSPECIFIED.into(), Ipv4Addr::UNSPECIFIED.into()];
-    let stats_port = bind("STATS_PORT", everywhere, config.stats_port).await?;
-    let ready_port = bind("READINESS_PORT", everywhere, config.readiness_port).await?;
-    tasks.spawn(admin.serve(local, drain.clone()));
-    tasks.spawn(stats.serve(stats_port, drain.clone()));
-    tasks.spawn(ready.serve(ready_port, drain.clone()));
-    Ok(())
+    tasks.spawn(admin.serve(ports.admin, drain.clone()));
+    tasks.spawn(stats.serve(ports.stats, drain.clone()));
+    tasks.spawn(ready.serve(ports.readiness, drain.clone()));
 }
 
 /// The first of `addresses` that can be bound: a host without IPv6 has no `[::]`.

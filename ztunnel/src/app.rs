@@ -50,6 +50,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         .context("making the control runtime")?;
     let config = Arc::new(config);
     let workers = control.block_on(async {
+        let ports = admin::Ports::bind(&config).await?;
         let (trigger, drain) = drain::channel();
         let (certs, rotation) = certs::open(&config)?;
         let shared = Shared { config: config.clone(), store: Store::new(), certs };
@@ -99,7 +100,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         // These outlast the drain: it can be watched to its end.
         let (admin_end, admin_drain) = drain::channel();
         let admin = admin::Deps { shared, registry: registry.clone(), readiness: readiness.clone(), metrics, log, quit };
-        admin::start(admin, &mut tasks, &admin_drain).await?;
+        admin::start(ports, admin, &mut tasks, &admin_drain);
 
         tracing::info!(node = %config.node_name, workers = workers.count(), version = env!("CARGO_PKG_VERSION"), "started");
         until_asked_to_end(quit_asked).await?;

@@ -12,7 +12,7 @@ use tokio::net::TcpStream;
 use crate::ending::Ending;
 use crate::node::pod::{Facts, Tracked, Transport, Way};
 use crate::resolve::{self, NoRoute, Route, Tunnel, Via};
-use crate::worker::{Local, Place, baggage, copy, party, service_labels};
+use crate::worker::{Local, Place, baggage, copy, party, reset, service_labels};
 
 /// Serves what the pod's application sent to `dst`.
 pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, dst: SocketAddr) {
@@ -21,7 +21,10 @@ pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, dst: S
     }
     let source = match at.local().await {
         Ok(local) => local,
-        Err(ending) => return access::refused(Direction::Outbound, client, dst, &ending),
+        Err(ending) => {
+            reset(&stream);
+            return access::refused(Direction::Outbound, client, dst, &ending);
+        }
     };
     let route = resolve::outbound(&source.world, &source.workload, OriginalDst(dst), &mut rand::rng());
     let record = TcpRecord::open(describe(&source, client, dst, &route));
@@ -44,37 +47,49 @@ async fn forward(
     captured: Captured,
     record: &TcpRecord,
 ) -> Result<(), Ending> {
-    let route = route?;
     let Captured { stream, client, dst } = captured;
-    // Tuning only fails on a socket that is gone, which the copy will say better.
-    let _ = mesh::net::tune(&stream);
-    let to_self = at.pod.addresses().contains(&route.next_hop.ip());
-    let tracked = Tracked::open(
-        &at.pod,
-        Facts {
-            way: Way::Outbound,
-            src: client,
-            original_dst: dst,
-            actual_dst: route.next_hop,
-            protocol: if route.tunnel.is_some() { Transport::Hbone } else { Transport::Tcp },
-            authorized_as: None,
-        },
-    );
-    let bytes = record.bytes();
-    match &route.tunnel {
-        Some(tunnel) if to_self => {
-            let upstream = hairpin(at, source, client, tunnel).await?;
-            copy(&tracked, &at.pod, &bytes, stream, upstream).await
+    let opened = async {
+        let route = route?;
+        let tracked = Tracked::open(
+            &at.pod,
+            Facts {
+                way: Way::Outbound,
+                src: client,
+                original_dst: dst,
+                actual_dst: route.next_hop,
+                protocol: if route.tunnel.is_some() { Transport::Hbone } else { Transport::Tcp },
+                authorized_as: None,
+            },
+        );
+        let upstream = match &route.tunnel {
+            Some(tunnel) if at.pod.addresses().contains(&route.next_hop.ip()) => {
+                Upstream::Plain(hairpin(at, source, client, tunnel).await?)
+            }
+            Some(tunnel) => Upstream::Tunnel(open_tunnel(at, source, &route, tunnel, client).await?),
+            None => Upstream::Plain(at.dial_plain(route.next_hop).await?),
+        };
+        Ok::<_, Ending>((tracked, upstream))
+    };
+    match opened.await {
+        Ok((tracked, upstream)) => {
+            // Tuning only fails on a socket that is gone, which the copy will say better.
+            let _ = mesh::net::tune(&stream);
+            match upstream {
+                Upstream::Plain(up) => copy(&tracked, &at.pod, &record.bytes(), stream, up).await,
+                Upstream::Tunnel(up) => copy(&tracked, &at.pod, &record.bytes(), stream, up).await,
+            }
         }
-        Some(tunnel) => {
-            let upstream = open_tunnel(at, source, &route, tunnel, client).await?;
-            copy(&tracked, &at.pod, &bytes, stream, upstream).await
-        }
-        None => {
-            let upstream = at.dial_plain(route.next_hop).await?;
-            copy(&tracked, &at.pod, &bytes, stream, upstream).await
+        Err(ending) => {
+            reset(&stream);
+            Err(ending)
         }
     }
+}
+
+/// What the bytes go into.
+enum Upstream {
+    Plain(TcpStream),
+    Tunnel(HboneStream),
 }
 
 /// A stream to the route's authority inside an mTLS connection to its next hop.

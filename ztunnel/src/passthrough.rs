@@ -2,7 +2,6 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use mesh::model::Workload;
 use mesh::policy::{self, authorize};
@@ -13,7 +12,7 @@ use crate::ending::Ending;
 use crate::inbound::log_decision;
 use crate::node::pod::{Facts, Tracked, Transport, Way};
 use crate::resolve;
-use crate::worker::{Local, Place, copy, party, service_labels};
+use crate::worker::{Local, Place, copy, party, reset, service_labels};
 
 /// Serves one plain connection to the pod's application at `app`.
 pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, app: SocketAddr) {
@@ -80,10 +79,4 @@ async fn forward(
             Err(ending)
         }
     }
-}
-
-/// Makes the coming close a reset: the client learns at once, as from a port nobody listens on.
-fn reset(stream: &TcpStream) {
-    // Without it the close is an orderly one, which is no worse than late news.
-    let _ = socket2::SockRef::from(stream).set_linger(Some(Duration::ZERO));
 }

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use mesh::hbone::Authority;
 use mesh::identity::Identity;
 use mesh::model::{
-    GatewayAddress, GatewayDestination, IpFamilies, LoadBalancingMode, NamespacedHostname, RoutingScope, Service,
-    TunnelProtocol, Workload,
+    ApplicationTunnelProtocol, GatewayAddress, GatewayDestination, IpFamilies, LoadBalancingMode, NamespacedHostname,
+    RoutingScope, Service, TunnelProtocol, Workload,
 };
 use mesh::net::OriginalDst;
 use mesh::store::Snapshot;
@@ -410,7 +410,8 @@ pub fn inbound(
     here: IpAddr,
     authority: &Authority,
 ) -> Result<SocketAddr, BadTarget> {
-    if local.application_tunnel.is_some() {
+    let tunnel = local.application_tunnel.as_ref();
+    if tunnel.is_some_and(|t| t.protocol != ApplicationTunnelProtocol::None || t.port.is_some()) {
         return Err(BadTarget::ApplicationTunnel);
     }
     let port = match authority {
@@ -464,3 +465,6 @@ pub fn inbound_service<'a>(
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests;

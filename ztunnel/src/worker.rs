@@ -313,6 +313,12 @@ where
     }
 }
 
+/// Makes the coming close a reset: the other side learns at once, as from a port nobody listens on.
+pub fn reset(stream: &TcpStream) {
+    // Without it the close is an orderly one, which is no worse than late news.
+    let _ = socket2::SockRef::from(stream).set_linger(Some(Duration::ZERO));
+}
+
 /// How telemetry names a workload. The identity is given only where TLS proves it.
 #[must_use]
 pub fn party(workload: &Workload, principal: Option<&Identity>) -> Party {

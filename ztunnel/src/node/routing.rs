@@ -17,16 +17,18 @@ use thiserror::Error;
 
 use super::netns::{Family, Netns};
 
-/// Lets the application's answer on the last leg carry the mark of the request; serves IPv6 as well.
-const FWMARK_ACCEPT: &str = "ipv4/tcp_fwmark_accept";
+/// Lets the application's answers on the last leg carry the mark of the request, so that they come back over lo: the
+/// first those of accepted sockets (it serves IPv6 as well), the others the resets of ports nobody listens on.
+const SYSCTLS_V4: [&str; 2] = ["ipv4/tcp_fwmark_accept", "ipv4/fwmark_reflect"];
+const SYSCTLS_V6: [&str; 1] = ["ipv6/fwmark_reflect"];
 
 /// The kernel said no.
 #[derive(Debug, Error)]
 pub enum RoutingError {
     #[error("opening netlink in the pod's namespace: {0}")]
     Open(#[source] io::Error),
-    #[error("setting sysctl net/{FWMARK_ACCEPT} in the pod's namespace (is /proc/sys writable?): {0}")]
-    Sysctl(#[source] io::Error),
+    #[error("setting sysctl net/{name} in the pod's namespace (is /proc/sys writable?): {source}")]
+    Sysctl { name: &'static str, source: io::Error },
     #[error("{what}: {source}")]
     Netlink { what: &'static str, source: rtnetlink::Error },
     #[error("the pod has no address yet")]
@@ -41,7 +43,7 @@ pub async fn ensure(netns: &Netns, proc_root: &Path, addresses: &[IpAddr]) -> Re
     if addresses.is_empty() {
         return Err(RoutingError::NoAddress);
     }
-    netns.set_sysctl(proc_root, FWMARK_ACCEPT, "1").map_err(RoutingError::Sysctl)?;
+    set_sysctls(netns, proc_root, addresses, "1")?;
     let link = Link::open(netns)?;
     for source in sources(addresses) {
         link.ensure_route(source).await?;
@@ -60,7 +62,14 @@ pub async fn remove(netns: &Netns, proc_root: &Path, addresses: &[IpAddr]) -> Re
         link.remove_rule(Family::of(source)).await?;
         link.remove_route(source).await?;
     }
-    netns.set_sysctl(proc_root, FWMARK_ACCEPT, "0").map_err(RoutingError::Sysctl)
+    set_sysctls(netns, proc_root, addresses, "0")
+}
+
+fn set_sysctls(netns: &Netns, proc_root: &Path, addresses: &[IpAddr], value: &str) -> Result<(), RoutingError> {
+    let v6 = if addresses.iter().any(IpAddr::is_ipv6) { &SYSCTLS_V6[..] } else { &[] };
+    SYSCTLS_V4.iter().chain(v6).try_for_each(|name| {
+        netns.set_sysctl(proc_root, name, value).map_err(|source| RoutingError::Sysctl { name, source })
+    })
 }
 
 /// The first address of each family: `local` routes take source = destination unless told otherwise.
