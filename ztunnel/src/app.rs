@@ -29,6 +29,9 @@ use crate::{admin, capture, certs, privileges};
 /// Control plane, enrolment, metrics and admin: enough that one slow task does not hold up another.
 const CONTROL_THREADS: usize = 2;
 
+/// For tasks on the control runtime that do not end by themselves, such as a name that is being resolved.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
 /// Runs until SIGTERM, SIGINT or `/quitquitquit`, and through the drain that follows.
 ///
 /// # Errors
@@ -51,7 +54,9 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     let config = Arc::new(config);
     let workers = control.block_on(async {
         let ports = admin::Ports::bind(&config).await?;
-        let (trigger, drain) = drain::channel();
+        // Enrolment ends first; what feeds open connections (policy, certificates) when they have ended.
+        let (enrolment_end, enrolling) = drain::channel();
+        let (feeds_end, drain) = drain::channel();
         let (certs, rotation) = certs::open(&config)?;
         let shared = Shared { config: config.clone(), store: Store::new(), certs };
         let workers = Arc::new(Workers::start(&shared).context("starting workers")?);
@@ -76,15 +81,14 @@ pub fn run(config: Config) -> anyhow::Result<()> {
             let client = XdsClient::new(xds, handlers);
             ready.push(("control plane", client.synced()));
             let channel = mesh::grpc::channel(grpc.clone()).context("XDS_ADDRESS")?;
-            tasks.spawn(report::run(channel, reports, client.connected(), drain.clone()));
+            tasks.spawn(report::run(channel, reports, client.connected(), enrolling.clone()));
             tasks.spawn(client.run(drain.clone()));
         }
         // Pods are enrolled on top of everything that is known, so that no connection meets an empty store.
         let synced = ready.iter().find(|(name, _)| *name == "control plane").map(|(_, s)| s.clone());
-        let watcher = drain.clone();
         tasks.spawn(async move {
-            if wait(synced, &watcher).await {
-                manager.run(watcher).await;
+            if wait(synced, &enrolling).await {
+                manager.run(enrolling).await;
             }
         });
         tasks.spawn(policy_changes(shared.clone(), registry.clone(), drain.clone()));
@@ -105,7 +109,9 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         tracing::info!(node = %config.node_name, workers = workers.count(), version = env!("CARGO_PKG_VERSION"), "started");
         until_asked_to_end(quit_asked).await?;
         readiness.shutting_down();
-        end(&config, &registry, trigger).await;
+        enrolment_end.drain(Duration::ZERO).await;
+        drain_pods(&config, &registry).await;
+        feeds_end.drain(Duration::ZERO).await;
         admin_end.drain(Duration::ZERO).await;
         tasks.shutdown().await;
         anyhow::Ok(workers)
@@ -113,7 +119,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     if let Some(workers) = Arc::into_inner(workers) {
         workers.stop();
     }
-    control.shutdown_timeout(Duration::from_secs(1));
+    control.shutdown_timeout(LAST_WORDS);
     Ok(())
 }
 
@@ -144,8 +150,7 @@ async fn policy_changes(shared: Shared, registry: Arc<Registry>, drain: DrainWat
     loop {
         tokio::select! {
             changed = changes.changed() => if changed.is_err() { return },
-            // Connections are cut by the drain itself from here on.
-            () = drain.cut() => return,
+            () = drain.draining() => return,
         }
         let world = shared.store.snapshot();
         for pod in registry.pods() {
@@ -171,10 +176,8 @@ async fn until_asked_to_end(mut quit: watch::Receiver<bool>) -> anyhow::Result<(
 }
 
 /// The drain. Pins stay: whoever comes next takes over from them, and until then the pods' new connections are refused.
-async fn end(config: &Config, registry: &Registry, trigger: drain::DrainTrigger) {
+async fn drain_pods(config: &Config, registry: &Registry) {
     let deadline = Instant::now() + config.termination_deadline;
-    // Enrolment stops first; nobody enrols a pod that is about to be drained.
-    let stopping = tokio::spawn(trigger.drain(config.termination_deadline));
     // A successor replaces our listeners in the kernel's map and gets what is new from then on. Without one we are
     // still better than nobody, until the time that open connections need to end.
     let accepting = config.termination_deadline.saturating_sub(config.drain_deadline);
@@ -188,7 +191,5 @@ async fn end(config: &Config, registry: &Registry, trigger: drain::DrainTrigger)
         pods.spawn(async move { pod.drain(left).await });
     }
     pods.join_all().await;
-    // Its watchers have nothing of their own to finish beyond the pods; ending the task cuts them.
-    stopping.abort();
     tracing::info!("drained");
 }

@@ -18,8 +18,6 @@ pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, here: 
     if at.is_self_call(here) {
         return access::refused(Direction::Inbound, client, here, &"the proxy's own listener was dialled");
     }
-    // Tuning only fails on a socket that is gone, which the handshake will say better.
-    let _ = mesh::net::tune(&stream);
     let cert = async {
         let local = at.local().await?;
         at.certificate(&local).await

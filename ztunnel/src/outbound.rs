@@ -71,14 +71,10 @@ async fn forward(
         Ok::<_, Ending>((tracked, upstream))
     };
     match opened.await {
-        Ok((tracked, upstream)) => {
-            // Tuning only fails on a socket that is gone, which the copy will say better.
-            let _ = mesh::net::tune(&stream);
-            match upstream {
-                Upstream::Plain(up) => copy(&tracked, &at.pod, &record.bytes(), stream, up).await,
-                Upstream::Tunnel(up) => copy(&tracked, &at.pod, &record.bytes(), stream, up).await,
-            }
-        }
+        Ok((tracked, upstream)) => match upstream {
+            Upstream::Plain(up) => copy(&tracked, &at.pod, &record.bytes(), stream, up).await,
+            Upstream::Tunnel(up) => copy(&tracked, &at.pod, &record.bytes(), stream, up).await,
+        },
         Err(ending) => {
             reset(&stream);
             Err(ending)

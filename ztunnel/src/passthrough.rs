@@ -69,11 +69,7 @@ async fn forward(
         at.dial_app(client.ip(), app).await
     };
     match connected.await {
-        Ok(upstream) => {
-            // Tuning only fails on a socket that is gone, which the copy will say better.
-            let _ = mesh::net::tune(&stream);
-            copy(&tracked, &at.pod, &record.bytes(), stream, upstream).await
-        }
+        Ok(upstream) => copy(&tracked, &at.pod, &record.bytes(), stream, upstream).await,
         Err(ending) => {
             reset(&stream);
             Err(ending)

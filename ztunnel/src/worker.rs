@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use mesh::drain::Guard;
 use mesh::hbone::{Baggage, H2Settings, Pool, PoolSettings};
 use mesh::identity::{CertificateManager, Identity, WorkloadCertificate};
 use mesh::model::{Workload, WorkloadType};
@@ -49,9 +50,11 @@ pub enum Role {
 }
 
 /// A pod's listeners for one worker.
-pub struct Assignment {
-    pub pod: Arc<LocalPod>,
-    pub listeners: Vec<(Role, std::net::TcpListener)>,
+struct Assignment {
+    pod: Arc<LocalPod>,
+    listeners: Vec<(Role, std::net::TcpListener)>,
+    /// One per pod and worker and not per connection: a counter all workers write would be shared by every connection.
+    working: Guard,
 }
 
 /// The worker threads; dropping this ends them.
@@ -89,7 +92,7 @@ impl Workers {
     pub async fn assign(&self, pod: &Arc<LocalPod>, listeners: Vec<Vec<(Role, std::net::TcpListener)>>) {
         for (queue, listeners) in self.queues.iter().zip(listeners) {
             // A worker ends only when this handle is dropped.
-            let _ = queue.send(Assignment { pod: pod.clone(), listeners }).await;
+            let _ = queue.send(Assignment { pod: pod.clone(), listeners, working: pod.drain.guard() }).await;
         }
     }
 
@@ -147,7 +150,9 @@ async fn serve_pod(shared: Shared, job: Assignment) {
             Role::Hbone => loops.spawn(accept_loop(listener, drain, handler(&at, inbound::serve))),
         };
     }
+    // The loops own the connections, so this is the end of the last one.
     while loops.join_next().await.is_some() {}
+    drop(job.working);
     at.pool.drain(&at.pod.drain).await;
 }
 
