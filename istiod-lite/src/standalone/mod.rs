@@ -1,0 +1,35 @@
+//! The embedded Kubernetes API server: for laptops, VMs and tests, not a Kubernetes replacement.
+//!
+//! A request goes `server` (sockets, TLS) → [`api`] (who, may they, which verb) → [`verbs`] (what the write does to the
+//! object) → [`store`] (durable, then visible). Controllers that belong to an API server (namespaces, owner references,
+//! definitions) run beside it. Nothing outside this module may know which server it talks to: clients get a kubeconfig.
+//!
+//! Deliberately absent: scheduler, workload controllers, admission webhooks (stored, never called), CEL rules of CRDs
+//! (reported in the definition's status), conversion webhooks, logs and exec, protobuf and CBOR bodies.
+
+pub mod api;
+mod apply;
+mod builtin;
+mod controllers;
+mod crd;
+mod discovery;
+mod error;
+mod files;
+mod openapi;
+mod patch;
+mod rbac;
+mod registry;
+mod request;
+mod reviews;
+mod schema;
+mod selector;
+mod server;
+mod services;
+mod store;
+mod table;
+mod tls;
+mod tokens;
+mod verbs;
+mod watch;
+
+pub use server::{Server, StandaloneArgs, default_service_cidrs, run};
