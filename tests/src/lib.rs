@@ -6,6 +6,7 @@
 //! The kit is test equipment: no product code knows that it exists.
 #![forbid(unsafe_code)]
 
+pub mod bench;
 pub mod capture;
 pub mod cluster;
 pub mod container;

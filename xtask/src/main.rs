@@ -61,7 +61,7 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<String>,
     },
-    /// Measure against plain TCP and peers: SUITE [--rounds N] [--secs S] ...
+    /// Measure against plain TCP and peers: l4 [--rounds N] [--secs S] [--peer NAME=COMMAND] ...
     Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<String>,
@@ -160,10 +160,14 @@ fn lab(workspace: &Workspace, task: &str, options: &[String]) -> Result<()> {
     become_program(Command::new(program).args(task).args(options))
 }
 
+/// Sets up, builds what is measured and what measures it, and becomes the `bench` binary.
 fn bench(workspace: &Workspace, options: &[String]) -> Result<()> {
     setup::run(workspace)?;
-    build(workspace, true)?;
-    become_program(Command::new(workspace.target.join("release/lab")).arg("bench").args(options))
+    build_bpf(workspace)?;
+    let mut cargo =
+        workspace.cargo(&["build", "--locked", "--release", "--package", "ztunnel", "--package", "mesh-tests"]);
+    Steps::new().run("building what is measured", cargo.args(["--bin", "ztunnel", "--bin", "bench"]))?;
+    become_program(Command::new(workspace.target.join("release/bench")).args(options))
 }
 
 /// Replaces this process: signals and the exit status are then the program's own.

@@ -313,6 +313,11 @@ fn pattern(offset: usize) -> u8 {
     (offset ^ (offset >> 8) ^ (offset >> 16)) as u8
 }
 
+/// A piece of what `verify` sends that nothing else looks like.
+pub fn marker() -> Vec<u8> {
+    (0x400..0x440).map(pattern).collect()
+}
+
 async fn verify(to: SocketAddr, size: usize) -> Result<()> {
     let (mut reader, mut writer) = open(to).await?.into_split();
     let send = async {

@@ -70,7 +70,9 @@ fn peer(text: &str) -> Result<(String, String), String> {
     let plain = name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit());
     match name {
         "plain" | "ours" => Err(format!("{name} is taken")),
-        _ if name.is_empty() || name.len() > 12 || !plain => Err("NAME: up to twelve lower case letters and digits".into()),
+        _ if name.is_empty() || name.len() > 12 || !plain => {
+            Err("NAME: up to twelve lower case letters and digits".into())
+        }
         _ if command.trim().is_empty() => Err("COMMAND is empty".to_owned()),
         _ => Ok((name.to_owned(), command.to_owned())),
     }
@@ -83,7 +85,8 @@ mod tests {
     #[test]
     fn a_peer_needs_a_name_of_its_own_and_a_command() {
         assert_eq!(peer("envoy=run --it=now"), Ok(("envoy".to_owned(), "run --it=now".to_owned())));
-        for wrong in ["envoy", "envoy=", "=run", "plain=run", "ours=run", "Two Words=run", "averyveryverylongname=run"] {
+        for wrong in ["envoy", "envoy=", "=run", "plain=run", "ours=run", "Two Words=run", "averyveryverylongname=run"]
+        {
             assert!(peer(wrong).is_err(), "{wrong}");
         }
     }

@@ -1,0 +1,314 @@
+//! One contestant: two nodes, a client, a server on the other node and one on the same, and whatever proxies it brings.
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, KeyPair, KeyUsagePurpose};
+use serde_json::json;
+
+use super::interrupt::Interrupt;
+use super::load::{self, Outcome};
+use super::serve;
+use super::usage::{Sample, Spent};
+use crate::raw::{Lab, Node, Pod, Process};
+use crate::sys;
+
+const NAMESPACE: &str = "bench";
+/// Longest that proxies may take to get ready.
+const READY: Duration = Duration::from_secs(30);
+/// Beyond its own time a load may take this long, before it counts as lost; it gives up by itself earlier.
+const OVERTIME: Duration = Duration::from_secs(90);
+/// Raises the number of open files to what is allowed, then becomes the program.
+const UNLIMITED: [&str; 4] = ["/bin/sh", "-ec", "ulimit -n $(ulimit -Hn); exec \"$@\"", "limits"];
+
+/// What carries the traffic.
+#[derive(Clone, Debug)]
+pub enum Mesh {
+    /// Nothing: the kernel alone.
+    Plain,
+    /// Our ztunnel, this binary.
+    Ours(PathBuf),
+    /// A command of the user's, run on each node.
+    Peer(String),
+}
+
+/// Which server a test talks to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    OtherNode,
+    SameNode,
+}
+
+/// A contestant that is up. Dropping it takes everything down.
+pub struct Arena {
+    pub name: String,
+    pub mesh: Mesh,
+    proxies: Vec<Process>,
+    /// Servers, and what keeps the client pod alive.
+    _servers: Vec<Process>,
+    client: Pod,
+    far: Pod,
+    near: Pod,
+    program: PathBuf,
+    interrupt: Interrupt,
+    runs: u32,
+    pub lab: Lab,
+}
+
+impl Arena {
+    /// Brings a contestant up and waits until it is ready.
+    ///
+    /// # Errors
+    /// When something does not start; what its proxies said is part of the error.
+    pub fn up(name: &str, mesh: Mesh, interrupt: &Interrupt) -> Result<Self> {
+        let lab = Lab::up(&format!("bench-{name}"))?;
+        let client = lab.node("node-a").add_pod("client")?;
+        let near = lab.node("node-a").add_pod("near")?;
+        let far = lab.node("node-b").add_pod("far")?;
+        for pod in [&client, &near, &far] {
+            // Short connections by the ten thousand must not run out of ports.
+            let ports = [("net/ipv4/ip_local_port_range", "10240 60999"), ("net/ipv4/tcp_tw_reuse", "1")];
+            sys::sysctl(&pod.net.netns.path(), &ports)?;
+        }
+        let program = std::env::current_exe()?;
+        let mut servers = vec![client.spawn("pause", &["sleep", "infinity"], &[])?];
+        for pod in [&near, &far] {
+            let argv = unlimited(&[&program.display().to_string(), "serve"]);
+            servers.push(pod.spawn(&pod.name, &words(&argv), &[])?);
+        }
+        for server in &mut servers[1..] {
+            server.wait_listening(serve::HTTP)?;
+        }
+        let interrupt = interrupt.clone();
+        let mut arena = Self {
+            name: name.to_owned(),
+            mesh,
+            proxies: Vec::new(),
+            _servers: servers,
+            client,
+            far,
+            near,
+            program,
+            interrupt,
+            runs: 0,
+            lab,
+        };
+        arena.start_proxies().with_context(|| format!("starting {name}"))?;
+        Ok(arena)
+    }
+
+    fn start_proxies(&mut self) -> Result<()> {
+        let ca = self.lab.scratch("ca")?;
+        write_ca(&ca)?;
+        let pods_file = self.lab.scratch("mesh")?.join("pods.json");
+        fs::write(&pods_file, serde_json::to_vec_pretty(&self.pods_as_json())?)?;
+        for node in self.lab.nodes() {
+            let name = &node.net.name;
+            let ready = self.lab.scratch("mesh")?.join(format!("{name}.ready"));
+            let config = self.lab.scratch("mesh")?.join(format!("{name}.yaml"));
+            let enrolled = matches!(self.mesh, Mesh::Ours(_)).then_some(name.as_str());
+            // JSON is YAML.
+            fs::write(&config, serde_json::to_vec_pretty(&self.mesh_file(enrolled))?)?;
+            let shown = |path: &Path| path.display().to_string();
+            let env = [
+                ("NODE_NAME", name.clone()),
+                ("NODE_IP", node.net.ipv4.to_string()),
+                ("PODS", shown(&pods_file)),
+                ("LOCAL_XDS_PATH", shown(&config)),
+                ("LOCAL_CA_DIR", shown(&ca)),
+                ("CGROUP_ROOT", shown(&node.cgroup)),
+                ("BPFFS_DIR", shown(&node.bpffs)),
+                ("READY_FILE", shown(&ready)),
+            ];
+            let env: Vec<(&str, &str)> = env.iter().map(|(key, value)| (*key, value.as_str())).collect();
+            let argv = match &self.mesh {
+                Mesh::Plain => continue,
+                Mesh::Ours(ztunnel) => unlimited(&[&shown(ztunnel)]),
+                Mesh::Peer(command) => unlimited(&["/bin/sh", "-c", command]),
+            };
+            self.proxies.push(node.spawn(&format!("proxy-{name}"), &words(&argv), &env)?);
+        }
+        for (node, proxy) in self.lab.nodes().iter().zip(&mut self.proxies) {
+            let file = self.lab.scratch("mesh")?.join(format!("{}.ready", node.net.name));
+            self.interrupt.until(&format!("the proxy of {} to be ready", node.net.name), READY, || {
+                alive(proxy)?;
+                let ready = match &self.mesh {
+                    Mesh::Ours(_) => answers_ready(node),
+                    Mesh::Peer(_) => file.exists(),
+                    Mesh::Plain => true,
+                };
+                Ok(ready.then_some(()))
+            })?;
+        }
+        Ok(())
+    }
+
+    fn pods(&self) -> [(&Pod, &str); 3] {
+        [(&self.client, "node-a"), (&self.near, "node-a"), (&self.far, "node-b")]
+    }
+
+    fn pods_as_json(&self) -> serde_json::Value {
+        let pod = |(pod, node): (&Pod, &str)| {
+            json!({
+                "name": pod.name, "uid": pod.uid, "node": node, "netns": pod.net.netns.path(),
+                "ipv4": pod.net.ipv4, "ipv6": pod.net.ipv6, "cgroup": pod.cgroup,
+            })
+        };
+        self.pods().map(pod).into()
+    }
+
+    /// What the control plane would say; enrolments are those of one node.
+    fn mesh_file(&self, enrolled: Option<&str>) -> serde_json::Value {
+        let workload_uid = |pod: &Pod| format!("Kubernetes//Pod/{NAMESPACE}/{}", pod.name);
+        let workload = |(pod, node): (&Pod, &str)| {
+            json!({
+                "uid": workload_uid(pod), "name": pod.name, "namespace": NAMESPACE, "serviceAccount": pod.name,
+                "workloadIps": pod.net.addresses(), "protocol": "HBONE", "node": node, "workloadName": pod.name,
+                "canonicalName": pod.name, "canonicalRevision": "latest", "clusterId": "Kubernetes",
+            })
+        };
+        let enrolment = |(pod, _): (&Pod, &str)| {
+            json!({
+                "uid": pod.uid, "name": pod.name, "namespace": NAMESPACE, "serviceAccount": pod.name,
+                "addresses": pod.net.addresses(), "workloadUid": workload_uid(pod),
+            })
+        };
+        let workloads: Vec<_> = self.pods().into_iter().map(workload).collect();
+        let mut file = json!({ "workloads": workloads, "services": [], "policies": [] });
+        if let Some(node) = enrolled {
+            let here = self.pods().into_iter().filter(|(_, of)| *of == node);
+            file["enrolments"] = here.map(enrolment).collect();
+        }
+        file
+    }
+
+    /// The address a target has.
+    pub fn address(&self, target: Target) -> IpAddr {
+        match target {
+            Target::OtherNode => self.far.net.ipv4.into(),
+            Target::SameNode => self.near.net.ipv4.into(),
+        }
+    }
+
+    /// The client's own.
+    pub fn client_address(&self) -> IpAddr {
+        self.client.net.ipv4.into()
+    }
+
+    /// Cgroups of the proxies, one for each node; `None` without proxies.
+    pub fn proxy_cgroups(&self) -> Option<Vec<PathBuf>> {
+        match self.mesh {
+            Mesh::Plain => None,
+            _ => Some(self.lab.nodes().iter().map(|node| node.cgroup.join("system")).collect()),
+        }
+    }
+
+    /// Starts a load in the client pod.
+    pub fn start_load(
+        &mut self,
+        kind: &str,
+        target: Target,
+        connections: u32,
+        size: u32,
+        secs: f64,
+    ) -> Result<Process> {
+        self.runs += 1;
+        let argv = unlimited(&[
+            &self.program.display().to_string(),
+            "load",
+            kind,
+            "--to",
+            &self.address(target).to_string(),
+            "--connections",
+            &connections.to_string(),
+            "--size",
+            &size.to_string(),
+            "--secs",
+            &secs.to_string(),
+        ]);
+        self.client.spawn(&format!("load-{}", self.runs), &words(&argv), &[])
+    }
+
+    /// Runs a load to its end and says what it saw and what it cost.
+    ///
+    /// # Errors
+    /// The load's own error; a proxy that has ended; an interruption.
+    pub fn load(
+        &mut self,
+        kind: &str,
+        target: Target,
+        connections: u32,
+        size: u32,
+        secs: f64,
+    ) -> Result<(Outcome, Spent)> {
+        let proxies = self.proxy_cgroups().unwrap_or_default();
+        let lab = self.lab.record.cgroup.clone();
+        let before = Sample::take(&lab, &proxies)?;
+        let mut process = self.start_load(kind, target, connections, size, secs)?;
+        let deadline = load::WARM_UP + Duration::from_secs_f64(secs) + OVERTIME;
+        self.interrupt.until("the load to end", deadline, || Ok((!process.running()).then_some(())))?;
+        let after = Sample::take(&lab, &proxies)?;
+        self.check_proxies()?;
+        let said = process.output();
+        if !process.wait(Duration::ZERO)?.success() {
+            bail!("{}: {kind} with {connections}: {}", self.name, said.trim());
+        }
+        let line = said.lines().last().context("the load said nothing")?;
+        let outcome = serde_json::from_str(line).with_context(|| format!("the load said {line:?}"))?;
+        Ok((outcome, after.since(&before)))
+    }
+
+    /// # Errors
+    /// When a proxy has ended, with what it said last.
+    pub fn check_proxies(&mut self) -> Result<()> {
+        self.proxies.iter_mut().try_for_each(alive)
+    }
+}
+
+fn alive(proxy: &mut Process) -> Result<()> {
+    if proxy.running() {
+        return Ok(());
+    }
+    let said = proxy.output();
+    let lines: Vec<&str> = said.lines().collect();
+    bail!("{} has ended:\n{}", proxy.log.display(), lines[lines.len().saturating_sub(20)..].join("\n"))
+}
+
+fn unlimited(argv: &[&str]) -> Vec<String> {
+    UNLIMITED.iter().chain(argv).map(|word| (*word).to_owned()).collect()
+}
+
+fn words(argv: &[String]) -> Vec<&str> {
+    argv.iter().map(String::as_str).collect()
+}
+
+/// Whether the node's ztunnel calls itself ready.
+fn answers_ready(node: &Node) -> bool {
+    let asked = node.net.netns.enter(|| {
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 15021));
+        let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(1))?;
+        stream.set_read_timeout(Some(Duration::from_secs(1)))?;
+        stream.write_all(b"GET /healthz/ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
+        let mut answer = [0; 12];
+        stream.read_exact(&mut answer)?;
+        Ok(answer == *b"HTTP/1.1 200")
+    });
+    // It may not listen yet.
+    asked.unwrap_or(false)
+}
+
+/// A certificate authority that both nodes sign with.
+fn write_ca(directory: &Path) -> Result<()> {
+    let key = KeyPair::generate()?;
+    let mut params = CertificateParams::default();
+    params.distinguished_name.push(DnType::OrganizationName, "cluster.local");
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    fs::write(directory.join("ca-cert.pem"), params.self_signed(&key)?.pem())?;
+    fs::write(directory.join("ca-key.pem"), key.serialize_pem())?;
+    Ok(())
+}
