@@ -7,10 +7,13 @@
 use std::{
     future::poll_fn,
     io,
+    pin::Pin,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use bytes::BytesMut;
+use tokio::time::Sleep;
 
 use crate::{
     net::{ByteStream, Chunks, is_hang_up},
@@ -24,6 +27,9 @@ const GROW_FIRST: u64 = 128 * 1024;
 const GROW_SECOND: u64 = 2 * 1024 * 1024;
 /// Rounds of one direction in one poll. Streams in memory are always ready and would starve everybody else.
 const MAX_ROUNDS: usize = 32;
+
+/// For the last words of a side that takes nothing more: their reader may itself be waiting to be read.
+const FAREWELL: Duration = Duration::from_secs(10);
 
 /// How much went which way.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
@@ -51,8 +57,8 @@ impl CopyError {
     }
 }
 
-/// Copies both ways until both sides have ended, or one has gone away. When one side ends, the other is told and may
-/// still speak. `counters` follow along while it runs.
+/// Copies both ways until both sides have ended, or one that was read from has gone away. When one side ends, or takes
+/// nothing more, the other direction goes on to its own end. `counters` follow along while it runs.
 pub async fn copy_bidirectional<A: ByteStream, B: ByteStream>(
     mut downstream: A,
     mut upstream: B,
@@ -60,6 +66,7 @@ pub async fn copy_bidirectional<A: ByteStream, B: ByteStream>(
 ) -> Result<Transferred, CopyError> {
     let mut up = OneWay::default();
     let mut down = OneWay::default();
+    let mut farewell: Option<Pin<Box<Sleep>>> = None;
     let ended = poll_fn(|cx| {
         let up_ended = up.poll(cx, &mut downstream, &mut upstream, |bytes| counters.add_received(bytes));
         let up_ended = match up_ended {
@@ -70,6 +77,10 @@ pub async fn copy_bidirectional<A: ByteStream, B: ByteStream>(
         match down_ended {
             Poll::Ready(Err(error)) => Poll::Ready(Err(error.of(CopyError::Upstream, CopyError::Downstream))),
             Poll::Ready(Ok(())) if up_ended => Poll::Ready(Ok(())),
+            _ if up.gave_up || down.gave_up => {
+                let over = farewell.get_or_insert_with(|| Box::pin(tokio::time::sleep(FAREWELL)));
+                over.as_mut().poll(cx).map(Ok)
+            }
             _ => Poll::Pending,
         }
     })
@@ -103,6 +114,7 @@ impl SideError {
 
 /// ```text
 /// Open ──source ended──► Ending ──all written, sink told──► Ended
+///   └──────────────────────┴───────sink hung up──────────────┘
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
 enum Phase {
@@ -121,6 +133,8 @@ struct OneWay {
     spare: BytesMut,
     unflushed: bool,
     carried: u64,
+    /// The sink hung up.
+    gave_up: bool,
 }
 
 impl OneWay {
@@ -137,24 +151,38 @@ impl OneWay {
                 return Poll::Ready(Ok(()));
             }
             let more = self.fill(cx, source)?;
-            if !self.waiting.is_empty() {
-                let written = ready!(sink.poll_put(cx, &mut self.waiting)).map_err(SideError::Sink)? as u64;
-                self.carried += written;
-                self.unflushed = true;
-                count(written);
+            let told = if !self.waiting.is_empty() {
+                ready!(sink.poll_put(cx, &mut self.waiting)).map(|written| {
+                    self.carried += written as u64;
+                    self.unflushed = true;
+                    count(written as u64);
+                })
             } else if self.phase == Phase::Ending {
-                ready!(sink.poll_end(cx)).map_err(SideError::Sink)?;
-                self.phase = Phase::Ended;
+                ready!(sink.poll_end(cx)).map(|()| self.phase = Phase::Ended)
             } else if more.is_pending() {
-                if self.unflushed {
-                    ready!(sink.poll_flush(cx)).map_err(SideError::Sink)?;
-                    self.unflushed = false;
+                let flushed = if self.unflushed { ready!(sink.poll_flush(cx)) } else { Ok(()) };
+                self.unflushed = false;
+                if flushed.is_ok() {
+                    return Poll::Pending;
                 }
-                return Poll::Pending;
+                flushed
+            } else {
+                Ok(())
+            };
+            match told {
+                Ok(()) => {}
+                Err(error) if is_hang_up(error.kind()) => self.give_up(),
+                Err(error) => return Poll::Ready(Err(SideError::Sink(error))),
             }
         }
         cx.waker().wake_by_ref();
         Poll::Pending
+    }
+
+    /// The sink takes nothing more. It may have spoken before it went (a refusal that does not wait for the request),
+    /// and that is for the other direction to deliver.
+    fn give_up(&mut self) {
+        *self = Self { phase: Phase::Ended, carried: self.carried, gave_up: true, ..Self::default() };
     }
 
     /// Reads while there is room; pending when the source has nothing for now.

@@ -1,5 +1,6 @@
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -81,6 +82,56 @@ async fn a_reset_ends_the_copy_and_is_no_error() {
     assert_eq!(outcome.unwrap(), Transferred::default());
     let mut rest = Vec::new();
     within(server.read_to_end(&mut rest)).await.unwrap();
+}
+
+/// A server that has answered and hung up without reading the question.
+struct Refusing {
+    answer: std::collections::VecDeque<Bytes>,
+}
+
+impl ByteStream for Refusing {
+    fn poll_chunk(&mut self, _: &mut Context<'_>, _: usize, _: &mut BytesMut) -> Poll<io::Result<Bytes>> {
+        Poll::Ready(Ok(self.answer.pop_front().unwrap_or_default()))
+    }
+    fn poll_put(&mut self, _: &mut Context<'_>, _: &mut Chunks) -> Poll<io::Result<usize>> {
+        Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()))
+    }
+    fn poll_flush(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()))
+    }
+    fn poll_end(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()))
+    }
+}
+
+#[tokio::test]
+async fn an_answer_given_before_hanging_up_is_delivered() {
+    let (mut client, downstream) = pair().await;
+    client.write_all(b"a long question").await.unwrap();
+    let answer = "413 too long ".repeat(20_000);
+    let chunks = answer.as_bytes().chunks(1000).map(Bytes::copy_from_slice).collect();
+    let counts = ByteCounts::default();
+    let read = async {
+        let mut got = String::new();
+        client.read_to_string(&mut got).await.unwrap();
+        got
+    };
+    let copying = copy_bidirectional(downstream, Refusing { answer: chunks }, &counts);
+    let (outcome, got) = within(async { tokio::join!(copying, read) }).await;
+    assert_eq!(outcome.unwrap(), Transferred { received: 0, sent: answer.len() as u64 });
+    assert!(got == answer);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_side_that_hung_up_is_not_waited_for_for_ever() {
+    let (mut client, downstream) = tokio::io::duplex(64);
+    let counts = ByteCounts::default();
+    client.write_all(b"question").await.unwrap();
+    // More than fits, and nobody reads it.
+    let answer = std::iter::repeat_n(Bytes::from_static(&[1; 64]), 64).collect();
+    let start = tokio::time::Instant::now();
+    copy_bidirectional(downstream, Refusing { answer }, &counts).await.unwrap();
+    assert_eq!(start.elapsed(), FAREWELL);
 }
 
 #[tokio::test]
