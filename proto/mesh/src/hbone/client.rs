@@ -6,6 +6,7 @@ use std::{
         Arc,
         atomic::{AtomicU32, Ordering},
     },
+    time::SystemTime,
 };
 
 use bytes::Bytes;
@@ -43,6 +44,8 @@ pub struct Tunnel {
 pub(super) struct Opener {
     send: SendRequest<Bytes>,
     pub(super) peer: VerifiedPeer,
+    /// When the certificate ends that we showed.
+    pub(super) valid_until: SystemTime,
     pub(super) usage: Arc<Usage>,
 }
 
@@ -149,7 +152,7 @@ where
         .enable_push(false);
     let (send, connection) =
         builder.handshake(stream).await.map_err(|error| TunnelError::from_h2(error, TunnelError::H2))?;
-    Ok((Opener { send, peer, usage: Arc::default() }, connection))
+    Ok((Opener { send, peer, valid_until: cert.not_after(), usage: Arc::default() }, connection))
 }
 
 /// Drives a connection until it ends or its peer is gone.

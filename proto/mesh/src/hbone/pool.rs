@@ -111,7 +111,8 @@ impl Pool {
         Self(Arc::new(Inner { settings, state: Mutex::default() }))
     }
 
-    /// A tunnel to `authority` through the peer that `key` names, on a pooled connection or on one made by `dial`.
+    /// A tunnel to `authority` through the peer that `key` names, on a pooled connection that was made with no older a
+    /// certificate than `cert`, or on one made by `dial`.
     pub async fn connect<D, F>(
         &self,
         key: PoolKey,
@@ -126,7 +127,7 @@ impl Pool {
     {
         let mut dial = Some(dial);
         for _ in 0..MAX_TRIES {
-            let (opener, permit) = match self.0.reserve(&key) {
+            let (opener, permit) = match self.0.reserve(&key, cert) {
                 Some(reserved) => reserved,
                 // Boxed, because most connections find one that is open.
                 None => Box::pin(self.establish(&key, cert, &mut dial)).await?,
@@ -160,32 +161,28 @@ impl Pool {
         F: Future<Output = io::Result<TcpStream>>,
     {
         let settings = &self.0.settings;
-        let turn = self.0.state().keys.entry(key.clone()).or_default().dialling.clone();
-        let attempt = async {
-            let _turn =
-                timeout(settings.connect_timeout, turn.lock()).await.map_err(|_| TunnelError::ConnectTimeout)?;
-            if let Some(reserved) = self.0.reserve(key) {
-                return Ok(reserved);
-            }
-            let dial = dial.take().ok_or(TunnelError::Unstable)?;
-            let stream = timeout(settings.connect_timeout, dial())
-                .await
-                .map_err(|_| TunnelError::ConnectTimeout)?
-                .map_err(from_dial)?;
-            net::tune(&stream).map_err(TunnelError::Connect)?;
-            let (opener, connection) =
-                client::handshake(stream, cert, &key.expected, key.destination, &settings.h2).await?;
-            let permit = opener.reserve(settings.max_streams).ok_or(TunnelError::Unstable)?;
-            let driver = client::drive(connection, settings.h2.clone());
-            self.0.adopt(key, &opener, driver, Arc::downgrade(&self.0));
-            Ok((opener, permit))
+        let attempt = Attempt {
+            turn: Some(self.0.state().keys.entry(key.clone()).or_default().dialling.clone()),
+            pool: &self.0,
+            key,
+        };
+        let turn = attempt.turn.as_ref().expect("taken only when the attempt is over").lock();
+        let _turn = timeout(settings.connect_timeout, turn).await.map_err(|_| TunnelError::ConnectTimeout)?;
+        if let Some(reserved) = self.0.reserve(key, cert) {
+            return Ok(reserved);
         }
-        .await;
-        if attempt.is_err() {
-            drop(turn);
-            self.0.tidy(key);
-        }
-        attempt
+        let dial = dial.take().ok_or(TunnelError::Unstable)?;
+        let stream = timeout(settings.connect_timeout, dial())
+            .await
+            .map_err(|_| TunnelError::ConnectTimeout)?
+            .map_err(from_dial)?;
+        net::tune(&stream).map_err(TunnelError::Connect)?;
+        let (opener, connection) =
+            client::handshake(stream, cert, &key.expected, key.destination, &settings.h2).await?;
+        let permit = opener.reserve(settings.max_streams).ok_or(TunnelError::Unstable)?;
+        let driver = client::drive(connection, settings.h2.clone());
+        self.0.adopt(key, &opener, driver, Arc::downgrade(&self.0));
+        Ok((opener, permit))
     }
 
     /// Lets go of the connections whose key `keep` refuses; their tunnels go on.
@@ -208,10 +205,30 @@ impl Pool {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn keys(&self) -> usize {
+        self.0.state().keys.len()
+    }
+
     pub fn stats(&self) -> PoolStats {
         let state = self.0.state();
         let open = || state.keys.values().flat_map(|connections| &connections.open);
         PoolStats { connections: open().count(), streams: open().map(|opener| opener.usage.streams() as usize).sum() }
+    }
+}
+
+/// Somebody's wish for a new connection. However it ends, also by being given up half-way, a key that it leaves without
+/// connections is forgotten.
+struct Attempt<'a> {
+    pool: &'a Inner,
+    key: &'a PoolKey,
+    turn: Option<Arc<tokio::sync::Mutex<()>>>,
+}
+
+impl Drop for Attempt<'_> {
+    fn drop(&mut self) {
+        self.turn = None;
+        self.pool.tidy(self.key);
     }
 }
 
@@ -227,9 +244,12 @@ impl Inner {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn reserve(&self, key: &PoolKey) -> Option<(Opener, StreamPermit)> {
-        let state = self.state();
-        let connections = state.keys.get(key)?;
+    /// A place on a connection made with `cert` or its equal. Once a certificate is renewed, what was made with the old
+    /// one gets no more tunnels: it would otherwise be in use long after that has expired.
+    fn reserve(&self, key: &PoolKey, cert: &WorkloadCertificate) -> Option<(Opener, StreamPermit)> {
+        let mut state = self.state();
+        let connections = state.keys.get_mut(key)?;
+        connections.open.retain(|opener| opener.valid_until >= cert.not_after());
         connections.open.iter().find_map(|opener| Some((opener.clone(), opener.reserve(self.settings.max_streams)?)))
     }
 

@@ -64,6 +64,8 @@ struct World {
     connections: Arc<AtomicUsize>,
     trigger: Option<DrainTrigger>,
     serving: JoinHandle<()>,
+    /// The client's.
+    cert: Arc<WorkloadCertificate>,
     pool: Pool,
 }
 
@@ -98,7 +100,8 @@ async fn world(server: H2Settings, client: PoolSettings) -> World {
     let connections = Arc::new(AtomicUsize::new(0));
     let cert = Arc::new(ca.sign(&id("server")).unwrap());
     let serving = tokio::spawn(accept_all(listener, cert, server, watcher, connections.clone()));
-    World { ca, addr, connections, trigger: Some(trigger), serving, pool: Pool::new(client) }
+    let client_cert = Arc::new(ca.sign(&id("client")).unwrap());
+    World { ca, addr, connections, trigger: Some(trigger), serving, cert: client_cert, pool: Pool::new(client) }
 }
 
 async fn accept_all(
@@ -131,10 +134,11 @@ impl World {
     }
 
     async fn connect_to(&self, authority: &str) -> Result<Tunnel, TunnelError> {
-        let cert = Arc::new(self.ca.sign(&id("client")).unwrap());
         let addr = self.addr;
         let authority = authority.parse().unwrap();
-        self.pool.connect(self.key(), &cert, || TcpStream::connect(addr), &authority, &ConnectHeaders::default()).await
+        self.pool
+            .connect(self.key(), &self.cert, || TcpStream::connect(addr), &authority, &ConnectHeaders::default())
+            .await
     }
 
     async fn connect(&self) -> Tunnel {
@@ -414,6 +418,30 @@ async fn unused_connections_are_closed() {
     until(|| world.pool.stats().connections == 0).await;
     world.connect().await;
     assert_eq!(world.dialled(), 2);
+}
+
+#[tokio::test]
+async fn a_renewed_certificate_is_shown_on_a_new_connection() {
+    let mut world = default_world().await;
+    let mut old = world.connect().await;
+    let later = world.cert.not_after() + Duration::from_secs(60);
+    world.cert = Arc::new(world.ca.sign_valid(&id("client"), world.cert.not_before(), later).unwrap());
+    let mut new = world.connect().await;
+    assert_eq!((world.dialled(), world.pool.stats().connections), (2, 1));
+    round_trip(&mut old, b"what is open goes on").await;
+    round_trip(&mut new, b"x").await;
+    let _another = world.connect().await;
+    assert_eq!(world.dialled(), 2);
+}
+
+#[tokio::test]
+async fn a_connect_given_up_half_way_leaves_nothing_behind() {
+    let world = default_world().await;
+    let (authority, headers) = ("10.0.0.1:80".parse().unwrap(), ConnectHeaders::default());
+    let never = || std::future::pending::<io::Result<TcpStream>>();
+    let connecting = world.pool.connect(world.key(), &world.cert, never, &authority, &headers);
+    assert!(tokio::time::timeout(Duration::from_millis(10), connecting).await.is_err());
+    assert_eq!(world.pool.keys(), 0);
 }
 
 #[tokio::test]
