@@ -22,6 +22,7 @@ use tokio::time::Instant;
 use crate::config::Config;
 use crate::node::find::Finder;
 use crate::node::manager::{self, Manager};
+use crate::node::tenure::Tenure;
 use crate::node::{Registry, enrolment, report};
 use crate::worker::{Shared, Workers};
 use crate::{admin, capture, certs, privileges};
@@ -31,6 +32,10 @@ const CONTROL_THREADS: usize = 2;
 
 /// For tasks on the control runtime that do not end by themselves, such as a name that is being resolved.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// How often a draining ztunnel looks for its successor, and how long it still accepts once there is one.
+const SUCCESSOR_POLL: Duration = Duration::from_millis(100);
+const HALF_DONE: Duration = Duration::from_secs(1);
 
 /// Runs until SIGTERM, SIGINT or `/quitquitquit`, and through the drain that follows.
 ///
@@ -62,11 +67,20 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         let workers = Arc::new(Workers::start(&shared).context("starting workers")?);
         let registry = Arc::new(Registry::default());
         let readiness = Readiness::default();
+        let tenure = Arc::new(Tenure::new(&config.bpffs_dir));
         let mut tasks = JoinSet::new();
         tasks.spawn(rotation.run(drain.clone()));
 
         let (pods, desired) = enrolment::handler();
-        let deps = manager::Deps { shared: shared.clone(), capture, finder, workers: workers.clone(), registry: registry.clone(), desired };
+        let deps = manager::Deps {
+            shared: shared.clone(),
+            capture,
+            finder,
+            workers: workers.clone(),
+            registry: registry.clone(),
+            desired,
+            tenure: tenure.clone(),
+        };
         let (manager, reports, settled) = Manager::new(deps);
 
         let mut ready = vec![("pods", settled)];
@@ -110,7 +124,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         until_asked_to_end(quit_asked).await?;
         readiness.shutting_down();
         enrolment_end.drain(Duration::ZERO).await;
-        drain_pods(&config, &registry).await;
+        drain_pods(&config, &registry, &tenure).await;
         feeds_end.drain(Duration::ZERO).await;
         admin_end.drain(Duration::ZERO).await;
         tasks.shutdown().await;
@@ -176,14 +190,20 @@ async fn until_asked_to_end(mut quit: watch::Receiver<bool>) -> anyhow::Result<(
 }
 
 /// The drain. Pins stay: whoever comes next takes over from them, and until then the pods' new connections are refused.
-async fn drain_pods(config: &Config, registry: &Registry) {
+async fn drain_pods(config: &Config, registry: &Registry, tenure: &Tenure) {
     let deadline = Instant::now() + config.termination_deadline;
-    // A successor replaces our listeners in the kernel's map and gets what is new from then on. Without one we are
-    // still better than nobody, until the time that open connections need to end.
+    // Without a successor we are still better than nobody, until the time that open connections need to end.
     let accepting = config.termination_deadline.saturating_sub(config.drain_deadline);
     if !registry.pods().is_empty() {
         tracing::info!(seconds = accepting.as_secs_f64(), "accepting until a successor has taken over");
-        tokio::time::sleep(accepting).await;
+        let taken_over = async {
+            while !tenure.is_lost() {
+                tokio::time::sleep(SUCCESSOR_POLL).await;
+            }
+            // What is new goes to the successor's listeners; handshakes that were half done are still ours.
+            tokio::time::sleep(HALF_DONE).await;
+        };
+        let _ = tokio::time::timeout(accepting, taken_over).await;
     }
     let left = deadline.saturating_duration_since(Instant::now());
     let mut pods = JoinSet::new();

@@ -297,8 +297,7 @@ impl Wire {
     fn end(self) -> (Vec<u16>, bool) {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.join().expect("the watcher ends");
-        let seen = self.seen.lock().expect("no panic holds it").clone();
-        seen
+        self.seen.lock().expect("no panic holds it").clone()
     }
 }
 

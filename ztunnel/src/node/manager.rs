@@ -20,6 +20,7 @@ use super::enrolment::{Desired, Enrolment};
 use super::find::{Finder, Found, Process};
 use super::netns::Family;
 use super::pod::LocalPod;
+use super::tenure::Tenure;
 use super::{EnrolError, Registry, routing};
 use crate::capture::{Phase, Slot, pod_capture};
 use crate::worker::{Role, Shared, Workers};
@@ -64,6 +65,7 @@ pub struct Deps {
     pub workers: Arc<Workers>,
     pub registry: Arc<Registry>,
     pub desired: watch::Receiver<Desired>,
+    pub tenure: Arc<Tenure>,
 }
 
 /// Owns every pod of the node.
@@ -362,7 +364,7 @@ impl Manager {
         });
     }
 
-    /// Takes back what a predecessor captured and nobody wants any more. Not before every wanted pod has been found,
+    /// Makes this ztunnel the node's, and takes back what a predecessor captured and nobody wants any more. Not before every wanted pod has been found,
     /// or it would lose its capture until then.
     fn collect(&mut self, complete: bool) {
         let Some(by) = self.collect_by.filter(|_| complete) else { return };
@@ -371,6 +373,9 @@ impl Manager {
             return;
         }
         self.collect_by = None;
+        if let Err(error) = self.deps.tenure.claim() {
+            tracing::warn!(%error, "claiming the node; a predecessor will accept for longer than it needs to");
+        }
         let known: Vec<NetnsCookie> = self.deps.registry.pods().iter().map(|p| p.cookie).collect();
         match self.deps.capture.collect_garbage(&known) {
             Ok(removed) if removed.is_empty() => {}

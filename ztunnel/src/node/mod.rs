@@ -12,6 +12,7 @@ pub mod netns;
 pub mod pod;
 pub mod report;
 pub mod routing;
+pub mod tenure;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
