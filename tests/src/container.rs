@@ -269,7 +269,7 @@ pub fn append(path: &Path) -> Result<File> {
 /// A command that runs inside a started container: its namespaces, root and cgroup. Rights are the caller's.
 pub fn exec_command(pid: u32, cgroup: &Path, env: &BTreeMap<String, String>, argv: &[String]) -> Command {
     let script = format!(
-        "echo $$ > {}/cgroup.procs; exec nsenter --target {pid} --mount --uts --net --root --wd=/ -- \"$@\"",
+        "echo $$ > {}/cgroup.procs; exec nsenter --target {pid} --mount --uts --net --root --wd -- \"$@\"",
         quote(&cgroup.display().to_string())
     );
     let mut command = Command::new("/bin/sh");

@@ -45,6 +45,11 @@ fn vips(service: &core::Service) -> Vec<IpAddr> {
     texts.iter().filter_map(|ip| ip.parse().ok()).collect()
 }
 
+/// The service whose one endpoint is the API server.
+fn is_api(service: &core::Service) -> bool {
+    service.name_any() == "kubernetes" && service.namespace().as_deref() == Some("default")
+}
+
 /// The port of a pod behind a port of the service.
 fn target_port(port: &core::ServicePort, pod: &core::Pod) -> Option<i32> {
     match &port.target_port {
@@ -82,6 +87,9 @@ pub fn forwards(services: &[core::Service], pods: &[core::Pod]) -> Vec<Forward> 
                 })
                 .collect();
             endpoints.sort();
+            if is_api(service) && vip.is_ipv4() {
+                endpoints = vec![SocketAddr::new(PARENT_V4.into(), super::API_PORT)];
+            }
             let Ok(number) = u16::try_from(port.port) else { continue };
             forwards.push(Forward { vip: SocketAddr::new(vip, number), protocol: protocol(port), endpoints });
         }
@@ -92,7 +100,7 @@ pub fn forwards(services: &[core::Service], pods: &[core::Pod]) -> Vec<Forward> 
 
 /// Names of all services; a headless one resolves to its ready pods.
 pub fn names(services: &[core::Service], pods: &[core::Pod]) -> Names {
-    let mut names = Names::from([("kubernetes.default.svc.cluster.local".into(), vec![PARENT_V4.into()])]);
+    let mut names = Names::new();
     for service in services {
         let key = format!("{}.{}.svc.cluster.local", service.name_any(), service.namespace().unwrap_or_default());
         let mut addresses = vips(service);
@@ -103,9 +111,7 @@ pub fn names(services: &[core::Service], pods: &[core::Pod]) -> Names {
                 .filter(|pod| pod.namespace() == service.namespace() && selects(selector, pod) && ready(pod));
             addresses = behind.flat_map(self::addresses).collect();
         }
-        if service.name_any() != "kubernetes" || service.namespace().as_deref() != Some("default") {
-            names.insert(key, addresses);
-        }
+        names.insert(key, addresses);
     }
     names
 }
