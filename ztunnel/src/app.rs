@@ -90,7 +90,8 @@ pub fn run(config: Config) -> anyhow::Result<()> {
             tasks.spawn(local.run(drain.clone()));
         }
         if let Some(grpc) = &config.xds {
-            let handlers = vec![address_handler(shared.store.clone()), authorization_handler(shared.store.clone()), pods];
+            let store = &shared.store;
+            let handlers = vec![address_handler(store.clone()), authorization_handler(store.clone()), pods];
             let xds = XdsConfig { grpc: grpc.clone(), node: node_info(&config), on_demand: false };
             let client = XdsClient::new(xds, handlers);
             ready.push(("control plane", client.synced()));
@@ -117,10 +118,12 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         let (quit, quit_asked) = watch::channel(false);
         // These outlast the drain: it can be watched to its end.
         let (admin_end, admin_drain) = drain::channel();
-        let admin = admin::Deps { shared, registry: registry.clone(), readiness: readiness.clone(), metrics, log, quit };
+        let (shown, ready) = (registry.clone(), readiness.clone());
+        let admin = admin::Deps { shared, registry: shown, readiness: ready, metrics, log, quit };
         admin::start(ports, admin, &mut tasks, &admin_drain);
 
-        tracing::info!(node = %config.node_name, workers = workers.count(), version = env!("CARGO_PKG_VERSION"), "started");
+        let version = env!("CARGO_PKG_VERSION");
+        tracing::info!(node = %config.node_name, workers = workers.count(), version, "started");
         until_asked_to_end(quit_asked).await?;
         readiness.shutting_down();
         enrolment_end.drain(Duration::ZERO).await;
@@ -170,7 +173,8 @@ async fn policy_changes(shared: Shared, registry: Arc<Registry>, drain: DrainWat
         for pod in registry.pods() {
             let cut = pod.connections.reevaluate(&world, &pod.workload_uid);
             if cut > 0 {
-                tracing::info!(pod = %pod.name, namespace = %pod.namespace, cut, "policy no longer allows open connections");
+                let (pod, namespace) = (&pod.name, &pod.namespace);
+                tracing::info!(%pod, %namespace, cut, "policy no longer allows open connections");
             }
         }
     }

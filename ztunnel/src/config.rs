@@ -145,7 +145,7 @@ impl Config {
         raw.0.mistakes.into_result(config)
     }
 
-    /// The settings as shown in `/config_dump`. Tokens, and headers that may carry credentials, are named but not shown.
+    /// The settings as shown in `/config_dump`. Tokens and headers may be credentials: they are named, not shown.
     #[must_use]
     pub fn dump(&self) -> serde_json::Value {
         let plane = |p: &GrpcConfig| {

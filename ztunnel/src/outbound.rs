@@ -112,7 +112,7 @@ async fn open_tunnel(
 }
 
 /// A pod that calls its own service and is chosen itself. Its port 15008 cannot be dialled from inside (the steering
-/// lets calls of a pod to itself pass), so policy is asked here, as the inbound side would, and the application dialled.
+/// lets calls of a pod to itself pass), so policy is asked here, as inbound would, and the application dialled.
 async fn hairpin(at: &Place, own: &Local, client: SocketAddr, tunnel: &Tunnel) -> Result<TcpStream, Ending> {
     let here = at.pod.address_like(client.ip()).ok_or(Ending::NoSource(client))?;
     let here = match &tunnel.authority {

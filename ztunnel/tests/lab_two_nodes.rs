@@ -8,10 +8,10 @@
 
 use std::fmt::Write as _;
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -124,6 +124,11 @@ impl Lab {
 
     /// Writes what `node`'s ztunnel knows, in one step as an editor would.
     fn configure(&self, node: char, policies: &str) {
+        self.configure_without(node, policies, "");
+    }
+
+    /// The same with one pod not enrolled.
+    fn configure_without(&self, node: char, policies: &str, left: &str) {
         let mut text = String::from("workloads:\n");
         for pod in PODS {
             let [v4, v6] = addresses(pod);
@@ -137,7 +142,7 @@ impl Lab {
         writeln!(text, r#"services: [{{name: api, namespace: shop, hostname: api.shop.svc, vips: ["/{VIP}"], ports: {{80: 8080}}}}]"#)
             .expect("a string takes it");
         writeln!(text, "policies: [{policies}]\nenrolments:").expect("a string takes it");
-        for pod in PODS.into_iter().filter(|p| node_of(p) == node) {
+        for pod in PODS.into_iter().filter(|p| node_of(p) == node && *p != left) {
             let [v4, v6] = addresses(pod);
             writeln!(
                 text,
@@ -152,6 +157,11 @@ impl Lab {
     }
 
     fn start_ztunnel(&mut self, node: char) {
+        self.start_ztunnel_on(node, 15000);
+    }
+
+    /// With its ports at `ports`, `ports` + 20 and + 21, so that two can run on one node.
+    fn start_ztunnel_on(&mut self, node: char, ports: u16) {
         let log = fs::File::create(self.dir.path().join(format!("{node}.log"))).expect("a log file");
         let child = Command::new("nsenter")
             .arg(format!("--net={}", self.netns(&node.to_string()).display()))
@@ -161,6 +171,9 @@ impl Lab {
             .env("CGROUP_ROOT", self.cgroup.join(node.to_string()))
             .env("BPFFS_DIR", self.pins.join(node.to_string()))
             .env("ZTUNNEL_WORKER_THREADS", "2")
+            .env("ADMIN_PORT", ports.to_string())
+            .env("STATS_PORT", (ports + 20).to_string())
+            .env("READINESS_PORT", (ports + 21).to_string())
             .stdout(log.try_clone().expect("a file can be shared"))
             .stderr(log)
             .spawn()
@@ -168,7 +181,7 @@ impl Lab {
         self.ztunnels.push((node, child));
         eventually("ztunnel is ready and its pods are enrolled", || {
             self.log(node).matches("\tenrolled").count() == 2
-                && self.http(node, 15021, "/healthz/ready").contains("200 OK")
+                && self.http(node, ports + 21, "/healthz/ready").contains("200 OK")
         });
     }
 
@@ -177,6 +190,26 @@ impl Lab {
         let (_, mut child) = self.ztunnels.remove(at);
         child.kill().expect("killed");
         child.wait().expect("reaped");
+    }
+
+    /// Asks the older ztunnel of a node to end, and waits for it.
+    fn retire_ztunnel(&mut self, node: char) {
+        let at = self.ztunnels.iter().position(|(n, _)| *n == node).expect("it runs");
+        let (_, mut child) = self.ztunnels.remove(at);
+        run(&format!("kill -TERM {}", child.id()));
+        eventually("the old ztunnel ends", || child.try_wait().expect("its state").is_some_and(|s| s.success()));
+    }
+
+    /// A connection from `pod` that stays open.
+    fn hold(&self, pod: &str, address: &str) -> Held {
+        let script = format!(
+            "exec 3<>/dev/tcp/{address}/{APP_PORT}
+             while read -r line; do echo \"$line\" >&3; read -r -t 10 answer <&3; echo \"$answer\"; done"
+        );
+        let mut command = self.in_pod(pod, &script);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("the shell runs");
+        let answers = BufReader::new(child.stdout.take().expect("piped"));
+        Held { child, answers }
     }
 
     fn log(&self, node: char) -> String {
@@ -201,6 +234,31 @@ impl Lab {
         let output = self.in_pod(pod, &script).output().expect("the shell runs");
         let said = String::from_utf8_lossy(&output.stdout).trim().to_owned();
         if said.is_empty() { Err(String::from_utf8_lossy(&output.stderr).into_owned()) } else { Ok(said) }
+    }
+}
+
+/// An open connection and the shell that holds it.
+struct Held {
+    child: Child,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Held {
+    /// What the server says now; empty when the connection is gone.
+    fn ask(&mut self) -> String {
+        let mut answer = String::new();
+        let question = self.child.stdin.as_mut().map(|stdin| writeln!(stdin, "{MARKER}"));
+        if matches!(question, Some(Ok(()))) {
+            let _ = self.answers.read_line(&mut answer);
+        }
+        answer.trim().to_owned()
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
@@ -349,8 +407,12 @@ fn two_nodes_talk_through_the_mesh() {
     let (ports, marker) = wire.end();
     assert!(marker && ports.contains(&APP_PORT), "{ports:?}");
 
+    let mut before = lab.hold("a1", &b1);
+    assert_eq!(before.ask(), format!("{a1} {MARKER}"));
+
     lab.start_ztunnel('a');
     lab.start_ztunnel('b');
+    assert_eq!(before.ask(), format!("{a1} {MARKER}"), "a connection from before joining lives on");
 
     // Captured: the server sees the client's own address; the wire carries HBONE and nothing to read.
     let wire = Wire::watch(&lab.netns("br"));
@@ -403,4 +465,27 @@ fn two_nodes_talk_through_the_mesh() {
     assert_eq!(lab.call("b2", &b1, APP_PORT), answer(&addresses("b2")[0]), "the other node does not notice");
     lab.start_ztunnel('a');
     assert_eq!(lab.call("a1", &b1, APP_PORT), answer(&a1));
+
+    // Upgraded: calls go on while the old one hands over and ends.
+    lab.start_ztunnel_on('b', 16000);
+    lab.retire_ztunnel('b');
+    assert_eq!(lab.call("a1", &b1, APP_PORT), answer(&a1));
+    assert!(lab.http('b', 16020, "/metrics").contains("istio_tcp_connections_opened_total"), "by the new one");
+
+    // Left: what is open stays, what is new is plain again.
+    let mut open = lab.hold("a1", &b1);
+    assert_eq!(open.ask(), format!("{a1} {MARKER}"));
+    lab.configure_without('a', "", "a1");
+    let wire = Wire::watch(&lab.netns("br"));
+    eventually("a1 calls directly again", || {
+        let called = lab.call("a1", &b1, APP_PORT) == answer(&a1);
+        called && wire.seen.lock().expect("no panic holds it").1
+    });
+    eventually("rules and listeners are gone, except for what is open", || {
+        lab.http('a', 15000, "/config_dump").contains("\"Draining\"")
+    });
+    assert_eq!(open.ask(), format!("{a1} {MARKER}"), "a connection from before leaving lives on");
+    drop(open);
+    let rules = format!("ip -n {}-a1 rule", lab.name);
+    eventually("nothing is left in the pod", || !run(&rules).contains("15000"));
 }

@@ -45,6 +45,13 @@ struct Entry {
     state: State,
 }
 
+impl Entry {
+    /// Enrolled for HBONE alone: the control plane has not told the mesh yet.
+    fn is_partly_captured(&self) -> bool {
+        matches!(&self.state, State::Up(up) if up.phase == Phase::HboneOnly)
+    }
+}
+
 enum State {
     Waiting(EnrolError),
     Up(Up),
@@ -122,7 +129,7 @@ impl Manager {
             self.settled.send_if_modified(|settled| desired.complete && !std::mem::replace(settled, true));
 
             let waiting = self.entries.values().any(|e| matches!(e.state, State::Waiting(_)));
-            let partly = self.entries.values().any(|e| matches!(&e.state, State::Up(u) if u.phase == Phase::HboneOnly));
+            let partly = self.entries.values().any(Entry::is_partly_captured);
             // Every branch only wakes the loop; what it saw is looked at again from the start.
             tokio::select! {
                 changed = self.deps.desired.changed() => {
@@ -170,7 +177,8 @@ impl Manager {
             if let State::Up(up) = &entry.state
                 && let Err(error) = update(&self.deps, up, &entry.wanted).await
             {
-                tracing::warn!(pod = %entry.wanted.name, namespace = %entry.wanted.namespace, %error, "updating a pod's capture");
+                let (pod, namespace) = (&entry.wanted.name, &entry.wanted.namespace);
+                tracing::warn!(%pod, %namespace, %error, "updating a pod's capture");
             }
         }
     }
@@ -193,7 +201,8 @@ impl Manager {
             let Some(enrolment) = self.entries.get(&uid).map(|e| e.wanted.clone()) else { continue };
             let state = match self.enrol(&enrolment, found.remove(&uid).unwrap_or_default()).await {
                 Ok(up) => {
-                    tracing::info!(pod = %enrolment.name, namespace = %enrolment.namespace, pid = up.process.pid, phase = ?up.phase, "enrolled");
+                    let (pod, namespace) = (&enrolment.name, &enrolment.namespace);
+                    tracing::info!(%pod, %namespace, pid = up.process.pid, phase = ?up.phase, "enrolled");
                     State::Up(up)
                 }
                 Err(error) => {
@@ -269,8 +278,12 @@ impl Manager {
         let ready: Vec<String> = self
             .entries
             .iter()
-            .filter(|(_, e)| matches!(&e.state, State::Up(up) if up.phase == Phase::HboneOnly && self.phase_of(&up.pod) == Phase::Captured))
-            .map(|(uid, _)| uid.clone())
+            .filter_map(|(uid, entry)| match &entry.state {
+                State::Up(up) if up.phase == Phase::HboneOnly => {
+                    (self.phase_of(&up.pod) == Phase::Captured).then(|| uid.clone())
+                }
+                State::Up(_) | State::Waiting(_) => None,
+            })
             .collect();
         for uid in ready {
             let Some(Entry { wanted, state: State::Up(up) }) = self.entries.get_mut(&uid) else { continue };
@@ -320,7 +333,8 @@ impl Manager {
         for uid in lost {
             let Some(entry) = self.entries.get_mut(&uid) else { continue };
             let old = std::mem::replace(&mut entry.state, State::Waiting(EnrolError::NoProcess));
-            tracing::info!(pod = %entry.wanted.name, namespace = %entry.wanted.namespace, "the pod's namespace has changed; enrolling again");
+            let (pod, namespace) = (&entry.wanted.name, &entry.wanted.namespace);
+            tracing::info!(%pod, %namespace, "the pod's namespace has changed; enrolling again");
             if let State::Up(up) = old {
                 self.leave(up);
             }
@@ -364,8 +378,8 @@ impl Manager {
         });
     }
 
-    /// Makes this ztunnel the node's, and takes back what a predecessor captured and nobody wants any more. Not before every wanted pod has been found,
-    /// or it would lose its capture until then.
+    /// Makes this ztunnel the node's, and takes back what a predecessor captured and nobody wants any more. Not before
+    /// every wanted pod has been found, or it would lose its capture until then.
     fn collect(&mut self, complete: bool) {
         let Some(by) = self.collect_by.filter(|_| complete) else { return };
         let hopeful = |e: &Entry| matches!(&e.state, State::Waiting(w) if !matches!(w, EnrolError::NoAddress));

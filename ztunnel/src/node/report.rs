@@ -37,19 +37,15 @@ pub async fn run(
         } else {
             None
         };
-        let pause = match failed {
+        match &failed {
             Some(error) => {
                 tracing::warn!(%error, "reporting enrolled pods");
                 retry = (retry * 2).min(LONGEST_RETRY);
-                Some(retry)
             }
-            None => {
-                retry = FIRST_RETRY;
-                None
-            }
-        };
+            None => retry = FIRST_RETRY,
+        }
         tokio::select! {
-            () = async { match pause { Some(p) => tokio::time::sleep(p).await, None => std::future::pending().await } } => {}
+            () = tokio::time::sleep(retry), if failed.is_some() => {}
             Ok(()) = states.changed() => {}
             Ok(()) = connected.changed() => {}
             () = drain.draining() => return,
