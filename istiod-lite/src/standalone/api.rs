@@ -26,7 +26,7 @@ use super::table::{self, Include};
 use super::tokens::{Tokens, User};
 use super::verbs::{DeleteOptions, Settings, UnknownFields, Write};
 use super::watch::{Start, Watch};
-use super::{discovery, openapi, patch, reviews, tokens};
+use super::{discovery, openapi, patch, protobuf, reviews, tokens};
 
 pub type Body = UnsyncBoxBody<Bytes, Infallible>;
 
@@ -947,6 +947,9 @@ fn parse_body(body: &[u8], content_type: &str) -> ApiResult<Value> {
         return Ok(Value::Null);
     }
     let media = content_type.split(';').next().unwrap_or_default().trim();
+    if media == protobuf::MEDIA {
+        return protobuf::decode(body);
+    }
     let is_json = media.is_empty() || media == "application/json" || media.ends_with("+json");
     let is_yaml = media.ends_with("yaml");
     if !is_json && !is_yaml {

@@ -5,7 +5,8 @@
 //! definitions) run beside it. Nothing outside this module may know which server it talks to: clients get a kubeconfig.
 //!
 //! Deliberately absent: scheduler, workload controllers, admission webhooks (stored, never called), CEL rules of CRDs
-//! (reported in the definition's status), conversion webhooks, logs and exec, protobuf and CBOR bodies.
+//! (reported in the definition's status), conversion webhooks, logs and exec, and protobuf beyond the few kinds
+//! kubectl sends that way (see `protobuf`).
 
 pub mod api;
 mod apply;
@@ -17,6 +18,7 @@ mod error;
 mod files;
 mod openapi;
 mod patch;
+mod protobuf;
 mod rbac;
 mod registry;
 mod request;

@@ -280,6 +280,10 @@ fn built_in() -> Vec<Kind> {
         v::core::v1::Event, "events", ["ev"], Namespaced, Plain;
         v::core::v1::Namespace, "namespaces", ["ns"], Cluster, Status;
         v::core::v1::Node, "nodes", ["no"], Cluster, Status;
+        // The next two, ReplicationController, CronJob and Ingress are only kept: `kubectl apply --prune` asks for them.
+        v::core::v1::PersistentVolumeClaim, "persistentvolumeclaims", ["pvc"], Namespaced, Status;
+        v::core::v1::PersistentVolume, "persistentvolumes", ["pv"], Cluster, Status;
+        v::core::v1::ReplicationController, "replicationcontrollers", ["rc"], Namespaced, Scale;
         v::core::v1::Pod, "pods", ["po"], Namespaced, Status;
         v::core::v1::Secret, "secrets", [], Namespaced, Plain;
         v::core::v1::ServiceAccount, "serviceaccounts", ["sa"], Namespaced, Plain;
@@ -296,8 +300,10 @@ fn built_in() -> Vec<Kind> {
         v::authorization::v1::SelfSubjectRulesReview, "selfsubjectrulesreviews", [], Cluster, Review;
         v::autoscaling::v2::HorizontalPodAutoscaler, "horizontalpodautoscalers", ["hpa"], Namespaced, Status;
         v::batch::v1::Job, "jobs", [], Namespaced, Status;
+        v::batch::v1::CronJob, "cronjobs", ["cj"], Namespaced, Status;
         v::coordination::v1::Lease, "leases", [], Namespaced, Plain;
         v::discovery::v1::EndpointSlice, "endpointslices", [], Namespaced, Plain;
+        v::networking::v1::Ingress, "ingresses", ["ing"], Namespaced, Status;
         v::networking::v1::NetworkPolicy, "networkpolicies", ["netpol"], Namespaced, Plain;
         v::policy::v1::PodDisruptionBudget, "poddisruptionbudgets", ["pdb"], Namespaced, Status;
         v::rbac::v1::ClusterRoleBinding, "clusterrolebindings", [], Cluster, Plain;

@@ -17,6 +17,7 @@ use serde_json::{Map, Value, json};
 use super::error::Cause;
 
 pub const OBJECT_META: &str = "io.k8s.apimachinery.pkg.apis.meta.v1.ObjectMeta";
+const ANY_JSON: &str = "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.JSON";
 const REF_PREFIX: &str = "#/definitions/";
 
 /// How a list in a built-in type merges: definition, field, patch merge key, patch strategy, list type, map keys.
@@ -114,6 +115,11 @@ fn build_definitions() -> Map<String, Value> {
         v::core::v1::Secret,
         v::core::v1::Node,
         v::core::v1::Endpoints,
+        v::core::v1::PersistentVolumeClaim,
+        v::core::v1::PersistentVolume,
+        v::core::v1::ReplicationController,
+        v::batch::v1::CronJob,
+        v::networking::v1::Ingress,
         v::core::v1::Event,
         v::apps::v1::Deployment,
         v::apps::v1::DaemonSet,
@@ -168,11 +174,20 @@ fn build_definitions() -> Map<String, Value> {
             node["x-kubernetes-map-type"] = "atomic".into();
         }
     }
+    // Any JSON, which the generated schema calls an object.
+    if let Some(Value::Object(node)) = definitions.get_mut(ANY_JSON) {
+        node.shift_remove("type");
+    }
     for node in definitions.values_mut() {
         let typed_object = node["type"] == "object";
         if typed_object && node.get("properties").is_none() && node.get("additionalProperties").is_none() {
             node["x-kubernetes-preserve-unknown-fields"] = true.into();
         }
+    }
+    // Any value at all, which a client only believes of a schema without a type.
+    let any = definitions.get_mut("io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.JSON");
+    if let Some(node) = any.and_then(Value::as_object_mut) {
+        node.remove("type");
     }
     definitions
 }
