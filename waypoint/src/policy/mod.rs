@@ -210,13 +210,13 @@ impl Source {
 }
 
 impl Operation {
-    fn matches(&self, s: &Subject<'_>, without_http: bool) -> bool {
+    fn matches(&self, s: &Subject<'_>, deny: bool) -> bool {
         if !self.ports.holds(|p| *p == s.destination.port()) {
             return false;
         }
         let Some(http) = s.http else {
             let l4_only = self.hosts.is_empty() && self.methods.is_empty() && self.paths.is_empty();
-            return l4_only || without_http;
+            return l4_only || deny;
         };
         self.hosts.holds(|t| t.matches_host(http.authority))
             && self.methods.holds(|t| t.matches(http.method))
@@ -227,8 +227,19 @@ impl Operation {
     }
 }
 
+/// Every way an application may read a header: each of its lines, and all of them joined by commas. Odd bytes do not
+/// hide the rest.
+fn readings(headers: &HeaderMap, name: &HeaderName) -> Vec<String> {
+    let mut lines: Vec<String> =
+        headers.get_all(name).iter().map(|v| String::from_utf8_lossy(v.as_bytes()).into_owned()).collect();
+    if lines.len() > 1 {
+        lines.push(lines.join(","));
+    }
+    lines
+}
+
 impl Condition {
-    fn matches(&self, s: &Subject<'_>, without_http: bool) -> bool {
+    fn matches(&self, s: &Subject<'_>, deny: bool) -> bool {
         let text = |value: Option<&str>| match &self.values {
             // An absent value never satisfies `values`; `notValues` hold.
             ConditionValues::Text(field) => match value {
@@ -242,9 +253,19 @@ impl Condition {
             ConditionValues::Text(_) => false,
         };
         match &self.key {
-            Key::Header(name) => match s.http {
-                Some(http) => text(http.headers.get(name).and_then(|v| v.to_str().ok())),
-                None => without_http,
+            Key::Header(name) => match (s.http, &self.values) {
+                (None, _) => deny,
+                (Some(http), ConditionValues::Text(field)) => {
+                    let readings = readings(http.headers, name);
+                    // A header without a value is there.
+                    let holds = |v: &String| field.holds(|t| *t == Text::Present || t.matches(v));
+                    match readings.is_empty() {
+                        true => field.any.is_empty(),
+                        false if deny => readings.iter().any(holds),
+                        false => readings.iter().all(holds),
+                    }
+                }
+                (Some(_), ConditionValues::Ip(_)) => false,
             },
             Key::SourceIp => ip(s.source_ip),
             Key::DestinationIp => ip(s.destination.ip()),
@@ -261,13 +282,14 @@ impl Condition {
 
 impl HttpPolicy {
     /// The first rule that matches. On a TCP connection an HTTP field makes an ALLOW rule fail and is ignored in a
-    /// DENY rule, so that both err on the closed side.
+    /// DENY rule; of a header that is sent twice any reading makes a DENY rule match and all must make an ALLOW rule
+    /// match. So both err on the closed side.
     fn matched_rule(&self, s: &Subject<'_>) -> Option<usize> {
-        let without_http = self.action == Action::Deny;
+        let deny = self.action == Action::Deny;
         self.rules.iter().position(|rule| {
             (rule.from.is_empty() || rule.from.iter().any(|f| f.matches(s)))
-                && (rule.to.is_empty() || rule.to.iter().any(|t| t.matches(s, without_http)))
-                && rule.when.iter().all(|c| c.matches(s, without_http))
+                && (rule.to.is_empty() || rule.to.iter().any(|t| t.matches(s, deny)))
+                && rule.when.iter().all(|c| c.matches(s, deny))
         })
     }
 }

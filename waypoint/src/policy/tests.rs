@@ -136,6 +136,31 @@ fn conditions_on_absent_headers_fail_values_and_pass_not_values() {
 }
 
 #[test]
+fn no_way_to_send_a_header_slips_past_a_rule() {
+    let when = |values, not_values| {
+        let key = "request.headers[x-group]".into();
+        wire::HttpRule { when: vec![wire::Condition { key, values, not_values }], ..Default::default() }
+    };
+    let deny = |values| set(&[policy("p", wire::Action::Deny, vec![when(values, vec![])])]);
+    let allow = |values, not| set(&[policy("p", wire::Action::Allow, vec![when(values, not)])]);
+    let with = |lines: &[&[u8]]| {
+        let mut c = call("GET", "/");
+        for line in lines {
+            c.headers.append("x-group", http::HeaderValue::from_bytes(line).expect("value"));
+        }
+        c
+    };
+    let guest_twice = with(&[b"staff", b"guest"]);
+    assert!(guest_twice.ask(&deny(exact("guest"))).is_err());
+    assert!(guest_twice.ask(&deny(m(MatchType::Prefix("staff,".into())))).is_err());
+    assert!(guest_twice.ask(&allow(exact("staff"), vec![])).is_err());
+    assert!(guest_twice.ask(&allow(vec![], exact("guest"))).is_err());
+    assert!(with(&[b"guest\xff"]).ask(&deny(m(MatchType::Prefix("guest".into())))).is_err());
+    assert!(with(&[b""]).ask(&deny(m(MatchType::Presence(())))).is_err());
+    assert!(with(&[b"staff"]).ask(&allow(exact("staff"), vec![])).is_ok());
+}
+
+#[test]
 fn on_tcp_http_fields_fail_allow_rules_and_are_ignored_in_deny_rules() {
     let mut c = call("GET", "/");
     c.tcp = true;
