@@ -26,6 +26,9 @@ pub const PARENT_V4: Ipv4Addr = Ipv4Addr::new(172, 30, 0, 1);
 pub const PARENT_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x30, 0, 0, 0, 0, 0, 1);
 /// The bridge in the parent namespace that all traffic between nodes crosses.
 pub const WIRE: &str = "br0";
+/// Address of every bridge. One that is not set follows the lowest of its ports: a new pod's link would change it, and neighbours
+/// would talk to the old one until they ask again.
+const BRIDGE_MAC: &str = "02:00:00:00:00:01";
 /// Host numbers of pods in their node's subnet.
 const POD_HOSTS: std::ops::Range<u8> = 10..250;
 
@@ -121,7 +124,7 @@ impl Parent {
         sys::ip_batch(
             Some(&netns.name),
             &format!(
-                "link add {WIRE} type bridge mcast_snooping 0\nlink set {WIRE} up\n\
+                "link add {WIRE} address {BRIDGE_MAC} type bridge mcast_snooping 0\nlink set {WIRE} up\n\
                  addr add {PARENT_V4}/24 dev {WIRE}\naddr add {PARENT_V6}/64 dev {WIRE} nodad\n"
             ),
         )?;
@@ -182,7 +185,7 @@ impl NodeNet {
         sys::ip_batch(
             Some(&node.netns.name),
             &format!(
-                "link add cbr0 type bridge mcast_snooping 0\nlink set cbr0 up\n\
+                "link add cbr0 address {BRIDGE_MAC} type bridge mcast_snooping 0\nlink set cbr0 up\n\
                  addr add {gateway4}/24 dev cbr0\naddr add {gateway6}/64 dev cbr0 nodad\n"
             ),
         )?;

@@ -374,4 +374,40 @@ mod tests {
         assert_eq!((outcome.operations, outcome.total_operations), (1, 2));
         assert!((outcome.p50_us - 51.0).abs() < 1e-9 && (outcome.p99_us - 100.0).abs() < 1e-9, "{outcome:?}");
     }
+
+    /// A server that says back what it reads after `spoil` has had it, at most once per byte.
+    async fn echo_with(spoil: fn(usize, &mut Vec<u8>)) -> SocketAddr {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("loopback has ports");
+        let address = listener.local_addr().expect("it is bound");
+        tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.expect("a client comes");
+            let mut offset = 0;
+            let mut buffer = vec![0; CHUNK];
+            // Ends with the client, or with the test.
+            while let Ok(length @ 1..) = stream.read(&mut buffer).await {
+                let mut piece = buffer[..length].to_vec();
+                spoil(offset, &mut piece);
+                offset += length;
+                if stream.write_all(&piece).await.is_err() {
+                    return;
+                }
+            }
+        });
+        address
+    }
+
+    #[tokio::test]
+    async fn verify_notices_a_changed_byte_and_a_lost_end() {
+        const SIZE: usize = 1 << 20;
+        let honest = echo_with(|_, _| {}).await;
+        verify(honest, SIZE).await.unwrap();
+        let flips = echo_with(|offset, piece| {
+            if let Some(byte) = 500_000usize.checked_sub(offset).and_then(|at| piece.get_mut(at)) {
+                *byte ^= 1;
+            }
+        });
+        assert!(verify(flips.await, SIZE).await.unwrap_err().to_string().contains("byte 500000 "));
+        let cuts = echo_with(|offset, piece| piece.truncate((SIZE - 1).saturating_sub(offset)));
+        assert!(verify(cuts.await, SIZE).await.unwrap_err().to_string().contains("1048575 came back"));
+    }
 }
