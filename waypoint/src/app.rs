@@ -86,7 +86,9 @@ async fn control(config: Config, log: LogHandle) -> anyhow::Result<()> {
         }
         drop(first_certificate);
     });
-    serve_admin(&config, &shared, &certificates, metrics, log, &readiness, &quit, &watcher, &mut tasks).await?;
+    // These outlast the drain, which can so be watched to its end.
+    let (admin_end, admin_drain) = drain::channel();
+    serve_admin(&config, &shared, &certificates, metrics, log, &readiness, &quit, &admin_drain, &mut tasks).await?;
 
     let listeners = listeners(&config)?;
     let workers = listeners
@@ -105,6 +107,7 @@ async fn control(config: Config, log: LogHandle) -> anyhow::Result<()> {
     for worker in workers {
         let _ = tokio::task::spawn_blocking(move || worker.join()).await;
     }
+    admin_end.drain(std::time::Duration::ZERO).await;
     tasks.shutdown().await;
     Ok(())
 }
@@ -196,6 +199,7 @@ async fn work(shared: Arc<Shared>, listeners: Vec<std::net::TcpListener>, drain:
         _ = futures_util::future::join_all(accepting) => {}
         () = worker.tidy() => {}
     }
+    worker.drain(&drain).await;
     drop(guard);
 }
 

@@ -3,6 +3,8 @@
 //! Metrics and the access log are written when the stream ends, trailers seen, and not at headers.
 
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
@@ -42,10 +44,15 @@ impl Body {
         Self(body.map_err(BodyError::Http).boxed_unsync())
     }
 
-    /// Wraps `body`; `end` is called exactly once with how it ended.
-    pub fn watched(body: Self, deadline: Option<Instant>, end: impl FnOnce(End) + Send + 'static) -> Self {
+    /// Wraps `body`; `bytes` counts along, and `end` is called exactly once with how it ended.
+    pub fn watched(
+        body: Self,
+        deadline: Option<Instant>,
+        bytes: Arc<AtomicU64>,
+        end: impl FnOnce(End) + Send + 'static,
+    ) -> Self {
         let deadline = deadline.map(|at| Box::pin(tokio::time::sleep_until(at)));
-        let watched = Watched { inner: body, deadline, bytes: 0, grpc_status: None, end: Some(Box::new(end)) };
+        let watched = Watched { inner: body, deadline, bytes, grpc_status: None, end: Some(Box::new(end)) };
         Self(UnsyncBoxBody::new(watched))
     }
 }
@@ -89,7 +96,7 @@ pub enum How {
 struct Watched {
     inner: Body,
     deadline: Option<Pin<Box<Sleep>>>,
-    bytes: u64,
+    bytes: Arc<AtomicU64>,
     grpc_status: Option<u16>,
     end: Option<Box<dyn FnOnce(End) + Send>>,
 }
@@ -97,7 +104,7 @@ struct Watched {
 impl Watched {
     fn finish(&mut self, how: How) {
         if let Some(end) = self.end.take() {
-            end(End { how, bytes: self.bytes, grpc_status: self.grpc_status });
+            end(End { how, bytes: self.bytes.load(Ordering::Relaxed), grpc_status: self.grpc_status });
         }
     }
 }
@@ -120,7 +127,7 @@ impl http_body::Body for Watched {
             Some(Err(_)) => this.finish(How::Broken),
             Some(Ok(frame)) => {
                 if let Some(data) = frame.data_ref() {
-                    this.bytes += data.len() as u64;
+                    this.bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
                 }
                 if let Some(trailers) = frame.trailers_ref() {
                     this.grpc_status = grpc_status(trailers);
@@ -150,14 +157,19 @@ impl Drop for Watched {
     }
 }
 
-/// The `grpc-status` of headers or trailers.
+/// gRPC's UNKNOWN; also what codes that gRPC does not define stand for.
+const GRPC_UNKNOWN: u16 = 2;
+const GRPC_LAST: u16 = 16;
+
+/// The `grpc-status` of headers or trailers. It becomes a label, so an application cannot make up codes.
 pub fn grpc_status(headers: &http::HeaderMap) -> Option<u16> {
-    headers.get("grpc-status")?.to_str().ok()?.parse().ok()
+    let text = headers.get("grpc-status")?.to_str().ok();
+    Some(text.and_then(|t| t.parse().ok()).filter(|code| *code <= GRPC_LAST).unwrap_or(GRPC_UNKNOWN))
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Arc, Mutex};
+    use std::sync::Mutex;
     use std::time::Duration;
 
     use super::*;
@@ -165,7 +177,7 @@ mod tests {
     fn watch(body: Body, deadline: Option<Instant>) -> (Body, Arc<Mutex<Vec<End>>>) {
         let ends: Arc<Mutex<Vec<End>>> = Arc::default();
         let seen = ends.clone();
-        (Body::watched(body, deadline, move |end| seen.lock().expect("lock").push(end)), ends)
+        (Body::watched(body, deadline, Arc::default(), move |end| seen.lock().expect("lock").push(end)), ends)
     }
 
     #[tokio::test]
@@ -183,6 +195,17 @@ mod tests {
         let (body, ends) = watch(Body::empty(), None);
         drop(body);
         assert_eq!(ends.lock().expect("lock")[0].how, How::Complete);
+    }
+
+    #[test]
+    fn grpc_codes_are_those_that_grpc_knows() {
+        let of = |value: &'static str| {
+            grpc_status(
+                &[(http::HeaderName::from_static("grpc-status"), value.parse().expect("value"))].into_iter().collect(),
+            )
+        };
+        assert_eq!((of("0"), of("16"), of("17"), of("x")), (Some(0), Some(16), Some(2), Some(2)));
+        assert_eq!(grpc_status(&http::HeaderMap::new()), None);
     }
 
     #[tokio::test(start_paused = true)]

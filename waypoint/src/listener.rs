@@ -81,6 +81,11 @@ impl Worker {
         Self { shared, upstreams, balancer: Balancer::default() }
     }
 
+    /// After the last downstream connection has ended: waits until what was sent upstream has left.
+    pub async fn drain(&self, watcher: &DrainWatcher) {
+        self.upstreams.drain(watcher).await;
+    }
+
     /// Forgets connections to endpoints that are gone, and those idle too long. Runs until dropped.
     pub async fn tidy(&self) {
         let mut changed = self.shared.store.watch();

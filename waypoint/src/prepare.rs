@@ -128,7 +128,7 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap, keep_upgrade: bool) {
     for name in HOP_BY_HOP {
         headers.remove(name);
     }
-    if headers.get(TE).is_some_and(|v| v != "trailers") {
+    if headers.get_all(TE).iter().any(|v| v != "trailers") {
         headers.remove(TE);
     }
     if let Some(upgrade) = upgrade {

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use http::header::{HeaderName, USER_AGENT};
 use http::{HeaderMap, Method, StatusCode, Version};
-use mesh::model::{Service, Workload};
+use mesh::model::{Service, TunnelProtocol, Workload};
 use metrics::{Counter, Histogram, Label, counter, histogram};
 use time::OffsetDateTime;
 use time::format_description::BorrowedFormatItem;
@@ -314,7 +314,9 @@ impl LabelSet {
         let destination = self.destination.as_deref();
         let service = self.service.as_deref();
         let of = |w: Option<&Workload>, get: fn(&Workload) -> &Arc<str>| w.map(|w| get(w).clone());
-        let principal = destination.and_then(|w| w.identity().ok()).map(|id| Arc::from(id.to_string()));
+        // Plain TCP proves nobody.
+        let proved = destination.filter(|w| w.protocol == TunnelProtocol::Hbone);
+        let principal = proved.and_then(|w| w.identity().ok()).map(|id| Arc::from(id.to_string()));
         let grpc_status =
             if self.grpc { self.grpc_status.map_or_else(String::new, |s| s.to_string()) } else { String::new() };
         vec![

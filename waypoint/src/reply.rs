@@ -114,6 +114,11 @@ impl Reply {
         Self::new(StatusCode::BAD_REQUEST, "Bad Request", Flag::DownstreamProtocolError, details)
     }
 
+    /// The client's own body broke the protocol, or off.
+    pub fn broken_body() -> Self {
+        Self::bad_request("request_body_broken")
+    }
+
     pub fn status(status: StatusCode, details: &'static str) -> Self {
         Self::new(status, status.canonical_reason().unwrap_or_default(), Flag::DownstreamProtocolError, details)
     }

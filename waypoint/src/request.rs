@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use http::header::HOST;
@@ -10,6 +10,9 @@ use http::{HeaderName, HeaderValue, Request, Response, StatusCode, Version};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use mesh::model::{AppProtocol, NamespacedHostname};
+use mesh::net::Io;
+use mesh::serve::{CopyError, copy_bidirectional};
+use mesh::telemetry::ByteCounts;
 use tokio::time::Instant;
 
 use crate::balance::{Endpoint, InFlight};
@@ -39,6 +42,13 @@ struct Answer {
     response: Response<Incoming>,
     lease: Lease,
     in_flight: InFlight,
+}
+
+/// Both halves of an exchange: the answer may be over before the request is.
+struct Exchange {
+    answer: Answer,
+    /// The request's body has been read to its end.
+    uploaded: Arc<AtomicBool>,
 }
 
 /// Where the request goes once routes have spoken.
@@ -77,14 +87,21 @@ pub async fn handle(tunnel: Arc<Tunnel>, mut request: Request<Incoming>) -> Resp
     record.route = routed.rule.map(|r| r.name.clone());
     edit_request(&tunnel, &routed, &mut parts);
     let deadline = routed.rule.and_then(|r| r.request_timeout).map(|t| record.started() + t);
-    let received = record.received();
-    let body = Body::watched(Body::incoming(body), None, move |end| received.store(end.bytes, Ordering::Relaxed));
+    let uploaded = Arc::new(AtomicBool::new(false));
+    let ended = uploaded.clone();
+    let body = Body::watched(Body::incoming(body), None, record.received(), move |end| {
+        ended.store(end.how == How::Complete, Ordering::Relaxed);
+    });
     let request = Request::from_parts(parts, body);
     match attempts(&tunnel, permit, &routed, request, deadline, &mut record).await {
         Ok(answer) if answer.response.status() == StatusCode::SWITCHING_PROTOCOLS && prepared.websocket => {
             switch(upgrade, answer, record)
         }
-        Ok(answer) => respond(&routed, answer, deadline, record, grpc),
+        // Nobody asked for another protocol.
+        Ok(answer) if answer.response.status().is_informational() => {
+            local(record, Reply::upstream_protocol_error(), grpc)
+        }
+        Ok(answer) => respond(&routed, Exchange { answer, uploaded }, deadline, record, grpc),
         Err(failed) => local(record, failed, grpc),
     }
 }
@@ -305,7 +322,9 @@ async fn one(
 }
 
 fn broken(error: &hyper::Error) -> Reply {
-    if error.is_parse() {
+    if error.is_user() {
+        Reply::broken_body()
+    } else if error.is_parse() {
         Reply::upstream_protocol_error()
     } else if error.is_canceled() || error.is_incomplete_message() {
         Reply::upstream_closed()
@@ -330,12 +349,12 @@ fn pick(
 /// The upstream's response, edited, with a body that closes the record when it ends.
 fn respond(
     routed: &Routed<'_>,
-    answer: Answer,
+    exchange: Exchange,
     deadline: Option<Instant>,
     record: RequestRecord,
     grpc: bool,
 ) -> Response<Body> {
-    let Answer { response, lease, in_flight } = answer;
+    let Exchange { answer: Answer { response, lease, in_flight }, uploaded } = exchange;
     let (mut parts, incoming) = response.into_parts();
     prepare::strip_hop_by_hop(&mut parts.headers, false);
     if let Some(backend) = routed.backend {
@@ -349,7 +368,7 @@ fn respond(
     }
     let status = parts.status;
     let head_status = grpc.then(|| body::grpc_status(&parts.headers)).flatten();
-    let body = Body::watched(Body::incoming(incoming), deadline, move |end: End| {
+    let body = Body::watched(Body::incoming(incoming), deadline, Arc::default(), move |end: End| {
         drop(in_flight);
         let (flag, details) = match end.how {
             How::Complete => (Flag::None, "via_upstream"),
@@ -357,7 +376,8 @@ fn respond(
             How::Deadline => (Flag::UpstreamRequestTimeout, "response_timeout"),
             How::Dropped => (Flag::DownstreamConnectionTermination, "downstream_remote_disconnect"),
         };
-        if end.how == How::Complete {
+        // A connection still busy with this request's body would keep its next user waiting for this client.
+        if end.how == How::Complete && uploaded.load(Ordering::Relaxed) {
             lease.give_back();
         }
         record.close(&Outcome {
@@ -379,17 +399,19 @@ fn switch(downstream: hyper::upgrade::OnUpgrade, answer: Answer, record: Request
     // Ends with the connections it joins.
     tokio::spawn(async move {
         let _hold = (lease, in_flight);
+        let bytes = ByteCounts::default();
         let outcome = async {
-            let mut down = TokioIo::new(downstream.await?);
-            let mut up = TokioIo::new(upstream.await?);
-            tokio::io::copy_bidirectional(&mut down, &mut up).await.map_err(SwitchError::Io)
+            let (down, up) = (downstream.await?, upstream.await?);
+            let (down, up) = (Io::new(TokioIo::new(down)), Io::new(TokioIo::new(up)));
+            copy_bidirectional(down, up, &bytes).await.map_err(SwitchError::Copy)
         };
-        let (flag, details, sent) = match outcome.await {
-            Ok((_, sent)) => (Flag::None, "via_upstream".to_owned(), sent),
-            Err(error) => (Flag::UpstreamConnectionTermination, error.to_string(), 0),
+        let (flag, details) = match outcome.await {
+            Ok(_) => (Flag::None, "via_upstream".to_owned()),
+            Err(error) => (Flag::UpstreamConnectionTermination, error.to_string()),
         };
+        record.received().fetch_add(bytes.received(), Ordering::Relaxed);
         let status = Some(StatusCode::SWITCHING_PROTOCOLS);
-        record.close(&Outcome { status, flag, details, grpc_status: None, sent });
+        record.close(&Outcome { status, flag, details, grpc_status: None, sent: bytes.sent() });
     });
     let (mut parts, _) = response.into_parts();
     prepare::strip_hop_by_hop(&mut parts.headers, true);
@@ -402,7 +424,7 @@ enum SwitchError {
     #[error(transparent)]
     Http(#[from] hyper::Error),
     #[error(transparent)]
-    Io(std::io::Error),
+    Copy(CopyError),
 }
 
 /// An answer of our own.

@@ -7,12 +7,13 @@ use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use mesh::drain::DrainWatcher;
 use mesh::hbone::{Authority, ConnectHeaders, HBONE_PORT, HboneStream, Pool, PoolKey, PoolSettings, TunnelError};
 use mesh::identity::{CertificateManager, Identity, IdentityError};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -64,6 +65,8 @@ pub enum HttpVersion {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Key {
     uid: Arc<str>,
+    /// Who was proved to be there when the connection was made.
+    identity: Option<Identity>,
     address: SocketAddr,
     hbone: bool,
     version: HttpVersion,
@@ -74,10 +77,20 @@ struct IdleH1 {
     since: Instant,
 }
 
+/// The HTTP/2 connection to an endpoint. Whoever finds it missing makes it under the lock; the others wait.
+#[derive(Default)]
+struct SharedH2 {
+    sender: Option<http2::SendRequest<Body>>,
+    /// Tells the connection that failed from one made since.
+    generation: u64,
+}
+
 #[derive(Default)]
 struct Connections {
     h1: HashMap<Key, Vec<IdleH1>>,
-    h2: HashMap<Key, http2::SendRequest<Body>>,
+    h2: HashMap<Key, Arc<tokio::sync::Mutex<SharedH2>>>,
+    /// The end of the certificate they were made with.
+    valid_until: Option<SystemTime>,
 }
 
 /// All connections of one worker to endpoints.
@@ -162,25 +175,21 @@ impl Upstreams {
         endpoint: &Endpoint,
         mut request: Request<Body>,
     ) -> Result<(Response<Incoming>, Lease), SendError> {
-        let key = key(endpoint, HttpVersion::H2);
+        let shared = self.lock().h2.entry(key(endpoint, HttpVersion::H2)).or_default().clone();
         loop {
-            let kept = self.lock().h2.get(&key).filter(|s| !s.is_closed()).cloned();
-            let fresh = kept.is_none();
-            let mut sender = match kept {
-                Some(sender) => sender,
-                None => match self.connect_h2(endpoint).await {
-                    Ok(sender) => {
-                        self.lock().h2.insert(key.clone(), sender.clone());
-                        sender
-                    }
-                    Err(cause) => return Err(SendError::Connect { cause, request: Box::new(request) }),
-                },
+            let taken = tokio::time::timeout(CONNECT_TIMEOUT, self.take_h2(&shared, endpoint)).await;
+            let H2 { mut sender, generation, fresh } = match taken.unwrap_or(Err(ConnectError::Timeout)) {
+                Ok(taken) => taken,
+                Err(cause) => return Err(SendError::Connect { cause, request: Box::new(request) }),
             };
             match sender.try_send_request(request).await {
                 Ok(response) => return Ok((response, Lease { key: None, connections: self.connections.clone() })),
                 Err(mut error) => match error.take_message() {
                     Some(unsent) if !fresh => {
-                        self.lock().h2.remove(&key);
+                        let mut shared = shared.lock().await;
+                        if shared.generation == generation {
+                            shared.sender = None;
+                        }
                         request = unsent;
                     }
                     Some(unsent) => return Err(unsent_on_fresh(error.into_error(), unsent)),
@@ -188,6 +197,17 @@ impl Upstreams {
                 },
             }
         }
+    }
+
+    async fn take_h2(&self, shared: &tokio::sync::Mutex<SharedH2>, endpoint: &Endpoint) -> Result<H2, ConnectError> {
+        let mut shared = shared.lock().await;
+        if let Some(sender) = shared.sender.as_ref().filter(|s| !s.is_closed()) {
+            return Ok(H2 { sender: sender.clone(), generation: shared.generation, fresh: false });
+        }
+        let sender = self.connect_h2(endpoint).await?;
+        shared.sender = Some(sender.clone());
+        shared.generation += 1;
+        Ok(H2 { sender, generation: shared.generation, fresh: true })
     }
 
     /// A byte stream to an endpoint, for TCP.
@@ -246,14 +266,29 @@ impl Upstreams {
         None
     }
 
-    /// Closes connections that have been idle too long. Called now and then by the worker.
+    /// Lets go of connections that have been idle too long or were made with a certificate that has been renewed since.
+    /// Called now and then by the worker.
     pub fn sweep(&self) {
+        let valid_until = self.certificates.get_cached(&self.identity).map(|c| c.not_after());
         let mut connections = self.lock();
+        if connections.valid_until != valid_until {
+            // Requests under way are finished: only the handles go.
+            *connections = Connections { valid_until, ..Connections::default() };
+        }
         connections.h1.retain(|_, idle| {
             idle.retain(|kept| !kept.sender.is_closed() && kept.since.elapsed() < IDLE);
             !idle.is_empty()
         });
-        connections.h2.retain(|_, sender| !sender.is_closed());
+        connections.h2.retain(|_, shared| {
+            // Locked: being made right now.
+            shared.try_lock().map_or(true, |s| s.sender.as_ref().is_some_and(|s| !s.is_closed()))
+        });
+    }
+
+    /// Lets go of all kept connections and waits until what was written has left, at the latest until the cut.
+    pub async fn drain(&self, watcher: &DrainWatcher) {
+        *self.lock() = Connections::default();
+        self.pool.drain(watcher).await;
     }
 
     /// Connections to endpoints for which `keep` is false are given up once their requests are done.
@@ -266,6 +301,14 @@ impl Upstreams {
     fn lock(&self) -> MutexGuard<'_, Connections> {
         self.connections.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A handle on a shared HTTP/2 connection.
+struct H2 {
+    sender: http2::SendRequest<Body>,
+    generation: u64,
+    /// Made just now.
+    fresh: bool,
 }
 
 /// A stream to an endpoint of a TCP port.
@@ -305,7 +348,13 @@ impl Lease {
 }
 
 fn key(endpoint: &Endpoint, version: HttpVersion) -> Key {
-    Key { uid: endpoint.workload.uid.clone(), address: endpoint.address, hbone: endpoint.hbone(), version }
+    Key {
+        uid: endpoint.workload.uid.clone(),
+        identity: endpoint.identity.clone(),
+        address: endpoint.address,
+        hbone: endpoint.hbone(),
+        version,
+    }
 }
 
 async fn plain(address: SocketAddr) -> Result<TcpStream, ConnectError> {

@@ -40,7 +40,10 @@ impl CompiledRoute {
         let mut entries = Vec::new();
         for (index, rule) in route.rules.iter().enumerate() {
             let compiled = Arc::new(compile_rule(route, index, rule)?);
-            for m in &rule.matches {
+            // Without matches a rule takes everything (Gateway API: a prefix match on `/`).
+            let everything = [wire::RouteMatch::default()];
+            let matches = if rule.matches.is_empty() { &everything[..] } else { &rule.matches };
+            for m in matches {
                 entries.push((matcher(index, m)?, compiled.clone()));
             }
         }
