@@ -164,6 +164,11 @@ fn lock() -> Result<Flock<fs::File>> {
     Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| e.into())
 }
 
+/// What a lab's supervisor says.
+pub fn log_file(id: &str) -> PathBuf {
+    Path::new(RECORDS).join(format!("{id}.log"))
+}
+
 /// The record of a lab that is up.
 pub fn find(id: &str) -> Option<Record> {
     load(&Path::new(RECORDS).join(format!("{id}.json"))).ok().filter(|record| record.owner.alive())
@@ -189,6 +194,8 @@ pub fn reap_dead() -> Result<Vec<String>> {
     let mut reaped = Vec::new();
     for record in all().into_iter().filter(|record| !record.owner.alive()) {
         record.take_down().with_context(|| format!("cannot reap lab {}", record.id))?;
+        // The log of its supervisor; there is none where no supervisor was.
+        let _ = fs::remove_file(log_file(&record.id));
         reaped.push(record.id);
     }
     Ok(reaped)

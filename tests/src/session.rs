@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::Write as _;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, Output, Stdio};
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use crate::cluster::api;
 use crate::cluster::state::{self, Pod};
 use crate::container;
 use crate::places::Places;
-use crate::record::{self, RECORDS, Record};
+use crate::record::{self, Record};
 use crate::topology::Netns;
 use crate::wait;
 
@@ -38,10 +38,10 @@ impl Session {
         for reaped in record::reap_dead()? {
             eprintln!("cleaned up after lab {reaped}, which was killed");
         }
-        let log = Path::new(RECORDS).join(format!("{id}.log"));
+        let log = record::log_file(id);
         let output = fs::File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
         let mut child = Command::new(places.binaries.join("lab"))
-            .args(["supervise", "--id", id])
+            .args(["--id", id, "supervise"])
             .stdin(Stdio::piped())
             .stdout(output.try_clone()?)
             .stderr(output)
@@ -91,6 +91,8 @@ impl Session {
             child.wait()?;
         }
         wait::until_true("the lab's supervisor to end", Duration::from_secs(30), || !owner.alive())?;
+        // Gone already where the next command was faster.
+        let _ = fs::remove_file(record::log_file(&self.record.id));
         record::reap_dead().map(drop)
     }
 

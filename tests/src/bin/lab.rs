@@ -19,6 +19,9 @@ use tokio::signal::unix::{SignalKind, signal};
 /// A mesh in a box.
 #[derive(Parser)]
 struct Arguments {
+    /// Name of the lab: several may stand side by side.
+    #[arg(long, default_value = DEFAULT)]
+    id: String,
     #[command(subcommand)]
     command: Task,
 }
@@ -57,14 +60,12 @@ enum Task {
     },
     /// The process that answers for a lab; started by `up` and `demo`.
     #[command(hide = true)]
-    Supervise {
-        #[arg(long)]
-        id: String,
-    },
+    Supervise,
 }
 
 fn main() -> ExitCode {
-    match run(Arguments::parse().command) {
+    let arguments = Arguments::parse();
+    match run(&arguments.id, arguments.command) {
         Ok(code) => code,
         Err(e) => {
             eprintln!("lab: {e:#}");
@@ -73,31 +74,31 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(task: Task) -> Result<ExitCode> {
+fn run(id: &str, task: Task) -> Result<ExitCode> {
     let places = Places::find()?;
     match task {
-        Task::Up { bare } => up(&places, bare)?,
-        Task::Down => down(&places)?,
-        Task::Status => status(&places)?,
+        Task::Up { bare } => up(&places, id, bare)?,
+        Task::Down => down(&places, id)?,
+        Task::Status => status(&places, id)?,
         Task::Exec { pod, command } => {
             let words: Vec<&str> = command.iter().map(String::as_str).collect();
             // Only returns where it fails.
-            return Err(Session::attach(DEFAULT, &places)?.exec(&pod, &words)?.exec().into());
+            return Err(Session::attach(id, &places)?.exec(&pod, &words)?.exec().into());
         }
         Task::Capture { options } => {
-            let wire = Session::attach(DEFAULT, &places)?.wire();
+            let wire = Session::attach(id, &places)?.wire();
             let mut tcpdump = Command::new("ip");
             tcpdump.args(["netns", "exec", &wire.name, "tcpdump", "-nn", "-i", WIRE]).args(options);
             return Err(tcpdump.exec()).context("cannot run tcpdump: `cargo xtask setup`");
         }
-        Task::Demo { keep, only } => return demo::run(&places, keep, &only),
-        Task::Supervise { id } => supervise(&places, id)?,
+        Task::Demo { keep, only } => return demo::run(&places, id, keep, &only),
+        Task::Supervise => supervise(&places, id.to_owned())?,
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn up(places: &Places, bare: bool) -> Result<()> {
-    let mut session = Session::start(DEFAULT, places)?;
+fn up(places: &Places, id: &str, bare: bool) -> Result<()> {
+    let mut session = Session::start(id, places)?;
     if !bare {
         demo::install(&session)?;
     }
@@ -106,9 +107,9 @@ fn up(places: &Places, bare: bool) -> Result<()> {
     Ok(())
 }
 
-fn down(places: &Places) -> Result<()> {
+fn down(places: &Places, id: &str) -> Result<()> {
     record::reap_dead()?;
-    match Session::attach(DEFAULT, places) {
+    match Session::attach(id, places) {
         Ok(session) => session.stop(),
         Err(_) => {
             println!("no lab is up");
@@ -117,11 +118,11 @@ fn down(places: &Places) -> Result<()> {
     }
 }
 
-fn status(places: &Places) -> Result<()> {
+fn status(places: &Places, id: &str) -> Result<()> {
     for reaped in record::reap_dead()? {
         println!("cleaned up after lab {reaped}, which was killed");
     }
-    let session = Session::attach(DEFAULT, places)?;
+    let session = Session::attach(id, places)?;
     println!("supervisor {}  run directory {}", session.record.owner.pid, session.record.run_dir.display());
     for pod in session.pods() {
         let addresses: Vec<String> = pod.addresses.iter().map(ToString::to_string).collect();

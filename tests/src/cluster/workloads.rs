@@ -368,7 +368,7 @@ mod tests {
         let on_a: core::Pod =
             serde_json::from_value(json!({"spec": {"containers": [], "nodeName": "node-a"}})).expect("a pod");
         let free = core::PodSpec::default();
-        assert_eq!(place(&free, &places(), &[on_a.clone()]).map(|place| &*place.name), Some("node-b"));
+        assert_eq!(place(&free, &places(), std::slice::from_ref(&on_a)).map(|place| &*place.name), Some("node-b"));
         let selector = Some(BTreeMap::from([("kubernetes.io/hostname".to_owned(), "node-a".to_owned())]));
         let bound = core::PodSpec { node_selector: selector, ..Default::default() };
         assert_eq!(place(&bound, &places(), &[on_a]).map(|place| &*place.name), Some("node-a"));

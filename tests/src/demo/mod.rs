@@ -9,20 +9,23 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::places::Places;
-use crate::session::{DEFAULT, Session};
+use crate::session::Session;
 use crate::wait;
 use teller::Teller;
 
 /// How long the control plane and the node proxies may take to be ready.
 const ROLLOUT: Duration = Duration::from_secs(60);
+/// What is shown of each log after a failure: lines, and characters of a line.
+const LOG_LINES: usize = 12;
+const LOG_WIDTH: usize = 400;
 /// Kinds the story uses; the API must know them before anything of theirs is applied.
 const CRDS: &str = "manifests/crds";
 
 /// Tells the story, whole or by letters. The exit status says whether all of it holds.
-pub fn run(places: &Places, keep: bool, only: &[char]) -> Result<ExitCode> {
+pub fn run(places: &Places, id: &str, keep: bool, only: &[char]) -> Result<ExitCode> {
     let started = Instant::now();
     println!("two nodes, an API server, a mesh and a few pods, on this machine");
-    let session = Session::start(DEFAULT, places)?;
+    let session = Session::start(id, places)?;
     if let Err(e) = install(&session) {
         print_logs(&session);
         return Err(e);
@@ -32,11 +35,11 @@ pub fn run(places: &Places, keep: bool, only: &[char]) -> Result<ExitCode> {
     for line in story::LINES.iter().filter(|(letter, ..)| only.is_empty() || only.contains(letter)) {
         teller.tell(*line);
     }
+    if !teller.good() {
+        print_logs(&teller.session);
+    }
     let good = teller.verdict();
     let mut session = teller.session;
-    if !good {
-        print_logs(&session);
-    }
     if keep {
         session.keep()?;
         println!("{}", how_to_play(&session));
@@ -89,7 +92,9 @@ fn print_logs(session: &Session) {
         let Ok(text) = std::fs::read_to_string(&path) else { continue };
         let lines: Vec<&str> = text.lines().collect();
         println!("---- {}", path.file_name().unwrap_or_default().to_string_lossy());
-        lines.iter().skip(lines.len().saturating_sub(12)).for_each(|line| println!("{line}"));
+        for line in lines.iter().skip(lines.len().saturating_sub(LOG_LINES)) {
+            println!("{}", line.chars().take(LOG_WIDTH).collect::<String>());
+        }
     }
 }
 

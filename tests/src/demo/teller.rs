@@ -60,6 +60,11 @@ impl Teller {
         self.verdicts.push((letter, title, self.claims_failed == 0, started.elapsed()));
     }
 
+    /// Whether every line told so far holds.
+    pub fn good(&self) -> bool {
+        self.verdicts.iter().all(|(_, _, good, _)| *good)
+    }
+
     /// Prints the verdict; whether every line held.
     pub fn verdict(&self) -> bool {
         println!("\nverdict");
@@ -68,7 +73,7 @@ impl Teller {
         }
         let good = self.verdicts.iter().filter(|(_, _, good, _)| *good).count();
         println!("    {good} of {} lines hold", self.verdicts.len());
-        good == self.verdicts.len()
+        self.good()
     }
 
     /// A claim and the evidence for or against it.
