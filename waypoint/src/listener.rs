@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::convert::Infallible;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -17,8 +18,9 @@ use mesh::identity::{CertificateManager, Identity};
 use mesh::model::{AppProtocol, NamespacedHostname, Service};
 use mesh::net::PeerAddr;
 use mesh::store::{Snapshot, Store};
+use mesh::telemetry::ResponseFlag;
 use mesh::telemetry::access::{self, Direction};
-use mesh::tls;
+use mesh::tls::{self, TlsStream, VerifiedPeer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
@@ -183,32 +185,44 @@ impl Tunnel {
 
 /// Serves one accepted socket to its end.
 pub async fn connection(worker: Arc<Worker>, stream: TcpStream, peer: PeerAddr, drain: DrainWatcher) {
-    if let Err(error) = serve(worker, stream, peer, drain).await {
-        let local = std::net::SocketAddr::from(([0, 0, 0, 0], 0));
-        access::refused(Direction::Inbound, peer.0, local, &error);
+    let client = mesh::net::canonical(peer.0);
+    // A socket that cannot name its own end is closed already.
+    let here = stream.local_addr().map_or(SocketAddr::from(([0, 0, 0, 0], 0)), mesh::net::canonical);
+    let (stream, peer) = match handshake(&worker, stream, client).await {
+        Ok(accepted) => accepted,
+        Err(error) => return access::refused(Direction::Waypoint, client, here, error.flag(), &error),
+    };
+    let watch = drain.clone();
+    let handler = move |request: ConnectRequest| tunnel(worker.clone(), request, watch.clone());
+    if let Err(error) = hbone::serve(stream, peer, H2Settings::default(), drain, handler).await {
+        tracing::debug!(%client, %error, "HBONE connection ended");
     }
 }
 
 #[derive(Debug, thiserror::Error)]
-enum ServeError {
-    #[error("socket: {0}")]
-    Socket(#[from] std::io::Error),
+enum RefusedError {
     #[error("no certificate for the waypoint: {0}")]
     Identity(#[from] mesh::identity::IdentityError),
-    #[error("TLS: {0}")]
+    #[error(transparent)]
     Tls(#[from] mesh::tls::TlsError),
-    #[error("HTTP/2: {0}")]
-    Hbone(#[from] mesh::hbone::ServeError),
 }
 
-async fn serve(worker: Arc<Worker>, stream: TcpStream, peer: PeerAddr, drain: DrainWatcher) -> Result<(), ServeError> {
-    mesh::net::tune(&stream)?;
+impl RefusedError {
+    fn flag(&self) -> ResponseFlag {
+        match self {
+            Self::Identity(_) => ResponseFlag::IdentityError,
+            Self::Tls(error) => error.flag(),
+        }
+    }
+}
+
+async fn handshake(
+    worker: &Worker,
+    stream: TcpStream,
+    client: SocketAddr,
+) -> Result<(TlsStream<TcpStream>, VerifiedPeer), RefusedError> {
     let certificate = worker.shared.certificates.get(&worker.shared.identity).await?;
-    let (stream, peer) = tls::accept(&certificate, stream, mesh::net::canonical(peer.0)).await?;
-    let watch = drain.clone();
-    let handler = move |request: ConnectRequest| tunnel(worker.clone(), request, watch.clone());
-    hbone::serve(stream, peer, H2Settings::default(), drain, handler).await?;
-    Ok(())
+    Ok(tls::accept(&certificate, stream, client).await?)
 }
 
 /// One CONNECT: resolve, then the path of its protocol.

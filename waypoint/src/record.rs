@@ -12,6 +12,7 @@ use std::time::Duration;
 use http::header::{HeaderName, USER_AGENT};
 use http::{HeaderMap, Method, StatusCode, Version};
 use mesh::model::{Service, TunnelProtocol, Workload};
+use mesh::telemetry::access::{Direction, Party, Security, common_labels};
 use metrics::{Counter, Histogram, Label, counter, histogram};
 use time::OffsetDateTime;
 use time::format_description::BorrowedFormatItem;
@@ -37,6 +38,17 @@ pub struct Client {
     pub namespace: Arc<str>,
     /// From the workload store, when address and identity agree.
     pub workload: Option<Arc<Workload>>,
+}
+
+impl Client {
+    /// How telemetry names it.
+    pub fn party(&self) -> Party {
+        Party {
+            principal: Some(self.principal.clone()),
+            namespace: Some(self.namespace.clone()),
+            ..self.workload.as_deref().map(|w| w.party(None)).unwrap_or_default()
+        }
+    }
 }
 
 /// An open request. Dropped unclosed, it counts as ended by the client (flag DC).
@@ -310,48 +322,22 @@ impl LabelSet {
     }
 
     fn labels(&self) -> Vec<Label> {
-        let source = self.client.workload.as_deref();
-        let destination = self.destination.as_deref();
-        let service = self.service.as_deref();
-        let of = |w: Option<&Workload>, get: fn(&Workload) -> &Arc<str>| w.map(|w| get(w).clone());
-        // Plain TCP proves nobody.
-        let proved = destination.filter(|w| w.protocol == TunnelProtocol::Hbone);
-        let principal = proved.and_then(|w| w.identity().ok()).map(|id| Arc::from(id.to_string()));
-        let grpc_status =
-            if self.grpc { self.grpc_status.map_or_else(String::new, |s| s.to_string()) } else { String::new() };
-        vec![
-            Label::from_static_parts("reporter", "waypoint"),
-            label("source_workload", of(source, |w| &w.workload_name)),
-            label("source_canonical_service", of(source, |w| &w.canonical_name)),
-            label("source_canonical_revision", of(source, |w| &w.canonical_revision)),
-            label("source_workload_namespace", Some(self.client.namespace.clone())),
-            label("source_principal", Some(self.client.principal.clone())),
-            label("source_app", of(source, |w| &w.canonical_name)),
-            label("source_version", of(source, |w| &w.canonical_revision)),
-            label("source_cluster", of(source, |w| &w.cluster_id)),
-            label("destination_workload", of(destination, |w| &w.workload_name)),
-            label("destination_workload_namespace", of(destination, |w| &w.namespace)),
-            label("destination_principal", principal),
-            label("destination_app", of(destination, |w| &w.canonical_name)),
-            label("destination_version", of(destination, |w| &w.canonical_revision)),
-            label("destination_service", service.map(|s| s.hostname.clone())),
-            label("destination_canonical_service", of(destination, |w| &w.canonical_name)),
-            label("destination_canonical_revision", of(destination, |w| &w.canonical_revision)),
-            label("destination_service_name", service.map(|s| s.name.clone())),
-            label("destination_service_namespace", service.map(|s| s.namespace.clone())),
-            label("destination_cluster", of(destination, |w| &w.cluster_id)),
+        let destination = self.destination.as_deref().map(|w| {
+            // Plain TCP proves nobody.
+            let identity = w.identity().ok().filter(|_| w.protocol == TunnelProtocol::Hbone);
+            w.party(identity.as_ref())
+        });
+        let service = self.service.as_deref().map(Service::labels);
+        let grpc_status = self.grpc_status.filter(|_| self.grpc).map_or_else(String::new, |s| s.to_string());
+        let destination = destination.unwrap_or_default();
+        let mut labels = common_labels(Direction::Waypoint, &self.client.party(), &destination, service.as_ref());
+        labels.extend([
             Label::from_static_parts("request_protocol", if self.grpc { "grpc" } else { "http" }),
             Label::new("response_code", self.status.to_string()),
             Label::new("grpc_response_status", grpc_status),
             Label::from_static_parts("response_flags", self.flag.as_str()),
-            Label::from_static_parts("connection_security_policy", "mutual_tls"),
-        ]
-    }
-}
-
-fn label(name: &'static str, value: Option<Arc<str>>) -> Label {
-    match value.filter(|v| !v.is_empty()) {
-        Some(value) => Label::new(name, metrics::SharedString::from_shared(value)),
-        None => Label::from_static_parts(name, "unknown"),
+            Label::from_static_parts("connection_security_policy", Security::MutualTls.as_str()),
+        ]);
+        labels
     }
 }

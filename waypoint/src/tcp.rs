@@ -6,11 +6,10 @@ use std::sync::Arc;
 
 use http::StatusCode;
 use mesh::hbone::{ConnectHeaders, ConnectRequest};
-use mesh::model::Workload;
 use mesh::net::{ByteStream, Io};
 use mesh::serve::copy_bidirectional;
 use mesh::telemetry::ResponseFlag;
-use mesh::telemetry::access::{Connection, Direction, Failure, Party, Security, ServiceLabels, TcpRecord};
+use mesh::telemetry::access::{Connection, Direction, Failure, Security, TcpRecord};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::balance::Endpoint;
@@ -100,39 +99,15 @@ async fn copy(opened: Opened, downstream: impl ByteStream) {
 
 fn describe(tunnel: &Tunnel, endpoint: Option<&Endpoint>) -> Connection {
     let client = &tunnel.client;
-    let mut source = client.workload.as_deref().map(party).unwrap_or_default();
-    source.principal = Some(client.principal.clone());
-    source.namespace = Some(client.namespace.clone());
-    let destination = endpoint.map(|e| Party {
-        principal: e.identity.as_ref().filter(|_| e.hbone()).map(|id| id.to_string().into()),
-        ..party(&e.workload)
-    });
+    let destination = endpoint.map(|e| e.workload.party(e.identity.as_ref().filter(|_| e.hbone())));
     Connection {
         direction: Direction::Waypoint,
         source_addr: client.address,
         destination_addr: endpoint.map_or(SocketAddr::from(([0, 0, 0, 0], 0)), |e| e.address),
         hbone_addr: Some(tunnel.destination.address().to_string().into()),
-        source,
+        source: client.party(),
         destination: destination.unwrap_or_default(),
-        service: tunnel.service().map(|s| ServiceLabels {
-            hostname: s.hostname.clone(),
-            namespace: s.namespace.clone(),
-            name: s.name.clone(),
-        }),
+        service: tunnel.service().map(|s| s.labels()),
         security: Security::MutualTls,
-    }
-}
-
-fn party(workload: &Workload) -> Party {
-    Party {
-        workload: Some(workload.workload_name.clone()),
-        pod: Some(workload.name.clone()),
-        namespace: Some(workload.namespace.clone()),
-        canonical_service: Some(workload.canonical_name.clone()),
-        canonical_revision: Some(workload.canonical_revision.clone()),
-        cluster: Some(workload.cluster_id.clone()),
-        principal: None,
-        region: Some(workload.locality.region.clone()),
-        zone: Some(workload.locality.zone.clone()),
     }
 }

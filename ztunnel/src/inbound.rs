@@ -5,18 +5,25 @@ use std::sync::Arc;
 
 use mesh::hbone::{self, ConnectRequest};
 use mesh::policy::{self, authorize};
+use mesh::telemetry::ResponseFlag;
 use mesh::telemetry::access::{self, Connection, Direction, Failure, Party, Security, TcpRecord};
 use tokio::net::TcpStream;
 
 use crate::ending::Ending;
 use crate::node::pod::{Facts, Tracked, Transport, Way};
 use crate::resolve;
-use crate::worker::{Local, Place, baggage, copy, h2_settings, party, service_labels};
+use crate::worker::{Local, Place, copy, h2_settings};
 
 /// Serves one connection to port 15008 of the pod at `here`.
 pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, here: SocketAddr) {
     if at.is_self_call(here) {
-        return access::refused(Direction::Inbound, client, here, &"the proxy's own listener was dialled");
+        return access::refused(
+            Direction::Inbound,
+            client,
+            here,
+            ResponseFlag::BadRequest,
+            &"the proxy's own listener was dialled",
+        );
     }
     let cert = async {
         let local = at.local().await?;
@@ -24,11 +31,11 @@ pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, here: 
     };
     let cert = match cert.await {
         Ok(cert) => cert,
-        Err(ending) => return access::refused(Direction::Inbound, client, here, &ending),
+        Err(ending) => return access::refused(Direction::Inbound, client, here, ending.flag(), &ending),
     };
     let (tls, peer) = match Box::pin(mesh::tls::accept(&cert, stream, client)).await {
         Ok(accepted) => accepted,
-        Err(error) => return access::refused(Direction::Inbound, client, here, &error),
+        Err(error) => return access::refused(Direction::Inbound, client, here, error.flag(), &error),
     };
     let drain = at.pod.drain.clone();
     let settings = h2_settings(&at.shared.config);
@@ -44,7 +51,7 @@ pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, here: 
 /// One tunnel request.
 async fn tunnel(at: Arc<Place>, request: ConnectRequest, here: SocketAddr) {
     let client = request.peer.addr();
-    let refused = |ending: &Ending| access::refused(Direction::Inbound, client, here, ending);
+    let refused = |ending: &Ending| access::refused(Direction::Inbound, client, here, ending.flag(), ending);
     let local = match at.local().await {
         Ok(local) => local,
         Err(ending) => {
@@ -100,7 +107,7 @@ async fn forward(
             return Err(ending);
         }
     };
-    let own = baggage(&local.workload);
+    let own = local.workload.baggage();
     let answer = at.shared.config.response_baggage.then_some(&own);
     let downstream = request.accept(answer).map_err(Ending::Answer)?;
     copy(&tracked, &at.pod, &record.bytes(), downstream, upstream).await
@@ -126,7 +133,7 @@ fn describe(at: &Place, local: &Local, request: &ConnectRequest, here: SocketAdd
         .workload_by_ip(&workload.network, peer.addr().ip())
         .filter(|w| w.identity().is_ok_and(|i| i == *identity));
     let source = match known {
-        Some(known) => party(known, Some(identity)),
+        Some(known) => known.party(Some(identity)),
         None => {
             let said = at.shared.config.response_baggage.then(|| request.headers.baggage.clone()).flatten();
             let said = said.unwrap_or_default();
@@ -150,8 +157,8 @@ fn describe(at: &Place, local: &Local, request: &ConnectRequest, here: SocketAdd
         destination_addr: here,
         hbone_addr: Some(request.authority.to_string().into()),
         source,
-        destination: party(workload, Some(&local.identity)),
-        service: resolve::inbound_service(world, workload, app.port(), named).map(|s| service_labels(s)),
+        destination: workload.party(Some(&local.identity)),
+        service: resolve::inbound_service(world, workload, app.port(), named).map(|s| s.labels()),
         security: Security::MutualTls,
     }
 }

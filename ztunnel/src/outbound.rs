@@ -6,24 +6,31 @@ use std::sync::Arc;
 use mesh::hbone::{ConnectHeaders, HboneStream, PoolKey, TraceParent};
 use mesh::net::OriginalDst;
 use mesh::policy::{self, authorize};
+use mesh::telemetry::ResponseFlag;
 use mesh::telemetry::access::{self, Connection, Direction, Failure, Security, TcpRecord};
 use tokio::net::TcpStream;
 
 use crate::ending::Ending;
 use crate::node::pod::{Facts, Tracked, Transport, Way};
 use crate::resolve::{self, NoRoute, Route, Tunnel, Via};
-use crate::worker::{Local, Place, baggage, copy, party, reset, service_labels};
+use crate::worker::{Local, Place, copy, reset};
 
 /// Serves what the pod's application sent to `dst`.
 pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, dst: SocketAddr) {
     if at.is_self_call(dst) {
-        return access::refused(Direction::Outbound, client, dst, &"the proxy's own listener was dialled");
+        return access::refused(
+            Direction::Outbound,
+            client,
+            dst,
+            ResponseFlag::BadRequest,
+            &"the proxy's own listener was dialled",
+        );
     }
     let source = match at.local().await {
         Ok(local) => local,
         Err(ending) => {
             reset(&stream);
-            return access::refused(Direction::Outbound, client, dst, &ending);
+            return access::refused(Direction::Outbound, client, dst, ending.flag(), &ending);
         }
     };
     let route = resolve::outbound(&source.world, &source.workload, OriginalDst(dst), &mut rand::rng());
@@ -101,7 +108,7 @@ async fn open_tunnel(
     let cert = at.certificate(source).await?;
     let key = PoolKey::new(source.identity.clone(), tunnel.expected.clone(), to, local);
     let headers = ConnectHeaders {
-        baggage: Some(baggage(&source.workload)),
+        baggage: Some(source.workload.baggage()),
         forwarded_for: Some(client),
         forwarded_host: route.service.as_ref().map(|s| s.hostname.clone()),
         traceparent: Some(TraceParent::random()),
@@ -134,11 +141,11 @@ fn describe(source: &Local, client: SocketAddr, dst: SocketAddr, route: &Result<
         source_addr: client,
         destination_addr: route.map_or(dst, |r| r.next_hop),
         hbone_addr: tunnel.map(|t| t.authority.to_string().into()),
-        source: party(&source.workload, tunnel.map(|_| &source.identity)),
-        destination: destination.map(|d| party(d, tunnel.and_then(|t| t.expected.first()))).unwrap_or_default(),
+        source: source.workload.party(tunnel.map(|_| &source.identity)),
+        destination: destination.map(|d| d.party(tunnel.and_then(|t| t.expected.first()))).unwrap_or_default(),
         service: route
             .filter(|r| r.via != Via::Passthrough || r.service.is_some())
-            .and_then(|r| r.service.as_deref().map(service_labels)),
+            .and_then(|r| r.service.as_deref().map(mesh::model::Service::labels)),
         security: if tunnel.is_some() { Security::MutualTls } else { Security::Unknown },
     }
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use mesh::model::Workload;
 use mesh::policy::{self, authorize};
+use mesh::telemetry::ResponseFlag;
 use mesh::telemetry::access::{self, Connection, Direction, Failure, Security, TcpRecord};
 use tokio::net::TcpStream;
 
@@ -12,17 +13,23 @@ use crate::ending::Ending;
 use crate::inbound::log_decision;
 use crate::node::pod::{Facts, Tracked, Transport, Way};
 use crate::resolve;
-use crate::worker::{Local, Place, copy, party, reset, service_labels};
+use crate::worker::{Local, Place, copy, reset};
 
 /// Serves one plain connection to the pod's application at `app`.
 pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, app: SocketAddr) {
     if at.is_self_call(app) {
-        return access::refused(Direction::Inbound, client, app, &"the proxy's own listener was dialled");
+        return access::refused(
+            Direction::Inbound,
+            client,
+            app,
+            ResponseFlag::BadRequest,
+            &"the proxy's own listener was dialled",
+        );
     }
     let Local { world, workload: local, .. } = match at.local().await {
         Ok(local) => local,
         Err(ending) => {
-            access::refused(Direction::Inbound, client, app, &ending);
+            access::refused(Direction::Inbound, client, app, ending.flag(), &ending);
             return reset(&stream);
         }
     };
@@ -32,9 +39,9 @@ pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, app: S
         source_addr: client,
         destination_addr: app,
         hbone_addr: None,
-        source: source.map(|w| party(w, None)).unwrap_or_default(),
-        destination: party(&local, None),
-        service: resolve::inbound_service(&world, &local, app.port(), None).map(|s| service_labels(s)),
+        source: source.map(|w| w.party(None)).unwrap_or_default(),
+        destination: local.party(None),
+        service: resolve::inbound_service(&world, &local, app.port(), None).map(|s| s.labels()),
         security: Security::Unknown,
     });
     let outcome = Box::pin(forward(&at, &local, stream, client, app, &record)).await;

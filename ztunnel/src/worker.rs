@@ -8,14 +8,13 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use mesh::drain::Guard;
-use mesh::hbone::{Baggage, H2Settings, Pool, PoolSettings};
+use mesh::hbone::{H2Settings, Pool, PoolSettings};
 use mesh::identity::{CertificateManager, Identity, WorkloadCertificate};
-use mesh::model::{Workload, WorkloadType};
+use mesh::model::Workload;
 use mesh::net::{PeerAddr, canonical};
 use mesh::serve::{accept_loop, copy_bidirectional};
 use mesh::store::{Snapshot, Store};
 use mesh::telemetry::ByteCounts;
-use mesh::telemetry::access::{Party, ServiceLabels};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -322,53 +321,4 @@ where
 pub fn reset(stream: &TcpStream) {
     // Without it the close is an orderly one, which is no worse than late news.
     let _ = socket2::SockRef::from(stream).set_linger(Some(Duration::ZERO));
-}
-
-/// How telemetry names a workload. The identity is given only where TLS proves it.
-#[must_use]
-pub fn party(workload: &Workload, principal: Option<&Identity>) -> Party {
-    let text = |t: &Arc<str>| (!t.is_empty()).then(|| t.clone());
-    Party {
-        workload: text(&workload.workload_name),
-        pod: text(&workload.name),
-        namespace: text(&workload.namespace),
-        canonical_service: text(&workload.canonical_name),
-        canonical_revision: text(&workload.canonical_revision),
-        cluster: text(&workload.cluster_id),
-        principal: principal.map(|p| p.to_string().into()),
-        region: text(&workload.locality.region),
-        zone: text(&workload.locality.zone),
-    }
-}
-
-/// How telemetry names a service.
-#[must_use]
-pub fn service_labels(service: &mesh::model::Service) -> ServiceLabels {
-    ServiceLabels {
-        hostname: service.hostname.clone(),
-        namespace: service.namespace.clone(),
-        name: service.name.clone(),
-    }
-}
-
-/// What a tunnel request or answer says about the workload behind it.
-#[must_use]
-pub fn baggage(workload: &Workload) -> Baggage {
-    let text = |t: &Arc<str>| (!t.is_empty()).then(|| t.clone());
-    let kind = match workload.workload_type {
-        WorkloadType::Deployment => "deployment",
-        WorkloadType::CronJob => "cronjob",
-        WorkloadType::Pod => "pod",
-        WorkloadType::Job => "job",
-    };
-    Baggage {
-        cluster: text(&workload.cluster_id),
-        namespace: text(&workload.namespace),
-        workload_type: Some(kind.into()),
-        workload: text(&workload.workload_name),
-        service: text(&workload.canonical_name),
-        revision: text(&workload.canonical_revision),
-        region: text(&workload.locality.region),
-        zone: text(&workload.locality.zone),
-    }
 }

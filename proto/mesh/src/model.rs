@@ -4,6 +4,7 @@
 //! known enum values and filled-in defaults. Serialisation is the shape of `/config_dump`. This module knows nothing of
 //! how resources arrive or how they are looked up.
 
+mod describe;
 mod wire;
 
 #[cfg(test)]

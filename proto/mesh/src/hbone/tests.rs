@@ -111,17 +111,24 @@ async fn accept_all(
     drain: DrainWatcher,
     connections: Arc<AtomicUsize>,
 ) {
-    let watcher = drain.clone();
-    crate::serve::accept_loop(listener, drain, move |stream, peer| {
-        connections.fetch_add(1, Ordering::Relaxed);
-        let (cert, settings, drain) = (cert.clone(), settings.clone(), watcher.clone());
-        async move {
-            if let Ok((stream, peer)) = tls::accept(&cert, stream, peer.0).await {
-                let _ = serve(stream, peer, settings, drain, echo).await;
+    let mut tasks = tokio::task::JoinSet::new();
+    loop {
+        tokio::select! {
+            () = drain.draining() => break,
+            accepted = listener.accept() => {
+                let (stream, peer) = accepted.expect("a loopback listener accepts");
+                connections.fetch_add(1, Ordering::Relaxed);
+                let (cert, settings, drain) = (cert.clone(), settings.clone(), drain.clone());
+                tasks.spawn(async move {
+                    if let Ok((stream, peer)) = tls::accept(&cert, stream, peer).await {
+                        let _ = serve(stream, peer, settings, drain, echo).await;
+                    }
+                });
             }
         }
-    })
-    .await;
+    }
+    drop(listener);
+    tasks.join_all().await;
 }
 
 async fn default_world() -> World {

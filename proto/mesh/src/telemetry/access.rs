@@ -228,14 +228,24 @@ impl Drop for TcpRecord {
     }
 }
 
-/// Notes a connection that was refused before anything is known that could label it.
-pub fn refused(direction: Direction, source: SocketAddr, destination: SocketAddr, error: &dyn Display) {
+/// Notes a connection that was refused before anything is known that could label it, in the log and in
+/// `mesh_connections_refused_total`.
+pub fn refused(
+    direction: Direction,
+    source: SocketAddr,
+    destination: SocketAddr,
+    flag: ResponseFlag,
+    error: &dyn Display,
+) {
+    counter!("mesh_connections_refused_total", "reporter" => direction.reporter(), "response_flags" => flag.as_str())
+        .increment(1);
     tracing::event!(
         target: "access", tracing::Level::WARN,
         src.addr = %source,
         dst.addr = %destination,
         direction = direction.as_str(),
         error = error.to_string(),
+        response_flags = flag.as_str(),
         "connection failed"
     );
 }
@@ -311,41 +321,59 @@ impl Labels {
     /// In Istio's order.
     fn labels(&self, flag: ResponseFlag) -> Vec<Label> {
         let Self { direction, source, destination, service, security } = self;
-        let service = service.as_ref();
-        let security = match security {
-            Security::Unknown => "unknown",
-            Security::MutualTls => "mutual_tls",
-        };
-        vec![
-            Label::from_static_parts("reporter", direction.reporter()),
-            label("source_workload", &source.workload),
-            label("source_canonical_service", &source.canonical_service),
-            label("source_canonical_revision", &source.canonical_revision),
-            label("source_workload_namespace", &source.namespace),
-            label("source_principal", &source.principal),
-            label("source_app", &source.canonical_service),
-            label("source_version", &source.canonical_revision),
-            label("source_cluster", &source.cluster),
-            label("destination_service", &service.map(|service| service.hostname.clone())),
-            label("destination_service_namespace", &service.map(|service| service.namespace.clone())),
-            label("destination_service_name", &service.map(|service| service.name.clone())),
-            label("destination_workload", &destination.workload),
-            label("destination_canonical_service", &destination.canonical_service),
-            label("destination_canonical_revision", &destination.canonical_revision),
-            label("destination_workload_namespace", &destination.namespace),
-            label("destination_principal", &destination.principal),
-            label("destination_app", &destination.canonical_service),
-            label("destination_version", &destination.canonical_revision),
-            label("destination_cluster", &destination.cluster),
+        let mut labels = common_labels(*direction, source, destination, service.as_ref());
+        labels.extend([
             Label::from_static_parts("request_protocol", "tcp"),
             Label::from_static_parts("response_flags", flag.as_str()),
-            Label::from_static_parts("connection_security_policy", security),
+            Label::from_static_parts("connection_security_policy", security.as_str()),
             label("source_region", &source.region),
             label("source_zone", &source.zone),
             label("destination_region", &destination.region),
             label("destination_zone", &destination.zone),
-        ]
+        ]);
+        labels
     }
+}
+
+impl Security {
+    /// The `connection_security_policy` label.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Unknown => "unknown",
+            Self::MutualTls => "mutual_tls",
+        }
+    }
+}
+
+/// The labels that metrics of connections and of requests share: who reports, who speaks with whom, as which service.
+pub fn common_labels(
+    direction: Direction,
+    source: &Party,
+    destination: &Party,
+    service: Option<&ServiceLabels>,
+) -> Vec<Label> {
+    vec![
+        Label::from_static_parts("reporter", direction.reporter()),
+        label("source_workload", &source.workload),
+        label("source_canonical_service", &source.canonical_service),
+        label("source_canonical_revision", &source.canonical_revision),
+        label("source_workload_namespace", &source.namespace),
+        label("source_principal", &source.principal),
+        label("source_app", &source.canonical_service),
+        label("source_version", &source.canonical_revision),
+        label("source_cluster", &source.cluster),
+        label("destination_service", &service.map(|service| service.hostname.clone())),
+        label("destination_service_namespace", &service.map(|service| service.namespace.clone())),
+        label("destination_service_name", &service.map(|service| service.name.clone())),
+        label("destination_workload", &destination.workload),
+        label("destination_canonical_service", &destination.canonical_service),
+        label("destination_canonical_revision", &destination.canonical_revision),
+        label("destination_workload_namespace", &destination.namespace),
+        label("destination_principal", &destination.principal),
+        label("destination_app", &destination.canonical_service),
+        label("destination_version", &destination.canonical_revision),
+        label("destination_cluster", &destination.cluster),
+    ]
 }
 
 fn label(name: &'static str, value: &Option<Text>) -> Label {
