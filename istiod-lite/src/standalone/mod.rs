@@ -1,14 +1,14 @@
 //! The embedded Kubernetes API server: for laptops, VMs and tests, not a Kubernetes replacement.
 //!
-//! A request goes `server` (sockets, TLS) → [`api`] (who, may they, which verb) → [`verbs`] (what the write does to the
-//! object) → [`store`] (durable, then visible). Controllers that belong to an API server (namespaces, owner references,
+//! A request goes `server` (sockets, TLS) → `api` (who, may they) → `handlers` (which verb) → `verbs` (what the write
+//! does to the object) → `store` (durable, then visible). Controllers that belong to an API server (namespaces, owner references,
 //! definitions) run beside it. Nothing outside this module may know which server it talks to: clients get a kubeconfig.
 //!
 //! Deliberately absent: scheduler, workload controllers, admission webhooks (stored, never called), CEL rules of CRDs
 //! (reported in the definition's status), conversion webhooks, logs and exec, and protobuf beyond the few kinds
 //! kubectl sends that way (see `protobuf`).
 
-pub mod api;
+mod api;
 mod apply;
 mod builtin;
 mod controllers;
@@ -16,6 +16,7 @@ mod crd;
 mod discovery;
 mod error;
 mod files;
+mod handlers;
 mod openapi;
 mod patch;
 mod protobuf;

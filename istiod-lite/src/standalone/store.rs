@@ -3,8 +3,8 @@
 //! One writer at a time; a write is on disk before anyone sees it or is told of it, so `kill -9` loses nothing that was
 //! answered. Readers never touch the disk. The store knows keys, resource versions and JSON, not kinds.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::path::Path;
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
@@ -100,11 +100,22 @@ struct State {
 
 #[derive(Debug)]
 pub struct Store {
-    database: Database,
+    path: PathBuf,
     state: RwLock<State>,
-    writing: Mutex<()>,
+    /// Held by the one writer.
+    writing: Mutex<Disk>,
     /// Version of the last commit, for those who follow everything (the controllers).
     committed: watch::Sender<u64>,
+}
+
+/// The file, as the last write left it.
+#[derive(Debug)]
+struct Disk {
+    /// `None` after a failed write: it is opened anew for the next one, because redb takes no more writes on a database
+    /// that met an I/O error (a full disk, most likely).
+    database: Option<Database>,
+    /// What failed writes touched: nobody knows whether the disk has it, so the next write restores what is visible.
+    doubtful: BTreeSet<Key>,
 }
 
 /// What a write did, for callers that follow up on it.
@@ -154,7 +165,12 @@ impl Store {
         // Version 0 means "any" on the wire, so the first write must not get it.
         state.version = state.version.max(1);
         let committed = watch::Sender::new(state.version);
-        Ok(Self { database, state: RwLock::new(state), writing: Mutex::new(()), committed })
+        Ok(Self {
+            path: path.into(),
+            state: RwLock::new(state),
+            writing: Mutex::new(Disk { database: Some(database), doubtful: BTreeSet::new() }),
+            committed,
+        })
     }
 
     fn state(&self) -> std::sync::RwLockReadGuard<'_, State> {
@@ -231,7 +247,7 @@ impl Store {
         mode: Mode,
         change: impl FnOnce(&mut Transaction<'_>) -> ApiResult<T>,
     ) -> ApiResult<Committed<T>> {
-        let _one_writer = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         let version = self.version();
         let mut transaction = Transaction { store: self, version, staged: BTreeMap::new(), order: Vec::new() };
         let result = change(&mut transaction)?;
@@ -239,34 +255,36 @@ impl Store {
         if mode == Mode::DryRun || order.is_empty() {
             return Ok(Committed { result, touched: Vec::new() });
         }
-        self.persist(&staged, &order).map_err(|e| ApiError::storage(&e))?;
+        self.persist(&mut writing, &staged, &order).map_err(|e| ApiError::storage(&e))?;
         self.publish(version, &order);
         let touched = order.into_iter().map(|staged| staged.key).collect();
         Ok(Committed { result, touched })
     }
 
-    fn persist(&self, staged: &BTreeMap<Key, Option<Arc<Object>>>, order: &[Staged]) -> Result<(), redb::Error> {
-        let write = self.database.begin_write()?;
-        {
-            let mut objects = write.open_table(OBJECTS)?;
-            for (key, object) in staged {
-                match object {
-                    Some(object) => {
-                        let bytes = object.value.to_string();
-                        objects.insert(key.encode().as_str(), bytes.as_bytes())?;
-                    }
-                    None => {
-                        objects.remove(key.encode().as_str())?;
-                    }
-                }
+    fn persist(
+        &self,
+        disk: &mut Disk,
+        staged: &BTreeMap<Key, Option<Arc<Object>>>,
+        order: &[Staged],
+    ) -> Result<(), redb::Error> {
+        let mut contents: BTreeMap<&Key, Option<Arc<Object>>> =
+            disk.doubtful.iter().map(|key| (key, self.get(key))).collect();
+        contents.extend(staged.iter().map(|(key, object)| (key, object.clone())));
+        let database = match disk.database.take() {
+            Some(database) => database,
+            None => Database::open(&self.path)?,
+        };
+        match write_out(&database, &contents, order) {
+            Ok(()) => {
+                disk.doubtful.clear();
+                disk.database = Some(database);
+                Ok(())
             }
-            let mut changes = write.open_table(CHANGES)?;
-            for staged in order {
-                changes.insert(&*staged.key.resource, staged.event.version)?;
+            Err(error) => {
+                disk.doubtful.extend(staged.keys().cloned());
+                Err(error)
             }
         }
-        write.commit()?;
-        Ok(())
     }
 
     fn publish(&self, version: u64, order: &[Staged]) {
@@ -296,6 +314,34 @@ impl Store {
         drop(state);
         self.committed.send_replace(version);
     }
+}
+
+fn write_out(
+    database: &Database,
+    contents: &BTreeMap<&Key, Option<Arc<Object>>>,
+    order: &[Staged],
+) -> Result<(), redb::Error> {
+    let write = database.begin_write()?;
+    {
+        let mut objects = write.open_table(OBJECTS)?;
+        for (key, object) in contents {
+            match object {
+                Some(object) => {
+                    let bytes = object.value.to_string();
+                    objects.insert(key.encode().as_str(), bytes.as_bytes())?;
+                }
+                None => {
+                    objects.remove(key.encode().as_str())?;
+                }
+            }
+        }
+        let mut changes = write.open_table(CHANGES)?;
+        for staged in order {
+            changes.insert(&*staged.key.resource, staged.event.version)?;
+        }
+    }
+    write.commit()?;
+    Ok(())
 }
 
 fn in_namespace<'a>(
