@@ -23,7 +23,7 @@ pub const MASTERS: &str = "system:masters";
 pub const AUTHENTICATED: &str = "system:authenticated";
 pub const UNAUTHENTICATED: &str = "system:unauthenticated";
 
-/// An authenticated (or the anonymous) caller.
+/// An authenticated caller.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct User {
     pub name: String,
@@ -33,16 +33,6 @@ pub struct User {
 }
 
 impl User {
-    /// A caller without credentials: may reach health and nothing else.
-    pub fn anonymous() -> Self {
-        Self {
-            name: "system:anonymous".into(),
-            uid: String::new(),
-            groups: vec![UNAUTHENTICATED.into()],
-            extra: BTreeMap::new(),
-        }
-    }
-
     pub fn is_admin(&self) -> bool {
         self.groups.iter().any(|g| g == MASTERS)
     }
