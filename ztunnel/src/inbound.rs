@@ -3,8 +3,10 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use mesh::hbone::{self, ConnectRequest};
+use mesh::hbone::{self, Baggage, ConnectRequest};
+use mesh::model::Workload;
 use mesh::policy::{self, authorize};
+use mesh::store::Snapshot;
 use mesh::telemetry::ResponseFlag;
 use mesh::telemetry::access::{self, Connection, Direction, Failure, Party, Security, TcpRecord};
 use tokio::net::TcpStream;
@@ -135,8 +137,7 @@ fn describe(at: &Place, local: &Local, request: &ConnectRequest, here: SocketAdd
     let source = match known {
         Some(known) => known.party(Some(identity)),
         None => {
-            let said = at.shared.config.response_baggage.then(|| request.headers.baggage.clone()).flatten();
-            let said = said.unwrap_or_default();
+            let said = believed(at, world, workload, request).unwrap_or_default();
             Party {
                 workload: said.workload,
                 pod: None,
@@ -150,6 +151,7 @@ fn describe(at: &Place, local: &Local, request: &ConnectRequest, here: SocketAdd
             }
         }
     };
+    // Whoever says it can only choose among the services of this workload.
     let named = request.headers.forwarded_host.as_deref();
     Connection {
         direction: Direction::Inbound,
@@ -161,4 +163,14 @@ fn describe(at: &Place, local: &Local, request: &ConnectRequest, here: SocketAdd
         service: resolve::inbound_service(world, workload, app.port(), named).map(|s| s.labels()),
         security: Security::MutualTls,
     }
+}
+
+/// What the peer says about the source, if it may: its words become labels, and a client must not make up labels.
+fn believed(at: &Place, world: &Snapshot, workload: &Workload, request: &ConnectRequest) -> Option<Baggage> {
+    let said = request.headers.baggage.as_ref().filter(|_| at.shared.config.response_baggage)?;
+    if resolve::speaks_for_others(world, workload, request.peer.identity()) {
+        return Some(said.clone());
+    }
+    metrics::counter!("ztunnel_baggage_dropped_total").increment(1);
+    None
 }

@@ -435,6 +435,26 @@ pub fn inbound(
     Ok(SocketAddr::new(here, port))
 }
 
+/// May this peer speak for another: is it a waypoint or gateway that the local workload or one of its services names? It
+/// passes on connections of clients that we do not see ourselves.
+pub fn speaks_for_others(world: &Snapshot, local: &Workload, peer: &Identity) -> bool {
+    let of_services = local
+        .services
+        .keys()
+        .filter_map(|key| world.service(key))
+        .flat_map(|s| s.waypoint.iter().chain(s.weighted_waypoints.iter().map(|w| &w.destination)));
+    of_services.chain(&local.waypoint).chain(&local.network_gateway).any(|gateway| {
+        let by_address = match &gateway.destination {
+            GatewayDestination::Address(a) => world.workload_by_ip(&a.network, a.address),
+            GatewayDestination::Hostname(_) => None,
+        };
+        let is_peer = |w: &Workload| w.identity().is_ok_and(|id| id == *peer);
+        by_address.is_some_and(|w| is_peer(w))
+            || gateway_service(world, local, gateway)
+                .is_some_and(|s| world.all_endpoints(&s.key()).any(|(w, _)| is_peer(w)))
+    })
+}
+
 /// Is the local workload a waypoint of whatever has the address `ip`?
 fn fronts(world: &Snapshot, local: &Workload, ip: IpAddr) -> bool {
     let service = world.services_by_vip(&local.network, ip).filter_map(|s| s.waypoint.as_ref());

@@ -408,3 +408,22 @@ fn service_of_an_inbound_connection_is_named_or_guessed_but_never_foreign() {
     assert_eq!(name(9091, Some("foreign.shop.svc")).as_deref(), Some("admin"));
     assert_eq!(name(7, None), None);
 }
+
+#[test]
+fn only_a_waypoint_of_the_destination_speaks_for_others() {
+    let pod = serves(workload("web", "10.0.0.2"), "api", &[(80, 9090)]);
+    let waypoint = waypoint_pod().identity().unwrap();
+    let speaks = |pod: &Workload, of_service: Option<GatewayAddress>, peer: &Identity| {
+        let mut api = service("api", "10.96.0.1");
+        api.waypoint = of_service;
+        let world =
+            World::new().workload(pod.clone()).service(api).service(waypoint_service()).workload(waypoint_pod());
+        speaks_for_others(&world.snapshot(), pod, peer)
+    };
+    assert!(speaks(&pod, Some(gateway("waypoint")), &waypoint));
+    let own = Workload { waypoint: Some(gateway("waypoint")), ..pod.clone() };
+    assert!(speaks(&own, None, &waypoint));
+    assert!(!speaks(&pod, None, &waypoint), "a waypoint of somebody else");
+    assert!(!speaks(&pod, Some(gateway("waypoint")), &client().identity().unwrap()));
+    assert!(!speaks(&pod, Some(gateway("unknown")), &waypoint));
+}
