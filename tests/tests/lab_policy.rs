@@ -167,13 +167,19 @@ fn custom_action(stage: &Stage) -> Result<()> {
 
 fn http_attribute(stage: &Stage) -> Result<()> {
     beside_a_good_policy(stage, || {
-        // A DENY of POST that cannot see the method denies the connection.
-        let rules = "[{from: [{source: {principals: [cluster.local/ns/shop/sa/client]}}], \
-                       to: [{operation: {methods: [POST]}}]}]";
-        let bad = policy("bad", "DENY", rules);
+        let client = "from: [{source: {principals: [cluster.local/ns/shop/sa/client]}}]";
+        // A DENY of POST to a port that cannot see the method denies the port.
+        let rules = format!("[{{{client}, to: [{{operation: {{ports: ['8080'], methods: [POST]}}}}]}}]");
+        let bad = policy("bad", "DENY", &rules);
         let (_, message) = judged(stage, "authorizationpolicy", "bad", "ZtunnelAccepted", &bad)?;
         names(&message, &["rules[0]", "methods", "waypoint"])?;
         stage.comes_to("client", &[SERVER], REFUSED)?;
+        // Of this one nothing is left, which the status must say.
+        let rules = format!("[{{{client}, to: [{{operation: {{methods: [POST]}}}}]}}]");
+        let bad = policy("bad", "DENY", &rules);
+        let (_, message) = judged(stage, "authorizationpolicy", "bad", "ZtunnelAccepted", &bad)?;
+        names(&message, &["rules[0]", "methods", "denies nothing"])?;
+        stage.comes_to("client", &[SERVER], "200")?;
         stage.delete("authorizationpolicy", "bad")
     })
 }

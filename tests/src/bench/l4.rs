@@ -114,15 +114,21 @@ pub fn run(options: &Options) -> Result<()> {
     pin(&options.cpus)?;
     println!("clients, servers and proxies share cores {:?}; TCP uses reno everywhere", options.cpus);
     let mut arenas = bring_up(options, &places, &interrupt)?;
+    let mut failures = Vec::new();
+    // Memory first: later the allocator holds what was used before.
+    let mut memory = Vec::new();
+    if wanted.has(RSS_IDLE) {
+        memory.push(rss_idle(&arenas)?);
+    }
     for arena in &mut arenas {
         let sentence = proof::prove(arena).with_context(|| format!("{} is not correct", arena.name))?;
         println!("{}: {sentence}", arena.name);
     }
+    if wanted.has(RSS_PER_CONNECTION) {
+        memory.push(rss_per_connection(&mut arenas, &interrupt, &mut failures)?);
+    }
     let reference = options.peer.iter().any(|(name, _)| name == REFERENCE);
-    let mut failures = Vec::new();
-    // Memory first: later the allocator holds what was used before.
     let mut rows = Vec::new();
-    let memory = memory(&mut arenas, &wanted, &interrupt, &mut failures)?;
     let tests: Vec<&Test> = TESTS.iter().filter(|test| wanted.has(test.name)).collect();
     for (test, metrics) in tests.iter().zip(rounds(&tests, &mut arenas, options, &interrupt, &mut failures)?) {
         for (metric, better, rounds) in metrics {
@@ -278,41 +284,37 @@ impl Test {
     }
 }
 
-/// The memory tests: once for each contestant that has proxies.
-fn memory(
-    arenas: &mut [Arena],
-    wanted: &Wanted<'_>,
-    interrupt: &Interrupt,
-    failures: &mut Vec<String>,
-) -> Result<Vec<Row>> {
-    let mut idle = Round { calm: true, values: BTreeMap::new() };
-    let mut each = idle.clone();
+/// MiB of the larger of the two proxies, before it has carried anything.
+fn rss_idle(arenas: &[Arena]) -> Result<Row> {
+    let mut values = BTreeMap::new();
+    for (name, cgroups) in arenas.iter().filter_map(|arena| Some((&arena.name, arena.proxy_cgroups()?))) {
+        let kib = cgroups.iter().map(|cgroup| usage::resident_kib(cgroup)).collect::<Result<Vec<_>>>()?;
+        values.insert(name.clone(), kib.into_iter().max().unwrap_or_default() as f64 / 1024.0);
+    }
+    Ok(memory_row(RSS_IDLE, "mib", values, RSS_IDLE_LIMIT))
+}
+
+/// What idle connections cost each contestant that has proxies.
+fn rss_per_connection(arenas: &mut [Arena], interrupt: &Interrupt, failures: &mut Vec<String>) -> Result<Row> {
+    let mut values = BTreeMap::new();
     for arena in arenas.iter_mut().filter(|arena| !matches!(arena.mesh, Mesh::Plain)) {
-        let cgroups = arena.proxy_cgroups().unwrap_or_default();
-        let largest = cgroups.iter().map(|cgroup| usage::resident_kib(cgroup)).collect::<Result<Vec<_>>>()?;
-        idle.values.insert(arena.name.clone(), largest.into_iter().max().unwrap_or_default() as f64 / 1024.0);
-        if wanted.has(RSS_PER_CONNECTION) {
-            match per_connection(arena, interrupt) {
-                Ok(kib) => {
-                    each.values.insert(arena.name.clone(), kib);
-                }
-                Err(error) => {
-                    interrupt.check()?;
-                    failures.push(format!("{RSS_PER_CONNECTION}, {}: {error:#}", arena.name));
-                }
+        match per_connection(arena, interrupt) {
+            Ok(kib) => {
+                values.insert(arena.name.clone(), kib);
+            }
+            Err(error) => {
+                interrupt.check()?;
+                failures.push(format!("{RSS_PER_CONNECTION}, {}: {error:#}", arena.name));
             }
         }
     }
-    let absolute = |(must, aim): Limit| Some(Budget { against: "absolute".to_owned(), must, aim });
-    let mut rows = Vec::new();
-    if wanted.has(RSS_IDLE) {
-        rows.push(Row::new(RSS_IDLE, "mib", Better::Lower, &[idle], absolute(RSS_IDLE_LIMIT)));
-    }
-    if wanted.has(RSS_PER_CONNECTION) {
-        let limit = absolute(RSS_PER_CONNECTION_LIMIT);
-        rows.push(Row::new(RSS_PER_CONNECTION, "kib", Better::Lower, &[each], limit));
-    }
-    Ok(rows)
+    Ok(memory_row(RSS_PER_CONNECTION, "kib", values, RSS_PER_CONNECTION_LIMIT))
+}
+
+/// Memory is looked at once; others on the machine do not change it.
+fn memory_row(test: &str, metric: &'static str, values: BTreeMap<String, f64>, (must, aim): Limit) -> Row {
+    let budget = Budget { against: "absolute".to_owned(), must, aim };
+    Row::new(test, metric, Better::Lower, &[Round { calm: true, values }], Some(budget))
 }
 
 /// KiB that one idle connection adds to each of the two proxies it crosses, on average.

@@ -155,7 +155,7 @@ fn supervise(places: &Places, id: String) -> Result<()> {
             // The record names what has been made so far; this process's successor, or the next command, removes it.
             () = &mut end => return Ok(()),
         };
-        std::fs::write(session::ready_file(&supervisor.record), "")?;
+        std::fs::write(session::ready_file(supervisor.record()), "")?;
         supervisor.run(places.images(), end).await
     })
 }

@@ -32,6 +32,8 @@ use crate::topology::{self, NodeNet, PARENT_V4, Parent};
 const DEBOUNCE: Duration = Duration::from_millis(10);
 /// Without any change things are compared this often, so that what failed is tried again.
 const RESYNC: Duration = Duration::from_secs(1);
+/// How soon a dead API server is noticed.
+const SERVER_CHECK: Duration = Duration::from_millis(50);
 
 /// What a cluster is made of.
 #[derive(Clone, Debug)]
@@ -44,8 +46,13 @@ pub struct Options {
 
 /// A running cluster.
 pub struct Supervisor {
-    pub record: Record,
     server: Server,
+    cluster: Cluster,
+}
+
+/// All of it but the API server.
+struct Cluster {
+    record: Record,
     client: Client,
     nodes: BTreeMap<String, Node>,
     parent: Parent,
@@ -75,28 +82,38 @@ impl Supervisor {
             announce(&client, &node).await.with_context(|| format!("cannot create Node {}", node.net.name))?;
             nodes.insert(node.net.name.clone(), node);
         }
-        Ok(Self { record: record.clone(), server, client, nodes, parent })
+        Ok(Self { server, cluster: Cluster { record: record.clone(), client, nodes, parent } })
     }
 
-    /// Kubeconfig of the administrator.
-    pub fn kubeconfig(&self) -> &std::path::Path {
-        &self.server.kubeconfig
+    /// What it owns on this machine.
+    pub fn record(&self) -> &Record {
+        &self.cluster.record
     }
 
     /// Keeps the cluster until `end` resolves, then takes it down.
-    pub async fn run(mut self, images: Images, end: impl Future<Output = ()>) -> Result<()> {
+    pub async fn run(self, images: Images, end: impl Future<Output = ()>) -> Result<()> {
+        let Self { mut server, cluster } = self;
         let outcome = tokio::select! {
-            outcome = self.keep(images) => outcome,
+            outcome = cluster.keep(images) => outcome,
+            // Apart from the cluster, which waits for answers while the server is away.
+            outcome = keep_server(&mut server) => outcome,
             () = end => Ok(()),
         };
-        // Pods first: what they would say to the API while it ends is of no use to anybody.
-        let record = self.record.clone();
-        let stopped = self.server.stop();
-        tokio::task::spawn_blocking(move || record.take_down()).await??;
+        let stopped = server.stop();
+        tokio::task::spawn_blocking(move || cluster.record.take_down()).await??;
         outcome.and(stopped)
     }
+}
 
-    async fn keep(&mut self, images: Images) -> Result<()> {
+async fn keep_server(server: &mut Server) -> Result<()> {
+    loop {
+        server.keep()?;
+        tokio::time::sleep(SERVER_CHECK).await;
+    }
+}
+
+impl Cluster {
+    async fn keep(&self, images: Images) -> Result<()> {
         let changed = Arc::new(Notify::new());
         let mut tasks = JoinSet::new();
         let zone = Zone::default();
@@ -122,7 +139,6 @@ impl Supervisor {
             if let Err(e) = network.sync(&services.state(), &pods.state()).await {
                 eprintln!("services: {e:#}");
             }
-            self.server.keep()?;
             tokio::select! {
                 () = changed.notified() => tokio::time::sleep(DEBOUNCE).await,
                 () = tokio::time::sleep(RESYNC) => {}

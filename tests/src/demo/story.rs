@@ -313,8 +313,12 @@ fn killed_control_plane(t: &mut Teller) -> Result<()> {
     Ok(())
 }
 
+/// Kills a process and waits until nothing of it is left: the kernel closes its sockets some time after the signal, and a connection
+/// made meanwhile would be accepted and reset rather than refused.
 fn kill9(pid: u32) -> Result<()> {
-    Ok(kill(Pid::from_raw(i32::try_from(pid)?), Signal::SIGKILL)?)
+    kill(Pid::from_raw(i32::try_from(pid)?), Signal::SIGKILL)?;
+    let process = std::path::PathBuf::from(format!("/proc/{pid}"));
+    wait::until_true("the killed process to be gone", SETTLE, || !process.exists())
 }
 
 fn ends(client: &Pod, server: &Pod) -> Vec<IpAddr> {

@@ -38,6 +38,11 @@ pub fn run(id: &str, cases: &[Case]) {
             Some(reason) => {
                 println!("case {name} ... FAILED [{took:.1} s]: {reason}");
                 failed.push(format!("{name}: {reason}"));
+                // What a case that failed has left behind must not fail the next ones.
+                let kinds = "authorizationpolicies,peerauthentications,httproutes";
+                if let Err(e) = stage.kubectl(&["-n", "shop", "delete", kinds, "--all"]) {
+                    println!("cannot tidy up: {e:#}");
+                }
             }
         }
     }
