@@ -275,6 +275,26 @@ fn rbac_denies_by_name_of_user_verb_and_resource() {
 }
 
 #[test]
+fn objects_made_by_kubectls_typed_clients_arrive_whole() {
+    with_each_kubectl(|kubectl| {
+        kubectl.ok("create deployment d -n shop --image=x:1 --replicas=0");
+        let made =
+            kubectl.ok("get deploy d -n shop -o jsonpath={.spec.replicas},{.spec.template.spec.containers[0].image}");
+        assert_eq!(made, "0,x:1");
+        kubectl.ok("create secret generic s -n shop --from-literal=a=b");
+        assert_eq!(kubectl.ok("get secret s -n shop -o jsonpath={.data},{.type}"), r#"{"a":"Yg=="},Opaque"#);
+        kubectl.ok("create service clusterip c -n shop --tcp=80:named");
+        assert_eq!(kubectl.ok("get svc c -n shop -o jsonpath={.spec.ports[0].targetPort}"), "named");
+        if !kubectl.is_old {
+            assert_eq!(kubectl.ok("create token default -n shop --audience=istio-ca").trim().split('.').count(), 3);
+            assert!(kubectl.ok("auth whoami").contains("kubernetes-admin"));
+            let refused = kubectl.run("create job j -n shop --image=x");
+            assert!(!refused.ok && refused.err.contains("application/json for a Job"), "{}", refused.err);
+        }
+    });
+}
+
+#[test]
 fn watches_print_changes_as_they_happen() {
     with_each_kubectl(|kubectl| {
         let mut watch = kubectl.start("get configmaps -n shop -w --no-headers");

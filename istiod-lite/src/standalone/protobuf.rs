@@ -165,6 +165,7 @@ fn message(name: &str) -> Option<&'static [Field]> {
             (17, "subdomain", Text),
             (19, "schedulerName", Text),
             (20, "initContainers", Messages("Container")),
+            (24, "priorityClassName", Text),
         ],
         "Container" => &[
             (1, "name", Text),
