@@ -14,6 +14,10 @@ use http_body_util::{BodyExt, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use mesh::hbone::{self, ConnectRequest, H2Settings};
+use mesh::identity::CertificateSource;
+use mesh::model::{NamespacedHostname, TunnelProtocol, Workload};
+use mesh::store::Update;
 use mesh_proto::waypoint as wire;
 use support::*;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
@@ -356,4 +360,48 @@ async fn a_drain_finishes_requests_and_websockets_and_closes_idle_connections() 
     within(mesh.serving).await.expect("the accept loop ends by itself");
     drop(guard);
     assert_eq!(drained.await.expect("drain"), mesh::drain::Drained::Clean);
+}
+
+#[tokio::test]
+async fn a_drained_worker_lets_kept_connections_go_and_waits_for_what_is_under_way() {
+    let mesh = Mesh::start().await;
+    // Stands for the endpoint's node proxy: echoes TCP, answers HTTP, and tells when its connection has ended.
+    let pod: SocketAddr = "127.0.0.8:8080".parse().expect("address");
+    let listener = TcpListener::bind(SocketAddr::new(pod.ip(), hbone::HBONE_PORT)).await.expect("listener");
+    let certificate = mesh.ca.fetch(&identity("server")).await.expect("certificate");
+    let (_running, watcher) = mesh::drain::channel();
+    let ended = tokio::spawn(async move {
+        let (stream, peer) = listener.accept().await.expect("accepted");
+        let (tls, peer) = mesh::tls::accept(&certificate, stream, peer).await.expect("mTLS");
+        let echo = |request: ConnectRequest| async move {
+            let (mut r, mut w) = tokio::io::split(request.accept(None).expect("accepted"));
+            let first = r.read_u8().await.expect("a byte");
+            if first == b'G' {
+                w.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await.expect("write");
+            }
+            let _ = tokio::io::copy(&mut r, &mut w).await;
+            let _ = w.shutdown().await;
+        };
+        hbone::serve(tls, peer, H2Settings::default(), watcher, echo).await
+    });
+    mesh.serve(&[]);
+    let key = NamespacedHostname::new("shop", "server.shop.svc.cluster.local");
+    let workload = Workload { protocol: TunnelProtocol::Hbone, ..endpoint(&key, 0, pod) };
+    mesh.store.apply(Update::new().workload(workload));
+    let mut web = mesh.tunnel(HTTP).await;
+    web.write_all(b"GET / HTTP/1.1\r\nhost: server\r\n\r\n").await.expect("write");
+    assert!(read_until(&mut web, "ok").await.starts_with("HTTP/1.1 200"));
+    let mut tcp = mesh.tunnel(TCP).await;
+    tcp.write_all(b"-half").await.expect("write");
+    assert_eq!(read_until(&mut tcp, "half").await, "half");
+
+    let (worker, watcher) = (mesh.worker.clone(), mesh.drain.clone());
+    let drained = tokio::spawn(async move { worker.drain(&watcher).await });
+    tcp.write_all(b" and half").await.expect("write");
+    assert_eq!(read_until(&mut tcp, "and half").await, " and half");
+    assert!(!drained.is_finished() && !ended.is_finished());
+    tcp.shutdown().await.expect("shutdown");
+    assert_eq!(read_until(&mut tcp, "never").await, "");
+    within(drained).await.expect("drained");
+    within(ended).await.expect("no panic").expect("closed in good order");
 }

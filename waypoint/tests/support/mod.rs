@@ -50,6 +50,7 @@ pub struct Mesh {
     pub address: SocketAddr,
     pub client: Pool,
     pub drain: DrainWatcher,
+    pub worker: Arc<Worker>,
     /// Taken by whoever drains.
     pub trigger: Option<DrainTrigger>,
     /// The accept loop; it ends with the drain.
@@ -77,9 +78,9 @@ impl Mesh {
         let worker = Arc::new(Worker::new(Arc::new(shared)));
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("listener");
         let address = listener.local_addr().expect("address");
-        let watch = drain.clone();
+        let (watch, accepting) = (drain.clone(), worker.clone());
         let serving = tokio::spawn(accept_loop(listener, drain.clone(), move |stream, peer| {
-            listener::connection(worker.clone(), stream, peer, watch.clone())
+            listener::connection(accepting.clone(), stream, peer, watch.clone())
         }));
         Self {
             ca,
@@ -88,6 +89,7 @@ impl Mesh {
             address,
             client: Pool::new(PoolSettings::default()),
             drain,
+            worker,
             trigger: Some(trigger),
             serving,
         }
