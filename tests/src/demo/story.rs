@@ -74,6 +74,20 @@ fn joined(t: &Teller) -> Result<()> {
     Ok(())
 }
 
+/// A pod that is told to be redirected speaks HBONE at once and is captured when its peers know; waits until the wire shows it.
+fn carried(t: &Teller, pod: &str, host: &str) -> Result<()> {
+    wait::until("requests to be carried by the mesh", SETTLE, || {
+        let marker = marker();
+        let capture = t.session.capture()?;
+        let answer = t.request(pod, &[&format!("http://{host}/{marker}")])?;
+        let seen = capture.stop()?.count(marker.as_bytes());
+        if !answer.good() || seen > 0 {
+            bail!("{answer:?}, readable in {seen} packets");
+        }
+        Ok(())
+    })
+}
+
 fn encrypted(t: &mut Teller) -> Result<()> {
     let client = t.session.pod("client")?;
     let server = t.session.pod("server-v1")?;
@@ -81,8 +95,7 @@ fn encrypted(t: &mut Teller) -> Result<()> {
     for host in ["server-v1".to_owned(), format!("[{v6}]:8080")] {
         let marker = marker();
         let url = format!("http://{host}/{marker}");
-        // Peers learn that the pods speak HBONE a moment after the annotation says so.
-        t.curl_until("client", &[&url], SETTLE, Answer::good)?;
+        carried(t, "client", &host)?;
         let capture = t.session.capture()?;
         let answer = t.curl("client", &[&url])?;
         let wire = capture.stop()?;
@@ -256,7 +269,7 @@ fn ztunnel_of(t: &Teller, node: &str) -> Result<Pod> {
 fn killed_ztunnel(t: &mut Teller) -> Result<()> {
     t.kubectl(JOIN)?;
     joined(t)?;
-    t.curl_until("client", &["http://server-v1/"], SETTLE, Answer::good)?;
+    carried(t, "client", "server-v1")?;
     let pid = ztunnel_of(t, "node-a")?.main()?.pid;
     kill9(pid)?;
     println!("  $ kill -9 {pid}    (ztunnel of node-a)");
