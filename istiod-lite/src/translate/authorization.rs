@@ -1,7 +1,9 @@
 //! AuthorizationPolicy without targetRefs → connection-level authorization for the node proxy of the destination.
 //!
 //! L7 attributes cannot be seen there: a rule of an ALLOW that has one is left out (less is allowed), in a DENY the
-//! attribute is left out (more is denied), and the status says so.
+//! attribute is left out (more is denied), and the status says so. A DENY whose `to` or one of whose `when` had nothing but
+//! L7 attributes matches nothing, as in Istio, and the status says that too. What nobody knows is another matter: it is
+//! unreadable, and its DENY stays closed.
 
 use mesh_proto::security::{
     Action as WireAction, Address, Authorization, Clause, Group, Match, Scope, ServiceAccountMatch, StringMatch,
@@ -126,6 +128,7 @@ fn push_clause<T>(
     }
     let mut matches = Vec::with_capacity(alternatives.len());
     let mut always = false;
+    let before = reader.problems.len();
     for alternative in alternatives {
         reader.widened = false;
         let found = translate(alternative, reader)?;
@@ -133,6 +136,9 @@ fn push_clause<T>(
         matches.push(found);
     }
     if !always {
+        if reader.problems.len() > before && matches.iter().all(|found| *found == Match::default()) {
+            reader.problems.push("nothing is left that can be seen on a connection, so the rule denies nothing".into());
+        }
         clauses.push(Clause { matches });
     }
     Ok(())
@@ -217,9 +223,18 @@ fn condition(when: &Condition, namespace: &str, reader: &mut Reader) -> Result<M
             found.destination_ports = reader.field(key, Positive, values, parse::port)?;
             found.not_destination_ports = reader.field(key, Negative, not_values, parse::port)?;
         }
-        _ => reader.unsupported(&format!("when {key:?}"), true, L7_ONLY)?,
+        _ if is_http(key) => reader.unsupported(&format!("when {key:?}"), true, L7_ONLY)?,
+        _ => {
+            reader.unsupported(&format!("when {key:?}"), true, "is unknown")?;
+            reader.widened = true;
+        }
     }
     Ok(found)
+}
+
+/// Keys that exist and speak of requests.
+fn is_http(key: &str) -> bool {
+    matches!(key, "remote.ip" | "connection.sni") || key.starts_with("request.") || key.starts_with("experimental.")
 }
 
 fn string(value: &str) -> Result<StringMatch, String> {
