@@ -11,7 +11,11 @@ use tokio::{
 };
 
 use super::{Authority, Baggage, ConnectHeaders, H2Settings, HboneStream, SEND_BUFFER, TunnelError, keepalive};
-use crate::{drain::DrainWatcher, tls::VerifiedPeer};
+use crate::{
+    drain::DrainWatcher,
+    telemetry::{ResponseFlag, access},
+    tls::VerifiedPeer,
+};
 
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// To say goodbye to a peer that may not be listening.
@@ -34,8 +38,7 @@ pub enum ServeError {
 }
 
 impl ServeError {
-    pub fn flag(&self) -> crate::telemetry::ResponseFlag {
-        use crate::telemetry::ResponseFlag;
+    pub fn flag(&self) -> ResponseFlag {
         match self {
             Self::Handshake(_) | Self::HandshakeTimeout => ResponseFlag::H2HandshakeFailure,
             Self::Connection(_) => ResponseFlag::Reset,
@@ -167,7 +170,9 @@ fn admit(
         .flatten()
         .and_then(|authority| authority.as_str().parse().ok());
     let Some(authority) = authority else {
-        tracing::debug!(peer = %peer.addr(), identity = %peer.identity(), method = %parts.method, uri = %parts.uri, "not a CONNECT to host:port");
+        // Not all of it: the peer chooses the length.
+        let error = format!("not a CONNECT to host:port: {:.20} {:.200}", parts.method.as_str(), parts.uri.to_string());
+        access::refused_request(peer.addr(), peer.identity(), ResponseFlag::BadRequest, &error);
         refuse(&mut respond, StatusCode::BAD_REQUEST);
         return None;
     };

@@ -228,6 +228,22 @@ impl Drop for TcpRecord {
     }
 }
 
+/// Notes a request in an authenticated connection that asks for no destination at all, as [`refused`] does.
+pub fn refused_request(source: SocketAddr, identity: &dyn Display, flag: ResponseFlag, error: &dyn Display) {
+    let direction = Direction::Inbound;
+    counter!("mesh_connections_refused_total", "reporter" => direction.reporter(), "response_flags" => flag.as_str())
+        .increment(1);
+    tracing::event!(
+        target: "access", tracing::Level::WARN,
+        src.addr = %source,
+        src.identity = identity.to_string(),
+        direction = direction.as_str(),
+        error = error.to_string(),
+        response_flags = flag.as_str(),
+        "request failed"
+    );
+}
+
 /// Notes a connection that was refused before anything is known that could label it, in the log and in
 /// `mesh_connections_refused_total`.
 pub fn refused(
