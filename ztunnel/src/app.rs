@@ -11,7 +11,7 @@ use anyhow::Context;
 use mesh::drain::{self, DrainWatcher};
 use mesh::serve::Readiness;
 use mesh::store::Store;
-use mesh::telemetry;
+use mesh::telemetry::{self, LogHandle};
 use mesh::xds::local::LocalSource;
 use mesh::xds::{NodeInfo, NodeRole, XdsClient, XdsConfig, address_handler, authorization_handler};
 use tokio::signal::unix::{SignalKind, signal};
@@ -41,8 +41,7 @@ const HALF_DONE: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// What kept it from starting.
-pub fn run(config: Config) -> anyhow::Result<()> {
-    let log = telemetry::init_logging(&config.log_filter, config.log_format).context("RUST_LOG")?;
+pub fn run(config: Config, log: LogHandle) -> anyhow::Result<()> {
     let metrics = telemetry::metrics_handle();
     telemetry::record_build("ztunnel", &config.version_tag);
     privileges::check()?;

@@ -29,7 +29,14 @@ fn main() -> ExitCode {
 }
 
 fn run(config: Config) -> ExitCode {
-    match app::run(config) {
+    let log = match mesh::telemetry::init_logging(&config.log_filter, config.log_format) {
+        Ok(log) => log,
+        Err(error) => {
+            eprintln!("ztunnel: RUST_LOG={:?}: {error}", config.log_filter);
+            return ExitCode::from(BAD_SETTINGS);
+        }
+    };
+    match app::run(config, log) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("ztunnel: {error:#}");
