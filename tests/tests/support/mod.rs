@@ -2,8 +2,8 @@
 //! end whatever the cases did.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::process::{Output, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Output;
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use mesh_tests::cluster::state::{self, Pod};
@@ -83,31 +83,6 @@ impl Stage {
         self.teller.ask(arguments)
     }
 
-    /// Applies objects with a present `kubectl`, which leaves validation to the API server, and says what came of it.
-    pub fn apply_now(&self, objects: &str) -> Result<Output> {
-        let mut command = std::process::Command::new(self.teller.session.places.current_kubectl()?);
-        command.arg("--kubeconfig").arg(self.teller.session.kubeconfig());
-        command.env("HOME", &self.teller.session.record.run_dir);
-        feed(command.args(["apply", "-f", "-"]), objects)
-    }
-
-    /// Applies objects with `kubectl` 1.20, which validates them itself.
-    pub fn apply_old(&self, objects: &str) -> Result<Output> {
-        feed(&mut self.teller.session.kubectl(&["apply", "-f", "-"])?, objects)
-    }
-
-    /// Applies objects that the API server accepts.
-    pub fn apply(&self, objects: &str) -> Result<()> {
-        let output = self.apply_now(objects)?;
-        ensure!(output.status.success(), "{}", said(&output));
-        Ok(())
-    }
-
-    /// Deletes objects by kind and name in namespace `shop`.
-    pub fn delete(&self, kind: &str, name: &str) -> Result<()> {
-        self.kubectl(&["-n", "shop", "delete", kind, name]).map(drop)
-    }
-
     /// A request from a pod's application.
     pub fn request(&self, pod: &str, arguments: &[&str]) -> Result<Answer> {
         self.teller.request(pod, arguments)
@@ -136,20 +111,9 @@ impl Stage {
     }
 }
 
-/// Runs a command with this on its standard input.
-fn feed(command: &mut std::process::Command, input: &str) -> Result<Output> {
-    use std::io::Write as _;
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    child.stdin.take().context("standard input was piped")?.write_all(input.as_bytes())?;
-    Ok(child.wait_with_output()?)
-}
-
 /// Everything a command printed.
 pub fn said(output: &Output) -> String {
     let mut text = String::from_utf8_lossy(&output.stdout).into_owned();
     text.push_str(&String::from_utf8_lossy(&output.stderr));
     text
 }
-
-/// Configuration is judged within this time of being applied.
-pub const JUDGED: Duration = Duration::from_secs(2);
