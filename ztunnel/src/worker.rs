@@ -304,17 +304,26 @@ async fn connect(socket: socket2::Socket, to: SocketAddr) -> io::Result<TcpStrea
 ///
 /// # Errors
 /// Which of those it was, unless both sides were done.
-pub async fn copy<A, B>(tracked: &Tracked, pod: &LocalPod, bytes: &ByteCounts, down: A, up: B) -> Result<(), Ending>
+pub async fn copy<A, B>(
+    tracked: &Tracked,
+    pod: &LocalPod,
+    bytes: &ByteCounts,
+    mut down: A,
+    mut up: B,
+) -> Result<(), Ending>
 where
     A: mesh::net::ByteStream,
     B: mesh::net::ByteStream,
 {
-    // Whichever branch wins, the others lose nothing: the streams are dropped, which resets what is not finished.
-    tokio::select! {
-        done = copy_bidirectional(down, up, bytes) => { done?; Ok(()) }
-        () = tracked.denied() => Err(Ending::DeniedLater),
-        () = pod.drain.cut() => Err(Ending::Drained),
-    }
+    let cut = tokio::select! {
+        done = copy_bidirectional(&mut down, &mut up, bytes) => return done.map(drop).map_err(Ending::from),
+        () = tracked.denied() => Ending::DeniedLater,
+        () = pod.drain.cut() => Ending::Drained,
+    };
+    // Neither side may take what it got so far for all there was.
+    down.abort();
+    up.abort();
+    Err(cut)
 }
 
 /// Makes the coming close a reset: the other side learns at once, as from a port nobody listens on.

@@ -29,6 +29,32 @@ pub trait ByteStream: Unpin + Send {
 
     /// Ends our direction; the other stays open.
     fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>>;
+
+    /// Makes the coming drop a reset, so that the other side cannot take what it has for all there was.
+    fn abort(&mut self) {}
+}
+
+/// Lent to a copy that its owner may want to abort.
+impl<S: ByteStream> ByteStream for &mut S {
+    fn poll_chunk(&mut self, cx: &mut Context<'_>, size: usize, spare: &mut BytesMut) -> Poll<io::Result<Bytes>> {
+        (**self).poll_chunk(cx, size, spare)
+    }
+
+    fn poll_put(&mut self, cx: &mut Context<'_>, chunks: &mut Chunks) -> Poll<io::Result<usize>> {
+        (**self).poll_put(cx, chunks)
+    }
+
+    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        (**self).poll_flush(cx)
+    }
+
+    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        (**self).poll_end(cx)
+    }
+
+    fn abort(&mut self) {
+        (**self).abort();
+    }
 }
 
 /// Bytes on their way from one stream to another.
@@ -167,6 +193,11 @@ macro_rules! byte_stream_over_socket {
 
             fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
                 Pin::new(self).poll_shutdown(cx)
+            }
+
+            fn abort(&mut self) {
+                // Without it the close is an orderly one; there is nothing better to do then.
+                let _ = socket2::SockRef::from(&*self).set_linger(Some(std::time::Duration::ZERO));
             }
         }
     };

@@ -15,6 +15,9 @@ use crate::{
 /// When the process has no file descriptors left, asking again at once would only burn the CPU that frees some.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
 
+/// Tasks that watch the cut themselves get this long to record that they were drained; the others are aborted then.
+const CUT_GRACE: Duration = Duration::from_millis(200);
+
 /// Hands each connection to `handler`, whose futures run as tasks of this loop. On drain the listener is closed and the
 /// tasks may finish until the cut; dropping the future of this function cuts them at once.
 pub async fn accept_loop<H, F>(listener: TcpListener, drain: DrainWatcher, handler: H)
@@ -45,8 +48,12 @@ where
     }
     drop(listener);
     tokio::select! {
-        () = async { while tasks.join_next().await.is_some() {} } => {}
-        () = drain.cut() => tasks.shutdown().await,
+        () = async { while tasks.join_next().await.is_some() {} } => return,
+        () = drain.cut() => {}
+    }
+    let last_words = async { while tasks.join_next().await.is_some() {} };
+    if tokio::time::timeout(CUT_GRACE, last_words).await.is_err() {
+        tasks.shutdown().await;
     }
 }
 
@@ -57,4 +64,34 @@ async fn pause_after(error: &io::Error) {
     }
     tracing::warn!(%error, "accepting a connection");
     tokio::time::sleep(EXHAUSTED_PAUSE).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::drain;
+
+    #[tokio::test]
+    async fn a_task_that_is_cut_may_still_say_so() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (trigger, watcher) = drain::channel();
+        let (started, mut starts) = tokio::sync::mpsc::channel(1);
+        let (told, mut tellings) = tokio::sync::mpsc::channel(1);
+        let watch = watcher.clone();
+        let accepting = tokio::spawn(accept_loop(listener, watcher.clone(), move |_stream, _peer| {
+            let (watch, started, told) = (watch.clone(), started.clone(), told.clone());
+            async move {
+                let _guard = watch.guard();
+                started.send(()).await.unwrap();
+                watch.cut().await;
+                told.send(()).await.unwrap();
+            }
+        }));
+        let _client = TcpStream::connect(address).await.unwrap();
+        starts.recv().await.unwrap();
+        trigger.drain(Duration::from_millis(1)).await;
+        accepting.await.unwrap();
+        assert_eq!(tellings.try_recv(), Ok(()));
+    }
 }
