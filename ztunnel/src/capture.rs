@@ -22,18 +22,27 @@ pub fn open(bpffs_dir: &Path, cgroup_root: &Path, excluded: &[IpNet]) -> Result<
     Ok(Arc::new(capture))
 }
 
+/// How much of a pod's traffic is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reach {
+    /// What the pod sends, and HBONE to it, but not yet plaintext to it: peers that have not heard that the pod speaks
+    /// HBONE would be refused by a policy that demands it.
+    NotPlaintext,
+    Full,
+}
+
 /// The kernel's view of a pod.
 #[must_use]
-pub fn pod_capture(enrolment: &Enrolment) -> PodCapture {
+pub fn pod_capture(enrolment: &Enrolment, reach: Reach) -> PodCapture {
     PodCapture {
         addresses: enrolment.addresses.clone(),
         failure: match enrolment.failure {
             Failure::Closed => ebpf_loader::FailureMode::Closed,
             Failure::Open => ebpf_loader::FailureMode::Open,
         },
-        inbound: match enrolment.inbound {
-            Inbound::Capture => ebpf_loader::Inbound::Capture,
-            Inbound::Bypass => ebpf_loader::Inbound::Bypass,
+        inbound: match (enrolment.inbound, reach) {
+            (Inbound::Capture, Reach::Full) => ebpf_loader::Inbound::Capture,
+            (Inbound::Bypass, _) | (_, Reach::NotPlaintext) => ebpf_loader::Inbound::Bypass,
         },
         dns: ebpf_loader::Dns::Direct,
         excluded: enrolment.excluded.iter().filter_map(prefix).collect(),

@@ -22,7 +22,7 @@ use super::netns::Family;
 use super::pod::LocalPod;
 use super::tenure::Tenure;
 use super::{EnrolError, Registry, routing};
-use crate::capture::{Phase, Slot, pod_capture};
+use crate::capture::{Phase, Reach, Slot, pod_capture};
 use crate::worker::{Role, Shared, Workers};
 
 /// First pause before a pod's namespace is looked for again; doubles up to [`LONGEST_RETRY`].
@@ -46,9 +46,9 @@ struct Entry {
 }
 
 impl Entry {
-    /// Enrolled for HBONE alone: the control plane has not told the mesh yet.
+    /// Enrolled, but the control plane has not told the mesh yet.
     fn is_partly_captured(&self) -> bool {
-        matches!(&self.state, State::Up(up) if up.phase == Phase::HboneOnly)
+        matches!(&self.state, State::Up(up) if up.reach == Reach::NotPlaintext)
     }
 }
 
@@ -61,7 +61,7 @@ enum State {
 struct Up {
     pod: Arc<LocalPod>,
     process: Process,
-    phase: Phase,
+    reach: Reach,
 }
 
 /// What the manager needs from the rest.
@@ -202,7 +202,7 @@ impl Manager {
             let state = match self.enrol(&enrolment, found.remove(&uid).unwrap_or_default()).await {
                 Ok(up) => {
                     let (pod, namespace) = (&enrolment.name, &enrolment.namespace);
-                    tracing::info!(%pod, %namespace, pid = up.process.pid, phase = ?up.phase, "enrolled");
+                    tracing::info!(%pod, %namespace, pid = up.process.pid, reach = ?up.reach, "enrolled");
                     State::Up(up)
                 }
                 Err(error) => {
@@ -244,14 +244,14 @@ impl Manager {
             old.superseded.store(true, Ordering::SeqCst);
         }
         let pod = Arc::new(LocalPod::new(wanted, netns, cookie, own_addresses));
-        let phase = self.phase_of(&pod);
+        let reach = self.reach_of(&pod);
         let enrolled = async {
             self.deps.capture.attach_netns(pod.netns.file())?;
             for (slot, listener) in &leaders {
                 self.deps.capture.set_listener(cookie, *slot, listener.as_fd())?;
             }
             routing::ensure(&pod.netns, &config.proc_root, &wanted.addresses).await?;
-            Ok(self.deps.capture.enrol(cookie, &pod_capture(wanted), phase)?)
+            Ok(self.deps.capture.enrol(cookie, &pod_capture(wanted, reach), Phase::Captured)?)
         };
         // Workers first: a connection must not wait at a listener from which nobody accepts.
         self.deps.workers.assign(&pod, shares).await;
@@ -263,15 +263,16 @@ impl Manager {
         if let Ok(identity) = self.identity_of(&pod) {
             self.deps.shared.certs.prefetch(identity);
         }
-        Ok(Up { pod, process, phase })
+        Ok(Up { pod, process, reach })
     }
 
-    /// Everything is captured once the control plane tells the mesh that this workload speaks HBONE; before that,
-    /// peers would not know how to reach it under a policy that demands it.
-    fn phase_of(&self, pod: &LocalPod) -> Phase {
+    /// Plaintext to the pod is captured once the control plane tells the mesh that this workload speaks HBONE; before
+    /// that, peers would not know how to reach it under a policy that demands it. What the pod sends is captured from
+    /// the first moment: nobody has to hear of that.
+    fn reach_of(&self, pod: &LocalPod) -> Reach {
         let world = self.deps.shared.store.snapshot();
         let speaks = world.workload(&pod.workload_uid).is_some_and(|w| w.protocol == TunnelProtocol::Hbone);
-        if speaks || self.inherited.contains(&pod.cookie) { Phase::Captured } else { Phase::HboneOnly }
+        if speaks || self.inherited.contains(&pod.cookie) { Reach::Full } else { Reach::NotPlaintext }
     }
 
     fn promote(&mut self) {
@@ -279,17 +280,17 @@ impl Manager {
             .entries
             .iter()
             .filter_map(|(uid, entry)| match &entry.state {
-                State::Up(up) if up.phase == Phase::HboneOnly => {
-                    (self.phase_of(&up.pod) == Phase::Captured).then(|| uid.clone())
+                State::Up(up) if up.reach == Reach::NotPlaintext => {
+                    (self.reach_of(&up.pod) == Reach::Full).then(|| uid.clone())
                 }
                 State::Up(_) | State::Waiting(_) => None,
             })
             .collect();
         for uid in ready {
             let Some(Entry { wanted, state: State::Up(up) }) = self.entries.get_mut(&uid) else { continue };
-            match self.deps.capture.enrol(up.pod.cookie, &pod_capture(wanted), Phase::Captured) {
+            match self.deps.capture.enrol(up.pod.cookie, &pod_capture(wanted, Reach::Full), Phase::Captured) {
                 Ok(()) => {
-                    up.phase = Phase::Captured;
+                    up.reach = Reach::Full;
                     tracing::info!(pod = %wanted.name, namespace = %wanted.namespace, "captured");
                 }
                 Err(error) => {
@@ -460,7 +461,7 @@ async fn update(deps: &Deps, up: &Up, wanted: &Enrolment) -> Result<(), EnrolErr
     }
     up.pod.set_addresses(wanted.addresses.clone());
     routing::ensure(&up.pod.netns, &deps.shared.config.proc_root, &wanted.addresses).await?;
-    Ok(deps.capture.enrol(up.pod.cookie, &pod_capture(wanted), up.phase)?)
+    Ok(deps.capture.enrol(up.pod.cookie, &pod_capture(wanted, up.reach), Phase::Captured)?)
 }
 
 /// The one namespace that is the pod's: the only one, or the only one that holds an address of it.
