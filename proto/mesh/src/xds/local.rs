@@ -417,6 +417,12 @@ struct LocalEnrolment {
     bypass_inbound: bool,
     #[serde(default)]
     excluded_destinations: Vec<IpNet>,
+    #[serde(default = "captured")]
+    dns_capture: bool,
+}
+
+const fn captured() -> bool {
+    true
 }
 
 fn default_service_account() -> String {
@@ -455,6 +461,7 @@ impl From<LocalEnrolment> for PodEnrolment {
                 failure_mode: failure_mode as i32,
                 bypass_inbound: e.bypass_inbound,
                 excluded_destinations: e.excluded_destinations.into_iter().map(prefix).collect(),
+                dns: e.dns_capture,
             }),
         }
     }
