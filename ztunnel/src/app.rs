@@ -45,8 +45,9 @@ pub fn run(config: Config, log: LogHandle) -> anyhow::Result<()> {
     let metrics = telemetry::metrics_handle();
     telemetry::record_build("ztunnel", &config.version_tag);
     privileges::check()?;
-    let capture = capture::open(&config.bpffs_dir, &config.cgroup_root, &config.excluded_destinations)
-        .context("setting up capture")?;
+    let capture =
+        capture::open(&config.bpffs_dir, &config.cgroup_root, &config.excluded_destinations, config.dns_capture)
+            .context("setting up capture")?;
     let finder = Finder::new(&config.proc_root, &config.cgroup_root)
         .with_context(|| format!("reading {} and {}", config.proc_root.display(), config.cgroup_root.display()))?;
     let control = tokio::runtime::Builder::new_multi_thread()

@@ -24,6 +24,7 @@ pub struct Enrolment {
     pub addresses: Vec<IpAddr>,
     pub failure: Failure,
     pub inbound: Inbound,
+    pub dns: Dns,
     pub excluded: Vec<IpNet>,
 }
 
@@ -39,6 +40,13 @@ pub enum Failure {
 pub enum Inbound {
     Capture,
     Bypass,
+}
+
+/// Whether the pod's DNS is captured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dns {
+    Capture,
+    Direct,
 }
 
 /// Why a resource of the control plane is not usable.
@@ -89,6 +97,7 @@ impl TryFrom<wire::PodEnrolment> for Enrolment {
             addresses: pod.addresses.iter().map(|a| address(a)).collect::<Result<_, _>>()?,
             failure,
             inbound: if options.bypass_inbound { Inbound::Bypass } else { Inbound::Capture },
+            dns: if options.dns { Dns::Capture } else { Dns::Direct },
             excluded: options
                 .excluded_destinations
                 .iter()
