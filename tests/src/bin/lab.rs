@@ -54,7 +54,7 @@ enum Task {
         /// Leave the lab up afterwards.
         #[arg(long)]
         keep: bool,
-        /// Only the lines with these letters, in order.
+        /// Only the lines with these letters, such as a,b,c; most stand on what the ones before them left behind.
         #[arg(long, value_delimiter = ',')]
         only: Vec<char>,
     },
