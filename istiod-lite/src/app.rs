@@ -235,7 +235,12 @@ async fn annotate(client: &Client, change: &Annotate) -> bool {
     let params = PatchParams { field_manager: Some(status::FIELD_MANAGER.into()), ..PatchParams::default() };
     match pods.patch_status(&change.name, &params, &Patch::Merge(&body)).await {
         Ok(_) => {
-            tracing::info!(pod = change.name, namespace = change.namespace, value = change.value, "redirection");
+            tracing::info!(
+                pod = change.name,
+                namespace = change.namespace,
+                value = change.value.unwrap_or("none"),
+                "redirection"
+            );
             true
         }
         // Gone, or another pod of that name.

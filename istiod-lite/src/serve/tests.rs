@@ -424,6 +424,13 @@ async fn reports_count_for_the_callers_node_only() {
 }
 
 #[tokio::test]
+async fn the_longest_token_is_read() {
+    let world = World::ready().await;
+    let refused = world.report(&"x".repeat(crate::auth::MAX_TOKEN), &[]).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unauthenticated, "by the review, not by HTTP/2: {refused:?}");
+}
+
+#[tokio::test]
 async fn a_node_is_gone_when_its_last_stream_is() {
     let world = World::ready().await;
     let old = world.discover("istio-system/zt-a").await.unwrap();
