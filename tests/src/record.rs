@@ -188,6 +188,12 @@ fn load(path: &Path) -> Result<Record> {
     Ok(serde_json::from_slice(&fs::read(path)?)?)
 }
 
+/// Takes down the lab of that name if the calling process answers for it, however little of it has been made.
+pub fn take_down_own(id: &str) -> Result<()> {
+    let own = std::process::id();
+    find(id).filter(|record| record.owner.pid == own).map_or(Ok(()), |record| record.take_down())
+}
+
 /// Takes down every lab whose owner is gone and says which.
 pub fn reap_dead() -> Result<Vec<String>> {
     let _lock = lock()?;
