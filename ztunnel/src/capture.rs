@@ -62,3 +62,28 @@ pub fn pod_capture(enrolment: &Enrolment, reach: Reach, dns: bool) -> PodCapture
 fn prefix(net: &IpNet) -> Option<Prefix> {
     Prefix::new(net.network(), net.prefix_len())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dns_is_captured_only_where_it_may_fail_closed() {
+        let pod = |dns, failure| Enrolment {
+            uid: "u".into(),
+            name: "p".into(),
+            namespace: "n".into(),
+            service_account: "s".into(),
+            workload_uid: "w".into(),
+            addresses: Vec::new(),
+            failure,
+            inbound: Inbound::Capture,
+            dns,
+            excluded: Vec::new(),
+        };
+        assert!(captures_dns(&pod(Dns::Capture, Failure::Closed), true));
+        assert!(!captures_dns(&pod(Dns::Capture, Failure::Closed), false));
+        assert!(!captures_dns(&pod(Dns::Direct, Failure::Closed), true));
+        assert!(!captures_dns(&pod(Dns::Capture, Failure::Open), true));
+    }
+}

@@ -209,8 +209,8 @@ enrolments:"#
         fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
     }
 
-    /// The value of a metric of which the line has all of `parts`, or 0.
-    fn metric(&self, parts: &[&str]) -> f64 {
+    /// The value of a metric of which the line has all of `parts`.
+    fn metric(&self, parts: &[&str]) -> Option<f64> {
         let text = inside(&self.netns("node"), || {
             let mut stream = TcpStream::connect(("127.0.0.1", 15020)).expect("the metrics port");
             stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").expect("asked");
@@ -219,7 +219,7 @@ enrolments:"#
             answer
         });
         let line = text.lines().find(|l| parts.iter().all(|p| l.contains(p)));
-        line.and_then(|l| l.rsplit(' ').next()?.parse().ok()).unwrap_or(0.0)
+        line.and_then(|l| l.rsplit(' ').next()?.parse().ok())
     }
 
     /// Asks `server` from the application of `pod`. The socket is a connected one: it takes an answer from that address
@@ -454,13 +454,13 @@ fn pods_resolve_the_mesh_and_everything_else() {
     assert!(run(&format!("ip -n {}-client rule", lab.name)).contains("dport 53"));
 
     let of = |name: &'static str, more: &'static str| [name, "the-client", more];
-    assert!(lab.metric(&of("istio_dns_requests_total{", "request_query_type=\"AAAA\"")) >= 2.0);
-    assert!(lab.metric(&of("istio_dns_requests_total{", "request_protocol=\"tcp\"")) >= 1.0);
-    assert!(lab.metric(&of("istio_dns_upstream_requests_total{", "request_query_type=\"TXT\"")) >= 1.0);
-    assert!(lab.metric(&of("istio_dns_upstream_failures_total{", "request_query_type=\"A\"")) >= 1.0);
-    assert!(lab.metric(&of("istio_dns_upstream_request_duration_seconds_bucket{", "le=\"0.0005\"")) >= 0.0);
-    assert!(lab.metric(&of("istio_dns_upstream_request_duration_seconds_bucket{", "le=\"5\"")) >= 1.0);
-    assert_eq!(lab.metric(&["istio_dns_requests_total{", "the-own"]), 0.0);
+    assert!(lab.metric(&of("istio_dns_requests_total{", "request_query_type=\"AAAA\"")) >= Some(2.0));
+    assert!(lab.metric(&of("istio_dns_requests_total{", "request_protocol=\"tcp\"")) >= Some(1.0));
+    assert!(lab.metric(&of("istio_dns_upstream_requests_total{", "request_query_type=\"TXT\"")) >= Some(1.0));
+    assert!(lab.metric(&of("istio_dns_upstream_failures_total{", "request_query_type=\"A\"")) >= Some(1.0));
+    assert!(lab.metric(&of("istio_dns_upstream_request_duration_seconds_bucket{", "le=\"0.0005\"")) >= Some(0.0));
+    assert!(lab.metric(&of("istio_dns_upstream_request_duration_seconds_bucket{", "le=\"5\"")) >= Some(1.0));
+    assert_eq!(lab.metric(&["istio_dns_requests_total{", "the-own"]), None);
     assert!(lab.log().contains("api.shop.") && lab.log().contains("known.test."), "target dns at debug");
 
     // A pod may change its mind while it runs.

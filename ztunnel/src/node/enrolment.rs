@@ -179,7 +179,10 @@ mod tests {
         let pod = Enrolment::try_from(wire_pod()).unwrap();
         assert_eq!(pod.addresses, vec!["10.0.0.1".parse::<IpAddr>().unwrap()]);
         assert_eq!(pod.excluded, vec!["10.9.0.0/16".parse::<IpNet>().unwrap()]);
-        assert_eq!((pod.failure, pod.inbound), (Failure::Closed, Inbound::Capture));
+        assert_eq!((pod.failure, pod.inbound, pod.dns), (Failure::Closed, Inbound::Capture, Dns::Direct));
+        let mut dns = wire_pod();
+        dns.capture.as_mut().unwrap().dns = true;
+        assert_eq!(Enrolment::try_from(dns).unwrap().dns, Dns::Capture);
     }
 
     #[test]
