@@ -160,7 +160,7 @@ impl Record {
 /// Serialises creation and reaping between processes; released on drop.
 fn lock() -> Result<Flock<fs::File>> {
     fs::create_dir_all(RECORDS).context("cannot make /run/mesh-lab: run as root")?;
-    let file = fs::File::create(Path::new(RECORDS).join("lock"))?;
+    let file = fs::File::create(Path::new(RECORDS).join("lock")).context("cannot lock /run/mesh-lab: run as root")?;
     Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| e.into())
 }
 

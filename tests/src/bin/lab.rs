@@ -21,6 +21,7 @@ const PODS_TALK: [&str; 2] = ["-A", "tcp and not port 6443 and not port 15012"];
 
 /// A mesh in a box.
 #[derive(Parser)]
+#[command(bin_name = "cargo xtask lab")]
 struct Arguments {
     /// Name of the lab: several may stand side by side.
     #[arg(long, default_value = DEFAULT)]
