@@ -90,7 +90,8 @@ fn every_section_is_read() {
     assert_eq!(pod.addresses, [Bytes::from_static(&[127, 0, 0, 1])]);
     let capture = pod.capture.as_ref().unwrap();
     assert_eq!((capture.failure_mode(), capture.dns), (FailureMode::Closed, true));
-    let own_dns = FILE.replace("  workloadUid: cluster1//v1/Pod/default/local\n", "  workloadUid: u\n  dnsCapture: false\n");
+    let own_dns =
+        FILE.replace("  workloadUid: cluster1//v1/Pod/default/local\n", "  workloadUid: u\n  dnsCapture: false\n");
     assert!(!parse(&own_dns).unwrap().enrolments[0].capture.as_ref().unwrap().dns);
 }
 
