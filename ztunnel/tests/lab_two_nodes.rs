@@ -508,22 +508,30 @@ fn a_pod_that_joins_and_leaves_many_times_costs_nothing_in_the_end() {
     lab.start_ztunnel_with('a', 15000, 1);
     let ztunnel = lab.ztunnels[0].1.id();
     let descriptors = || fs::read_dir(format!("/proc/{ztunnel}/fd")).expect("it runs").count();
-    let pins = || run(&format!("find {} -type f | wc -l", lab.pins.display()));
-    let settled = || {
+    let pins = |lab: &Lab| run(&format!("find {} -type f | wc -l", lab.pins.display()));
+    let settled = |lab: &Lab| {
         let dump = lab.http('a', 15000, "/config_dump");
         dump.contains("\"Up\"") && !dump.contains("\"Draining\"") && !dump.contains("-a1\"")
     };
-    let before = (descriptors(), pins());
+    let before = (descriptors(), pins(&lab));
     for n in 1..=CYCLES {
         lab.configure('a', "");
         eventually("a1 is enrolled", || lab.log('a').matches("\tenrolled").count() == n + 1);
         lab.configure_without('a', "", "a1");
         eventually("a1 leaves", || lab.log('a').matches("\tleaving").count() == n);
     }
-    eventually("every leaving pod has left", settled);
-    eventually("descriptors and pins are as they were", || (descriptors(), pins()) == before);
+    eventually("every leaving pod has left", || settled(&lab));
+    eventually("descriptors and pins are as they were", || (descriptors(), pins(&lab)) == before);
     let rules = run(&format!("ip -n {0}-a1 rule; ip -n {0}-a1 -6 rule", lab.name));
     assert!(!rules.contains("15000"), "{rules}");
+
+    // Deleted: its process is gone before the control plane says so.
     lab.configure('a', "");
     eventually("a1 can join again", || lab.log('a').matches("\tenrolled").count() == CYCLES + 2);
+    lab.children[0].kill().expect("a1's process is killed");
+    lab.children[0].wait().expect("and reaped");
+    lab.configure_without('a', "", "a1");
+    eventually("a1 leaves for good", || lab.log('a').matches("\tleaving").count() == CYCLES + 1);
+    eventually("nothing is held of a deleted pod", || settled(&lab) && (descriptors(), pins(&lab)) == before);
+    assert!(!lab.log('a').contains("panicked"), "{}", lab.log('a'));
 }
