@@ -45,6 +45,7 @@ pub fn run(config: Config, log: LogHandle) -> anyhow::Result<()> {
     let metrics = telemetry::metrics_handle();
     telemetry::record_build("ztunnel", &config.version_tag);
     privileges::check()?;
+    privileges::lift_file_limit();
     let capture = capture::open(&config.bpffs_dir, &config.cgroup_root, &config.excluded_destinations)
         .context("setting up capture")?;
     let finder = Finder::new(&config.proc_root, &config.cgroup_root)

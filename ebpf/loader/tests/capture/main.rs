@@ -8,5 +8,6 @@ mod dns;
 mod inbound;
 mod lifecycle;
 mod outbound;
+mod scale;
 mod setup;
 mod support;
