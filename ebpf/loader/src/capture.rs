@@ -159,6 +159,15 @@ impl Capture {
         self.maps().set_global_exclusions(prefixes)
     }
 
+    /// Says in which netns the kubelet lives. Its connections to the probe ports of pods get a source address of their
+    /// own, [`crate::abi::PROBE_SOURCE4`] or [`crate::abi::PROBE_SOURCE6`], which pods let in at those ports; the netns
+    /// must have both addresses.
+    pub fn set_host(&self, netns: BorrowedFd<'_>) -> Result<NetnsCookie, LoadError> {
+        let cookie = cookie_of(netns)?;
+        self.maps().set_host(cookie)?;
+        Ok(cookie)
+    }
+
     /// Attaches the hook that marks the UDP sockets of pods with [`crate::Dns::Capture`]. It stays, also for successors.
     pub fn capture_dns(&self) -> Result<(), LoadError> {
         let mut object = load_object(&self.pins)?;

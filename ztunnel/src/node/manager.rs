@@ -19,6 +19,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 use super::enrolment::{Desired, Enrolment};
 use super::find::{Finder, Found, Process};
+use super::host::Host;
 use super::netns::Family;
 use super::pod::LocalPod;
 use super::tenure::Tenure;
@@ -71,6 +72,7 @@ struct Up {
 pub struct Deps {
     pub shared: Shared,
     pub capture: Arc<Capture>,
+    pub host: Host,
     pub finder: Finder,
     pub workers: Arc<Workers>,
     pub registry: Arc<Registry>,
@@ -125,6 +127,7 @@ impl Manager {
         loop {
             let desired = self.deps.desired.borrow_and_update().clone();
             self.take(desired.pods).await;
+            self.prepare_host(desired.complete).await;
             self.enrol_waiting().await;
             self.promote();
             self.collect(desired.complete);
@@ -183,6 +186,16 @@ impl Manager {
                 let (pod, namespace) = (&entry.wanted.name, &entry.wanted.namespace);
                 tracing::warn!(%pod, %namespace, %error, "updating a pod's capture");
             }
+        }
+    }
+
+    /// The node has the addresses that probes come from while it has pods that are probed. Before the first complete
+    /// list nothing is taken away: a predecessor's pods may still be wanted.
+    async fn prepare_host(&mut self, complete: bool) {
+        if self.entries.values().any(|entry| !entry.wanted.probe_ports.is_empty()) {
+            self.deps.host.add_addresses(self.deps.shared.config.ipv6).await;
+        } else if complete && self.leaving.is_empty() {
+            self.deps.host.remove_addresses().await;
         }
     }
 
@@ -322,6 +335,7 @@ impl Manager {
 
     /// Repairs what was changed behind our back, and follows a pod whose namespace was made anew.
     async fn look_after(&mut self) {
+        self.deps.host.doubt();
         let attached: BTreeSet<NetnsCookie> = match self.deps.capture.attached() {
             Ok(attached) => attached.into_iter().collect(),
             Err(error) => return tracing::warn!(%error, "reading the capture state"),

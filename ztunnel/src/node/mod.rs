@@ -7,6 +7,7 @@
 
 pub mod enrolment;
 pub mod find;
+pub mod host;
 pub mod manager;
 pub mod netns;
 pub mod pod;
