@@ -22,7 +22,7 @@ use tokio::time::Instant;
 use crate::auth::TokenReviewer;
 use crate::ca::Authority;
 use crate::config::Config;
-use crate::enrol::{self, Annotate, LEAVE_DEADLINE, Leaving, REDIRECTION, Reports};
+use crate::enrol::{self, Annotate, LEAVE_DEADLINE, Leaving, REDIRECTION, Reports, Written};
 use crate::resources::{Acks, ResourceStore};
 use crate::translate::translate;
 use crate::translate::verdict::Verdict;
@@ -110,14 +110,14 @@ async fn translate_changes(
     passes: watch::Sender<Option<Arc<Pass>>>,
 ) {
     let mut leaving = Leaving::default();
-    let (left, mut all_left) = mpsc::unbounded_channel::<Vec<String>>();
+    let (left, mut all_left) = mpsc::unbounded_channel::<(u64, Vec<String>)>();
     // Owned here: ends with this task.
     let mut farewells = JoinSet::new();
     loop {
         watch.changed().await;
         settle(&watch).await;
-        while let Ok(uids) = all_left.try_recv() {
-            leaving.acknowledged(&uids);
+        while let Ok((generation, uids)) = all_left.try_recv() {
+            leaving.acknowledged(generation, &uids);
         }
         while farewells.try_join_next().is_some() {}
         let missing = watch.missing();
@@ -143,7 +143,7 @@ async fn translate_changes(
                 if !acks.wait_acked(ADDRESS_TYPE, generation, LEAVE_DEADLINE).await {
                     tracing::warn!(pods = uids.len(), "pods leave although some proxies did not acknowledge it");
                 }
-                if left.send(uids).is_ok() {
+                if left.send((generation, uids)).is_ok() {
                     watch.touch();
                 }
             });
@@ -204,13 +204,20 @@ async fn apply_objects(client: Client, config: Config, authority: Arc<Authority>
 
 /// Annotations follow both the world and the nodes' reports.
 async fn write_annotations(client: Client, reports: Arc<Reports>, mut passes: Passes) {
+    let mut written = Written::default();
     loop {
         let pass = passes.borrow_and_update().clone();
         let mut done = true;
         if let Some(pass) = pass {
-            let changes = enrol::annotations(&pass.world, &reports);
-            let outcomes = stream::iter(changes).map(|change| annotate(&client, change));
-            done = outcomes.buffer_unordered(CONCURRENT_ANNOTATIONS).all(std::future::ready).await;
+            let changes = written.remaining(enrol::annotations(&pass.world, &reports));
+            let outcomes = stream::iter(changes).map(|change| async { (annotate(&client, &change).await, change) });
+            let mut outcomes = std::pin::pin!(outcomes.buffer_unordered(CONCURRENT_ANNOTATIONS));
+            while let Some((outcome, change)) = outcomes.next().await {
+                match outcome {
+                    true => written.add(change),
+                    false => done = false,
+                }
+            }
         }
         // Nothing is lost by cancelling a branch: each is a wake-up, and the state is read again above.
         tokio::select! {
@@ -222,13 +229,18 @@ async fn write_annotations(client: Client, reports: Arc<Reports>, mut passes: Pa
 }
 
 /// By the status subresource, so that no right to change pods is needed. The UID makes sure that it is the same pod.
-async fn annotate(client: &Client, change: Annotate) -> bool {
+async fn annotate(client: &Client, change: &Annotate) -> bool {
     let pods: Api<Pod> = Api::namespaced(client.clone(), &change.namespace);
     let body = json!({"metadata": {"uid": change.uid, "annotations": {REDIRECTION: change.value}}});
     let params = PatchParams { field_manager: Some(status::FIELD_MANAGER.into()), ..PatchParams::default() };
     match pods.patch_status(&change.name, &params, &Patch::Merge(&body)).await {
         Ok(_) => {
-            tracing::info!(pod = change.name, namespace = change.namespace, value = change.value, "redirection");
+            tracing::info!(
+                pod = change.name,
+                namespace = change.namespace,
+                value = change.value.unwrap_or("none"),
+                "redirection"
+            );
             true
         }
         // Gone, or another pod of that name.

@@ -11,7 +11,7 @@
 //! ```
 //! The state is in the API and in the nodes' reports; a restarted control plane goes on from there.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -60,12 +60,33 @@ pub fn may_be_captured(world: &World, pod: &Pod) -> bool {
 }
 
 /// A change to make to a pod's annotation; `None` removes it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Annotate {
     pub namespace: String,
     pub name: String,
     pub uid: String,
+    /// The version of the pod this was decided on.
+    pub version: String,
     pub value: Option<&'static str>,
+}
+
+/// What was written and has not come back by the watch yet, so that it is not written again meanwhile.
+#[derive(Debug, Default)]
+pub struct Written(Vec<Annotate>);
+
+impl Written {
+    /// Those of `changes`, all that differs now, that are still to be written.
+    pub fn remaining(&mut self, changes: Vec<Annotate>) -> Vec<Annotate> {
+        let known: HashSet<Annotate> = std::mem::take(&mut self.0).into_iter().collect();
+        let (written, remaining) = changes.into_iter().partition(|change| known.contains(change));
+        self.0 = written;
+        remaining
+    }
+
+    /// The API has taken `change`.
+    pub fn add(&mut self, change: Annotate) {
+        self.0.push(change);
+    }
 }
 
 /// By pod UID: the state, and why.
@@ -133,6 +154,7 @@ fn annotate(world: &World, pod: &Pod, reports: &Reports) -> Option<Annotate> {
         namespace: pod.metadata.namespace.clone().unwrap_or_default(),
         name: pod.metadata.name.clone().unwrap_or_default(),
         uid: uid.to_owned(),
+        version: pod.metadata.resource_version.clone().unwrap_or_default(),
         value: wanted,
     })
 }
@@ -177,10 +199,12 @@ impl Leaving {
             .collect()
     }
 
-    /// Peers know, or the deadline passed.
-    pub fn acknowledged(&mut self, uids: &[String]) {
+    /// Peers know of `generation`, or the deadline passed. A pod that came back and left again since waits for its own.
+    pub fn acknowledged(&mut self, generation: u64, uids: &[String]) {
         for uid in uids {
-            self.waiting.remove(uid);
+            if self.waiting.get(uid) == Some(&Some(generation)) {
+                self.waiting.remove(uid);
+            }
         }
     }
 }
@@ -253,7 +277,7 @@ mod tests {
         assert_eq!(leaving.published(7), ["u1"]);
         assert!(leaving.published(8).is_empty(), "awaited once");
         assert!(leaving.observe(&gone).contains("u1"), "still held");
-        leaving.acknowledged(&["u1".into()]);
+        leaving.acknowledged(7, &["u1".into()]);
         assert!(leaving.observe(&gone).is_empty());
     }
 
@@ -263,7 +287,39 @@ mod tests {
         leaving.observe(&world(Some("ambient"), json!({REDIRECTION: "enabled"})));
         assert!(leaving.observe(&world(None, json!({}))).contains("u1"));
         leaving.observe(&world(Some("ambient"), json!({REDIRECTION: "enabled"})));
-        leaving.acknowledged(&["u1".into()]);
+        leaving.acknowledged(7, &["u1".into()]);
         assert!(leaving.observe(&world(Some("ambient"), json!({REDIRECTION: "enabled"}))).is_empty());
+    }
+
+    #[test]
+    fn a_second_leave_does_not_end_with_the_first_ones_acknowledgement() {
+        let (inside, gone) = (world(Some("ambient"), json!({REDIRECTION: "enabled"})), world(None, json!({})));
+        let mut leaving = Leaving::default();
+        leaving.observe(&inside);
+        leaving.observe(&gone);
+        assert_eq!(leaving.published(7), ["u1"]);
+        leaving.observe(&inside);
+        leaving.observe(&gone);
+        assert_eq!(leaving.published(9), ["u1"]);
+        leaving.acknowledged(7, &["u1".into()]);
+        assert!(leaving.observe(&gone).contains("u1"), "peers may still believe that it speaks HBONE");
+        leaving.acknowledged(9, &["u1".into()]);
+        assert!(leaving.observe(&gone).is_empty());
+    }
+
+    #[test]
+    fn an_annotation_is_written_once_however_late_the_watch_is() {
+        let (world, reports) = (world(Some("ambient"), json!({})), Reports::default());
+        reports.report("n1", vec![state(State::Enrolled)]);
+        let mut written = Written::default();
+        let first = written.remaining(annotations(&world, &reports));
+        assert_eq!(first.len(), 1);
+        written.add(first[0].clone());
+        assert_eq!(written.remaining(annotations(&world, &reports)), [], "the watch has not brought it yet");
+        reports.report("n1", vec![state(State::Failed)]);
+        let second = written.remaining(annotations(&world, &reports));
+        assert_eq!(second.iter().map(|change| change.value).collect::<Vec<_>>(), [Some("pending")]);
+        reports.report("n1", vec![state(State::Enrolled)]);
+        assert_eq!(written.remaining(annotations(&world, &reports)), first, "said otherwise since");
     }
 }

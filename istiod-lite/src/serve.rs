@@ -41,6 +41,8 @@ const MAX_REPORT: usize = 1024 * 1024;
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Handshakes at a time; connections beyond are closed, and proxies come back by themselves.
 const MAX_HANDSHAKES: usize = 512;
+/// The longest token and what else comes with it.
+const MAX_HEADERS: u32 = crate::auth::MAX_TOKEN as u32 + 16 * 1024;
 /// Streams of one connection. A proxy needs three.
 const MAX_STREAMS: u32 = 128;
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
@@ -153,6 +155,7 @@ pub async fn run(deps: Deps, listeners: Listeners, drain: DrainWatcher) -> anyho
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .max_concurrent_streams(MAX_STREAMS)
+        .http2_max_header_list_size(MAX_HEADERS)
         .add_service(AggregatedDiscoveryServiceServer::new(discovery).max_decoding_message_size(MAX_REQUEST))
         .add_service(IstioCertificateServiceServer::new(certificates).max_decoding_message_size(MAX_CSR))
         .add_service(EnrolmentServiceServer::new(reports).max_decoding_message_size(MAX_REPORT))

@@ -38,6 +38,12 @@ impl Session {
         for reaped in record::reap_dead()? {
             eprintln!("cleaned up after lab {reaped}, which was killed");
         }
+        if let Some(other) = record::find(id).filter(|other| !other.ending) {
+            bail!(
+                "lab {id} is up already (process {}): play with it, or take it down with `cargo xtask lab down`",
+                other.owner.pid
+            );
+        }
         let log = record::log_file(id);
         let output = fs::File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
         let mut child = Command::new(places.binaries.join("lab"))
@@ -54,7 +60,9 @@ impl Session {
                 let said = fs::read_to_string(&log).unwrap_or_default();
                 return Ok(Err(anyhow!("the lab did not come up ({status}):\n{said}")));
             }
-            let record = record::find(id).context("no record yet")?;
+            // Another's of the same name may still be there, ending or just begun.
+            let own = |record: &Record| record.owner.pid == child.id();
+            let record = record::find(id).filter(own).context("no record yet")?;
             if !ready_file(&record).exists() {
                 bail!("the API server is starting");
             }

@@ -5,15 +5,15 @@
 //! `llc`: for BPF targets rustc's objects are LLVM bitcode that is already linked and optimised.
 
 use std::{
-    env,
-    ffi::OsStr,
-    fmt, fs,
+    env, fmt, fs,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::SystemTime,
 };
 
 use anyhow::{Context, Result, bail, ensure};
+
+use crate::step::Steps;
 
 const TARGET: &str = "bpfel-unknown-none";
 const OBJECT: &str = "ebpf-programs.o";
@@ -116,13 +116,17 @@ pub fn ensure_toolchain() -> Result<()> {
         "no toolchain for BPF; as root: apt-get install --no-install-recommends {}",
         DEBIAN_PACKAGES.join(" ")
     );
-    apt(&["update"])?;
-    apt(&[&["install", "--yes", "--no-install-recommends"], DEBIAN_PACKAGES.as_slice()].concat())?;
+    apt("reading package lists", &["update"])?;
+    let install = ["install", "--yes", "--no-install-recommends"];
+    apt("installing a compiler for BPF", &[install.as_slice(), DEBIAN_PACKAGES.as_slice()].concat())?;
     find_toolchain().map(drop)
 }
 
-fn apt(arguments: &[&str]) -> Result<()> {
-    run(Command::new("apt-get").args(arguments).env("DEBIAN_FRONTEND", "noninteractive"))
+fn apt(what: &str, arguments: &[&str]) -> Result<()> {
+    // Somebody else may be installing just now.
+    let mut command = Command::new("apt-get");
+    command.args(["-o", "DPkg::Lock::Timeout=300"]).args(arguments).env("DEBIAN_FRONTEND", "noninteractive");
+    Steps::new().run(what, &mut command)
 }
 
 fn find_toolchain() -> Result<Toolchain> {
@@ -226,7 +230,7 @@ fn compile(root: &Path, toolchain: &Toolchain, object: &Path) -> Result<()> {
         command.env_remove("LD_LIBRARY_PATH");
     }
     command.args(["--release", "--locked", "--target", TARGET]).current_dir(&programs);
-    run(&mut command)?;
+    Steps::new().run("building the kernel programs", &mut command)?;
 
     let release = programs.join("target").join(TARGET).join("release");
     let directory = object.parent().context("the object has a directory")?;
@@ -237,11 +241,12 @@ fn compile(root: &Path, toolchain: &Toolchain, object: &Path) -> Result<()> {
         Linker::BpfLinker(_) => {
             fs::copy(release.join("ebpf-programs"), &fresh).context("copying the linked programs")?;
         }
-        Linker::Llc(llc) => run(Command::new(llc)
-            .args(["-march=bpfel", &format!("-mcpu={CPU}"), "-filetype=obj"])
-            .arg(newest_bitcode(&release.join("deps"))?)
-            .arg("-o")
-            .arg(&fresh))?,
+        Linker::Llc(llc) => {
+            let mut command = Command::new(llc);
+            command.args(["-march=bpfel", &format!("-mcpu={CPU}"), "-filetype=obj"]);
+            command.arg(newest_bitcode(&release.join("deps"))?).arg("-o").arg(&fresh);
+            Steps::new().run("translating the kernel programs", &mut command)?;
+        }
     }
     fs::rename(&fresh, object).with_context(|| format!("writing {}", object.display()))
 }
@@ -294,14 +299,4 @@ fn clean(command: &mut Command) {
 
 fn on_path(program: &str) -> Option<PathBuf> {
     env::split_paths(&env::var_os("PATH")?).map(|directory| directory.join(program)).find(|path| path.is_file())
-}
-
-fn run(command: &mut Command) -> Result<()> {
-    let name = command.get_program().to_string_lossy().into_owned();
-    let output = command.stdin(Stdio::null()).output().with_context(|| format!("starting {name}"))?;
-    if !output.status.success() {
-        let arguments: Vec<_> = command.get_args().map(OsStr::to_string_lossy).collect();
-        bail!("{name} {}: {}\n{}", arguments.join(" "), output.status, String::from_utf8_lossy(&output.stderr));
-    }
-    Ok(())
 }

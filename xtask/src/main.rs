@@ -14,7 +14,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::{CommandFactory, Parser, Subcommand};
 
 use step::Steps;
@@ -149,19 +149,28 @@ fn build(workspace: &Workspace, release: bool) -> Result<()> {
 
 /// Sets up, builds, and becomes the `lab` binary.
 fn lab(workspace: &Workspace, task: &str, options: &[String]) -> Result<()> {
-    // Taking down, looking and talking need nothing new, and must work at once.
-    let plays = matches!(options.first().map(String::as_str), Some("down" | "status" | "exec" | "capture"));
     let program = workspace.target.join("debug/lab");
-    if task == "demo" || !plays || !program.exists() {
+    let task = Some(task).filter(|task| !task.is_empty());
+    let words: Vec<&str> = task.into_iter().chain(options.iter().map(String::as_str)).collect();
+    let command = if words.first() == Some(&"--id") { words.get(2) } else { words.first() };
+    let begins = matches!(command, Some(&"up" | &"demo")) && !words.contains(&"--help");
+    // Taking down, looking, talking and being told how need nothing new, and must work at once.
+    if begins || !program.exists() {
+        // Said before the long build, not after it.
+        ensure!(
+            !begins || nix::unistd::geteuid().is_root(),
+            "the lab makes network namespaces, cgroups and mounts: run it as root"
+        );
         setup::run(workspace)?;
         build(workspace, false)?;
     }
-    let task = Some(task).filter(|task| !task.is_empty());
-    become_program(Command::new(program).args(task).args(options))
+    become_program(Command::new(program).args(words))
 }
 
 /// Sets up, builds what is measured and what measures it, and becomes the `bench` binary.
 fn bench(workspace: &Workspace, options: &[String]) -> Result<()> {
+    // Said before the long build, not after it.
+    ensure!(options.first().is_some_and(|suite| suite == "l4"), "which suite? There is `cargo xtask bench l4`");
     setup::run(workspace)?;
     build_bpf(workspace)?;
     let mut cargo =
@@ -189,7 +198,7 @@ fn test(workspace: &Workspace, options: &[String]) -> Result<()> {
     let mut cargo = workspace.cargo(&["test", "--locked", "--workspace"]);
     cargo.args(options).env("LAB", "required");
     let status = cargo.status().context("cannot run cargo")?;
-    anyhow::ensure!(status.success(), "tests: {status}");
+    ensure!(status.success(), "tests: {status}");
     Ok(())
 }
 

@@ -25,7 +25,7 @@ const CACHE_FOR: Duration = Duration::from_secs(60);
 /// Verdicts kept; when full, expired ones go, then all: the API is asked again, nothing worse.
 const CACHE_SIZE: usize = 20_000;
 /// Longer than any service account token; what is longer is refused unread.
-const MAX_TOKEN: usize = 16 * 1024;
+pub(crate) const MAX_TOKEN: usize = 16 * 1024;
 const REVIEW_TIMEOUT: Duration = Duration::from_secs(5);
 /// TokenReviews in flight. Strangers with made-up tokens must not drown the API server; callers beyond this wait.
 const MAX_REVIEWS: usize = 32;

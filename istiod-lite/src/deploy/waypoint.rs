@@ -148,8 +148,7 @@ fn deployment(meta: &Meta<'_>, settings: &WaypointSettings) -> Value {
         "env": env,
         "readinessProbe": {
             "httpGet": {"path": "/healthz/ready", "port": 15021},
-            "initialDelaySeconds": 1,
-            "periodSeconds": 3,
+            "periodSeconds": 1,
             "timeoutSeconds": 5,
         },
         "resources": {"requests": {"cpu": "50m", "memory": "32Mi"}},

@@ -1,7 +1,7 @@
 //! `EnrolmentService`: node proxies say what became of the pods they were told to capture.
 //!
-//! Invariant: a report speaks for the node of the caller's own pod only, and only about pods that this node was told to
-//! enrol; the rest is dropped and counted.
+//! Invariant: a report speaks for the node of the caller's own pod only; what it says of pods that another node was told
+//! to enrol is dropped and counted.
 
 use std::sync::Arc;
 
@@ -34,12 +34,13 @@ impl EnrolmentService for Reports {
         let scope = Scope { node: Some(Arc::clone(&node)), waypoint: None };
         let mut states = request.into_inner().pods;
         let reported = states.len();
-        states
-            .retain(|state| snapshot.get(POD_ENROLMENT_TYPE, &state.uid).is_some_and(|resource| scope.sees(resource)));
+        // A pod nobody is to enrol at the moment may be on its way out, and come back before its node has heard that it
+        // left: then there will be no other report.
+        states.retain(|state| snapshot.get(POD_ENROLMENT_TYPE, &state.uid).is_none_or(|resource| scope.sees(resource)));
         let foreign = reported - states.len();
         if foreign > 0 {
             metrics::counter!("enrolment_reports_ignored_total").increment(foreign as u64);
-            tracing::warn!(%node, pods = foreign, "ignored reports about pods this node was not told to enrol");
+            tracing::warn!(%node, pods = foreign, "ignored reports about pods of other nodes");
         }
         self.sink.report(&node, states);
         Ok(Response::new(EnrolmentReportAck {}))

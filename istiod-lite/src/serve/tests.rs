@@ -415,12 +415,19 @@ async fn bad_signing_requests_are_named_as_such() {
 #[tokio::test]
 async fn reports_count_for_the_callers_node_only() {
     let world = World::ready().await;
-    world.report("istio-system/zt-a", &["shop/cart", "shop/db", "unheard-of"]).await.unwrap();
+    world.report("istio-system/zt-a", &["shop/cart", "shop/db", "just-left"]).await.unwrap();
     let heard: Vec<_> = lock(&world.heard.reports)["node-a"].iter().map(|state| state.uid.clone()).collect();
-    assert_eq!(heard, ["shop/cart"]);
+    assert_eq!(heard, ["shop/cart", "just-left"], "shop/db is another node's");
     assert!(!lock(&world.heard.reports).contains_key("node-b"));
     let refused = world.report("shop/cart", &["shop/cart"]).await.unwrap_err();
     assert_eq!(refused.code(), Code::PermissionDenied);
+}
+
+#[tokio::test]
+async fn the_longest_token_is_read() {
+    let world = World::ready().await;
+    let refused = world.report(&"x".repeat(crate::auth::MAX_TOKEN), &[]).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unauthenticated, "by the review, not by HTTP/2: {refused:?}");
 }
 
 #[tokio::test]

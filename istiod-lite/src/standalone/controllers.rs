@@ -12,6 +12,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde_json::{Value, json};
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::api::Api;
 use super::crd::CLEANUP_FINALIZER;
@@ -23,6 +24,8 @@ use super::verbs::{self, DeleteOptions, FOREGROUND, ORPHAN, Settings, Write, is_
 
 /// Commits that come close together are looked at once.
 const SETTLE: Duration = Duration::from_millis(5);
+/// Looking at everything takes at most one part in this of one core, however much there is and however fast it changes.
+const SHARE: u32 = 10;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Action {
@@ -49,14 +52,18 @@ enum Action {
 pub async fn run(api: Arc<Api>, stopping: watch::Receiver<bool>) {
     let mut commits = api.store.subscribe_all();
     commits.mark_changed();
+    let mut settle = SETTLE;
     loop {
         tokio::select! {
             () = super::server::stopped(stopping.clone()) => return,
             changed = commits.changed() => if changed.is_err() { return },
         }
-        tokio::time::sleep(SETTLE).await;
+        tokio::time::sleep(settle).await;
         commits.mark_unchanged();
-        if plan(&api.store.all()).is_empty() {
+        let started = Instant::now();
+        let idle = plan(&api.store.all()).is_empty();
+        settle = SETTLE.max(started.elapsed() * (SHARE - 1));
+        if idle {
             continue;
         }
         let registry = api.registry();

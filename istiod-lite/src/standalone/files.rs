@@ -1,7 +1,7 @@
 //! Files of the data directory that must appear whole and be nobody else's to read.
 
 use std::io::Write as _;
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::Path;
 
 use anyhow::Context as _;
@@ -19,6 +19,16 @@ pub fn secret(path: &Path, content: impl FnOnce() -> anyhow::Result<Vec<u8>>) ->
     let bytes = content()?;
     write_private(path, &bytes)?;
     Ok(bytes)
+}
+
+/// Makes an empty file if there is none, and its mode 0600 whatever it was.
+///
+/// # Errors
+/// When it cannot be opened, or belongs to somebody else.
+pub fn make_private(path: &Path) -> std::io::Result<()> {
+    let mut options = std::fs::OpenOptions::new();
+    let file = options.write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    file.set_permissions(std::fs::Permissions::from_mode(0o600))
 }
 
 /// Replaces a file in one step; mode 0600.

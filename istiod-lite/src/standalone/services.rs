@@ -25,22 +25,27 @@ fn family(is_v4: bool) -> &'static str {
 pub fn allocate(tx: &Transaction<'_>, cidrs: &[IpNet], service: &mut Value, old: Option<&Value>) -> ApiResult<()> {
     let name = service["metadata"]["name"].as_str().unwrap_or_default().to_owned();
     let invalid = |cause: Cause| ApiError::invalid("", "Service", &name, &[cause]);
-    let uid = service["metadata"]["uid"].clone();
-    let others: Vec<_> = tx.list(SERVICES, "").into_iter().filter(|(_, o)| o.value["metadata"]["uid"] != uid).collect();
     let kind = service["spec"]["type"].as_str().unwrap_or_default().to_owned();
     if kind == "ExternalName" {
         return Ok(());
     }
     keep_from(old, &mut service["spec"]);
+    // Looking at all Services is for those that ask for something new.
+    if old.is_some_and(|old| old["spec"] == service["spec"]) {
+        return Ok(());
+    }
+    let uid = service["metadata"]["uid"].clone();
+    let mut others = tx.objects(SERVICES);
+    others.retain(|other| other.value["metadata"]["uid"] != uid);
     families(cidrs, &mut service["spec"]).map_err(invalid)?;
     if service["spec"]["clusterIP"] != "None" {
-        let taken: HashSet<IpAddr> = others.iter().flat_map(|(_, o)| addresses(&o.value["spec"])).collect();
+        let taken: HashSet<IpAddr> = others.iter().flat_map(|o| addresses(&o.value["spec"])).collect();
         cluster_ips(cidrs, &mut service["spec"], &taken).map_err(invalid)?;
     } else {
         service["spec"]["clusterIPs"] = json!(["None"]);
     }
     if matches!(kind.as_str(), "NodePort" | "LoadBalancer") {
-        let taken = others.iter().flat_map(|(_, o)| node_ports(&o.value["spec"])).collect();
+        let taken = others.iter().flat_map(|o| node_ports(&o.value["spec"])).collect();
         assign_node_ports(&mut service["spec"], taken).map_err(invalid)?;
     }
     Ok(())

@@ -138,6 +138,8 @@ impl Store {
     /// When another process holds it, or it cannot be read.
     pub fn open(path: &Path) -> anyhow::Result<Self> {
         use anyhow::Context as _;
+        // Secrets are among the objects, and the directory may be somebody else's.
+        super::files::make_private(path).with_context(|| format!("opening {}", path.display()))?;
         let database = Database::create(path)
             .with_context(|| format!("opening {} (is another server using this data directory?)", path.display()))?;
         let mut state = State::default();
@@ -396,6 +398,14 @@ impl Transaction<'_> {
         found.into_iter().collect()
     }
 
+    /// As [`Transaction::list`], of all namespaces and without the keys, in no order.
+    pub fn objects(&self, resource: &str) -> Vec<Arc<Object>> {
+        if self.staged.keys().any(|key| &*key.resource == resource) {
+            return self.list(resource, "").into_iter().map(|(_, object)| object).collect();
+        }
+        self.store.list(resource, "").1
+    }
+
     /// Everything this transaction sees, with keys.
     pub fn all(&self) -> Vec<(Key, Arc<Object>)> {
         let mut all: BTreeMap<Key, Arc<Object>> = self.store.all().into_iter().collect();
@@ -465,6 +475,19 @@ mod tests {
         let key = Key::new("/things", "ns", name);
         let object = json!({"metadata": {"name": name, "namespace": "ns"}, "value": value});
         store.write(Mode::Commit, |tx| Ok(tx.put(&key, object))).unwrap().result
+    }
+
+    #[test]
+    fn nobody_else_reads_the_file() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("objects");
+        let mode = || std::fs::metadata(&path).unwrap().permissions().mode() & 0o777;
+        drop(Store::open(&path).unwrap());
+        assert_eq!(mode(), 0o600);
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
+        drop(Store::open(&path).unwrap());
+        assert_eq!(mode(), 0o600, "also one that was made by an older version");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! L7 attributes cannot be seen there: a rule of an ALLOW that has one is left out (less is allowed), in a DENY the
 //! attribute is left out (more is denied), and the status says so. A DENY whose `to` or one of whose `when` had nothing but
 //! L7 attributes matches nothing, as in Istio, and the status says that too. What nobody knows is another matter: it is
-//! unreadable, and its DENY stays closed.
+//! unreadable, and its DENY stays closed. A policy that cannot be read as a whole denies all it can reach.
 
 use mesh_proto::security::{
     Action as WireAction, Address, Authorization, Clause, Group, Match, Scope, ServiceAccountMatch, StringMatch,
@@ -34,7 +34,14 @@ pub fn translate(
         }
         other => (Action::Allow, Some(format!("action: {other:?} is unknown; everything is denied"))),
     };
-    let mut problems = Vec::new();
+    // An unreadable selector selects everything, which widens a DENY; an ALLOW must not open what it was not meant for.
+    let closed = match (action, spec.unreadable.as_slice()) {
+        (_, []) => closed,
+        (Action::Allow, reasons) => Some(format!("{}; everything is denied", reasons.join("; "))),
+        (Action::Deny, _) => closed,
+    };
+    let mut problems: Vec<String> =
+        spec.unreadable.iter().map(|reason| format!("{reason}; denies wherever the policy could reach")).collect();
     let groups = match closed {
         // An ALLOW that matches nothing.
         Some(_) => Vec::new(),

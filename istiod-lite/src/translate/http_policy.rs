@@ -50,7 +50,9 @@ pub fn translate(
         return (Vec::new(), Wanted::new(CONDITION, Status::False, "Invalid", message));
     }
     let mut targets = Targets::default();
-    for target in spec.targets() {
+    // Nobody can tell where these lead; the others are served.
+    spec.unreadable.iter().for_each(|reason| targets.problem("Invalid", reason.clone()));
+    for target in &spec.targets {
         targets.add(world, policy.namespace(), target, bindings);
     }
     let (http_policy, mut problems) = http_policy(policy, spec);

@@ -34,7 +34,7 @@ use self::peer_authentication::PeerAuthentications;
 use self::verdict::{Kind, Report, Status, Verdict, Wanted};
 use self::world::{View, World};
 use crate::resources::{Audience, Resource};
-use crate::types::security::WorkloadSelector;
+use crate::types::security::{AuthorizationPolicySpec, WorkloadSelector};
 use crate::types::{Key, matches_labels};
 
 /// Everything that follows from a world.
@@ -94,11 +94,13 @@ fn policies<'a>(world: &'a World, bindings: &BTreeMap<Key, Binding>, out: &mut T
     let mut reach = Reach::default();
     for (key, policy) in world.authorization_policies.iter() {
         let wanted = match &policy.spec {
+            // Does not happen, for any spec decodes; if it did, all that is known is where the object lies.
             Err(reason) => {
-                let message = format!("{reason}; the policy is not enforced");
-                Wanted::new(l4::CONDITION, Status::False, "Invalid", message)
+                let (closed, _) = l4::translate(world, policy, &AuthorizationPolicySpec::default());
+                out.resources.extend(closed.as_ref().map(authorization_resource));
+                Wanted::new(l4::CONDITION, Status::False, "Invalid", format!("{reason}; everything is denied"))
             }
-            Ok(spec) if spec.targets().next().is_some() => {
+            Ok(spec) if spec.is_targeted => {
                 let (attached, wanted) = http_policy::translate(world, policy, spec, bindings, &mut reach);
                 out.resources.extend(attached.into_iter().map(|attached| {
                     Resource::new(HTTP_POLICY_TYPE, attached.name, &attached.policy)

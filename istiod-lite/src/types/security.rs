@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
 use super::{CustomKind, Lenient};
@@ -29,21 +30,58 @@ pub struct WorkloadSelector {
     pub match_labels: BTreeMap<String, String>,
 }
 
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
+/// Decodes from anything: what cannot be read is left out and named, so that the policy can be closed as far as it reaches.
+#[derive(Debug, Clone, Default)]
 pub struct AuthorizationPolicySpec {
     pub selector: Option<WorkloadSelector>,
-    pub target_ref: Option<TargetRef>,
-    pub target_refs: Vec<TargetRef>,
+    /// Of `targetRef` and `targetRefs`, those that can be read.
+    pub targets: Vec<TargetRef>,
+    /// Meant for waypoints: it has targets, readable or not.
+    pub is_targeted: bool,
     /// `ALLOW` when absent.
     pub action: Option<String>,
+    /// Rules that are no list are one unreadable rule.
     pub rules: Vec<Lenient<Rule>>,
+    /// Why parts of it cannot be read, with the field.
+    pub unreadable: Vec<String>,
+}
+
+impl<'de> Deserialize<'de> for AuthorizationPolicySpec {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let mut spec = Self::default();
+        let mut fields = match Value::deserialize(deserializer)? {
+            Value::Object(fields) => fields,
+            Value::Null => return Ok(spec),
+            other => {
+                spec.unreadable.push(format!("spec: {other} is not an object"));
+                return Ok(spec);
+            }
+        };
+        let mut take = |field: &str| fields.remove(field).filter(|value| !value.is_null());
+        spec.selector = take("selector").and_then(|value| spec.read("selector", value));
+        let targets = match take("targetRefs") {
+            None => Vec::new(),
+            Some(Value::Array(targets)) => targets,
+            Some(other) => vec![other],
+        };
+        let targets: Vec<Value> = take("targetRef").into_iter().chain(targets).collect();
+        spec.is_targeted = !targets.is_empty();
+        for target in targets {
+            let target = spec.read("targetRefs", target);
+            spec.targets.extend(target);
+        }
+        spec.action = take("action").map(|action| action.as_str().map_or_else(|| action.to_string(), str::to_owned));
+        if let Some(rules) = take("rules") {
+            spec.rules =
+                Vec::deserialize(rules).unwrap_or_else(|error| vec![Lenient::Bad(format!("not a list: {error}"))]);
+        }
+        Ok(spec)
+    }
 }
 
 impl AuthorizationPolicySpec {
-    /// Both spellings.
-    pub fn targets(&self) -> impl Iterator<Item = &TargetRef> {
-        self.target_ref.iter().chain(&self.target_refs)
+    fn read<T: DeserializeOwned>(&mut self, field: &str, value: Value) -> Option<T> {
+        T::deserialize(value).map_err(|error| self.unreadable.push(format!("{field}: {error}"))).ok()
     }
 }
 

@@ -16,6 +16,9 @@ use mesh_tests::session::{self, DEFAULT, KEEP, Session};
 use mesh_tests::topology::WIRE;
 use tokio::signal::unix::{SignalKind, signal};
 
+/// What `capture` shows unless told otherwise: payload, and not the talk with the API server and the control plane.
+const PODS_TALK: [&str; 2] = ["-A", "tcp and not port 6443 and not port 15012"];
+
 /// A mesh in a box.
 #[derive(Parser)]
 struct Arguments {
@@ -44,7 +47,7 @@ enum Task {
         #[arg(last = true, required = true)]
         command: Vec<String>,
     },
-    /// Show what crosses between the nodes (tcpdump; its options and filter may follow `--`).
+    /// Show what pods say to each other across nodes, until Ctrl-C (tcpdump; own options and filter may follow `--`).
     Capture {
         #[arg(last = true)]
         options: Vec<String>,
@@ -54,7 +57,7 @@ enum Task {
         /// Leave the lab up afterwards.
         #[arg(long)]
         keep: bool,
-        /// Only the lines with these letters, in order.
+        /// Only the lines with these letters, such as a,b,c; most stand on what the ones before them left behind.
         #[arg(long, value_delimiter = ',')]
         only: Vec<char>,
     },
@@ -88,7 +91,12 @@ fn run(id: &str, task: Task) -> Result<ExitCode> {
         Task::Capture { options } => {
             let wire = Session::attach(id, &places)?.wire();
             let mut tcpdump = Command::new("ip");
-            tcpdump.args(["netns", "exec", &wire.name, "tcpdump", "-nn", "-i", WIRE]).args(options);
+            tcpdump.args(["netns", "exec", &wire.name, "tcpdump", "-nn", "-l", "-i", WIRE]);
+            if options.is_empty() {
+                tcpdump.args(PODS_TALK);
+            } else {
+                tcpdump.args(options);
+            }
             return Err(tcpdump.exec()).context("cannot run tcpdump: `cargo xtask setup`");
         }
         Task::Demo { keep, only } => return demo::run(&places, id, keep, &only),

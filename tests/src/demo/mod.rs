@@ -24,6 +24,10 @@ const CRDS: &str = "manifests/crds";
 /// Tells the story, whole or by letters. The exit status says whether all of it holds.
 pub fn run(places: &Places, id: &str, keep: bool, only: &[char]) -> Result<ExitCode> {
     let started = Instant::now();
+    if let Some(unknown) = only.iter().find(|wanted| !story::LINES.iter().any(|(letter, ..)| letter == *wanted)) {
+        let letters: Vec<String> = story::LINES.iter().map(|(letter, ..)| letter.to_string()).collect();
+        bail!("the story has no line {unknown}; it has {}", letters.join(" "));
+    }
     println!("two nodes, an API server, a mesh and a few pods, on this machine");
     let session = Session::start(id, places)?;
     if let Err(e) = install(&session) {

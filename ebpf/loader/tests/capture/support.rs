@@ -172,9 +172,10 @@ impl Lab {
     fn route(&self, pod: &Netns) {
         for (family, source) in [("-4", POD4), ("-6", POD6)] {
             let mark = format!("{MARK_CAPTURE:#x}/{MARK_MASK:#x}");
-            pod.ip(&format!("{family} rule add pref {RULE_PREF_TCP} fwmark {mark} ipproto tcp lookup {ROUTE_TABLE}"));
+            // Numbers: a bare machine has no /etc/protocols to look names up in.
+            pod.ip(&format!("{family} rule add pref {RULE_PREF_TCP} fwmark {mark} ipproto 6 lookup {ROUTE_TABLE}"));
             pod.ip(&format!(
-                "{family} rule add pref {RULE_PREF_DNS} fwmark {MARK_CAPTURE:#x} ipproto udp dport 53 lookup {ROUTE_TABLE}"
+                "{family} rule add pref {RULE_PREF_DNS} fwmark {MARK_CAPTURE:#x} ipproto 17 dport 53 lookup {ROUTE_TABLE}"
             ));
             pod.ip(&format!("{family} route add local default dev lo src {source} table {ROUTE_TABLE}"));
         }
