@@ -3,7 +3,7 @@
 use core::ptr;
 
 use aya_ebpf::{
-    bindings::bpf_sock_addr,
+    bindings::{bpf_sock, bpf_sock_addr},
     helpers::{bpf_bind, bpf_get_netns_cookie, bpf_map_lookup_elem, bpf_set_retval, bpf_setsockopt, bpf_sk_release},
     maps::lpm_trie::Key,
 };
@@ -164,7 +164,7 @@ pub fn connect(ctx: *mut bpf_sock_addr, family: Family, destination: Address) ->
     // SAFETY: the helper takes this context.
     let cookie = unsafe { bpf_get_netns_cookie(ctx.cast()) };
     let Some(pod) = enrolled(cookie) else {
-        if is_host(cookie) {
+        if is_host(cookie) && !sk.is_null() && !has_source(sk, family) {
             probe(ctx, family, destination);
         }
         return PROCEED;
@@ -205,9 +205,23 @@ pub fn connect(ctx: *mut bpf_sock_addr, family: Family, destination: Address) ->
     PROCEED
 }
 
+/// Has the process chosen an address to connect from? A kubelet never does.
+#[inline(always)]
+fn has_source(sk: *mut bpf_sock, family: Family) -> bool {
+    // SAFETY: a socket pointer of the context, not null; these fields may be read, word by word.
+    unsafe {
+        match family {
+            Family::V4 => (*sk).src_ip4 != 0,
+            Family::V6 => {
+                let word = |index: usize| (&raw const (*sk).src_ip6[index]).read_volatile();
+                word(0) | word(1) | word(2) | word(3) != 0
+            }
+        }
+    }
+}
+
 /// From the host itself to a port where a pod is probed: the connection gets the source that tells it from what the
-/// node forwards. Where that fails (the socket is bound, the node has lost the address) it is ordinary traffic, and
-/// policy decides.
+/// node forwards. Where that fails (the node has lost the address) it is ordinary traffic, and policy decides.
 #[inline(always)]
 fn probe(ctx: *mut bpf_sock_addr, family: Family, destination: Address) {
     // SAFETY: the kernel hands a valid context; the field may be read in it.

@@ -110,6 +110,26 @@ fn with_a_borrowed_address_gets_no_further_than_the_named_ports() {
 }
 
 #[test]
+fn of_a_process_that_chose_its_address_is_ordinary_traffic() {
+    isolated(|lab| {
+        give_addresses(lab);
+        let capture = lab.open();
+        capture.set_host(lab.peer.fd.as_fd()).expect("a host");
+        let (_, proxy) = lab.enrol(&capture, &probed(lab));
+        for (pod, node, _, plain) in sources() {
+            let chosen = |socket: &socket2::Socket| {
+                // Leaves the port open, so that binding once more would work.
+                set_option(socket.as_fd(), libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1);
+                socket.bind(&SockAddr::from(at(node, 0)))
+            };
+            let _plain = lab.peer.connect_with(at(pod, NAMED), chosen).expect("ztunnel answers");
+            assert_eq!(proxy.accept(plain).0.peer_addr().expect("a client").ip(), node);
+        }
+        proxy.assert_idle();
+    });
+}
+
+#[test]
 fn of_a_node_without_the_addresses_is_ordinary_traffic() {
     isolated(|lab| {
         let capture = lab.open();
