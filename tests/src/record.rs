@@ -160,7 +160,7 @@ impl Record {
 /// Serialises creation and reaping between processes; released on drop.
 fn lock() -> Result<Flock<fs::File>> {
     fs::create_dir_all(RECORDS).context("cannot make /run/mesh-lab: run as root")?;
-    let file = fs::File::create(Path::new(RECORDS).join("lock"))?;
+    let file = fs::File::create(Path::new(RECORDS).join("lock")).context("cannot lock /run/mesh-lab: run as root")?;
     Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| e.into())
 }
 
@@ -186,6 +186,12 @@ pub fn all() -> Vec<Record> {
 
 fn load(path: &Path) -> Result<Record> {
     Ok(serde_json::from_slice(&fs::read(path)?)?)
+}
+
+/// Takes down the lab of that name if the calling process answers for it, however little of it has been made.
+pub fn take_down_own(id: &str) -> Result<()> {
+    let own = std::process::id();
+    find(id).filter(|record| record.owner.pid == own).map_or(Ok(()), |record| record.take_down())
 }
 
 /// Takes down every lab whose owner is gone and says which.

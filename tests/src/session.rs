@@ -1,7 +1,7 @@
 //! A lab with a cluster, from the side of who plays with it: start and end its supervisor, speak `kubectl`, run commands in pods.
 
 use std::fs;
-use std::io::Write as _;
+use std::io::{Read as _, Seek as _, Write as _};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, Output, Stdio};
@@ -45,19 +45,27 @@ impl Session {
             );
         }
         let log = record::log_file(id);
-        let output = fs::File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
+        let mut output = fs::File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&log)
+            .with_context(|| format!("cannot write {}", log.display()))?;
         let mut child = Command::new(places.binaries.join("lab"))
             .args(["--id", id, "supervise"])
             .stdin(Stdio::piped())
             .stdout(output.try_clone()?)
-            .stderr(output)
+            .stderr(output.try_clone()?)
             .process_group(0)
             .spawn()
             .context("cannot start the lab's supervisor")?;
         let stdin = child.stdin.take().context("standard input was piped")?;
         let started = wait::until("the lab to come up", Duration::from_secs(60), || {
             if let Some(status) = child.try_wait()? {
-                let said = fs::read_to_string(&log).unwrap_or_default();
+                // By the open file: a predecessor that ends just now removes the name.
+                let mut said = String::new();
+                output.rewind().and_then(|()| output.read_to_string(&mut said))?;
                 return Ok(Err(anyhow!("the lab did not come up ({status}):\n{said}")));
             }
             // Another's of the same name may still be there, ending or just begun.

@@ -20,7 +20,12 @@ use clap::{CommandFactory, Parser, Subcommand};
 use step::Steps;
 
 #[derive(Parser)]
-#[command(name = "cargo xtask", about = "Builds, tests and shows the mesh", disable_help_subcommand = true)]
+#[command(
+    name = "cargo xtask",
+    bin_name = "cargo xtask",
+    about = "Builds, tests and shows the mesh",
+    disable_help_subcommand = true
+)]
 struct Arguments {
     #[command(subcommand)]
     task: Option<Task>,

@@ -106,6 +106,7 @@ pub struct Config {
     pub termination_deadline: Duration,
     /// The part of it that remains for open connections once accepting has stopped.
     pub drain_deadline: Duration,
+    /// Off: enrolled pods are not served over IPv6, and as policy could not be asked, connections to and from them are refused.
     pub ipv6: bool,
     pub response_baggage: bool,
     pub log_policy_decisions: bool,

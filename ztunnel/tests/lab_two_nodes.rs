@@ -24,6 +24,8 @@ const PODS: [&str; 4] = ["a1", "a2", "b1", "b2"];
 const PATIENCE: Duration = Duration::from_secs(20);
 const MARKER: &str = "payload-marker-5f1c";
 const APP_PORT: u16 = 8080;
+/// How often a pod joins and leaves; a leak of one descriptor each time is then plain to see.
+const CYCLES: usize = 10;
 const VIP: &str = "10.96.0.10";
 
 /// Namespaces, cgroups, processes and pins of one run.
@@ -61,8 +63,9 @@ fn addresses(pod: &str) -> [String; 2] {
 }
 
 impl Lab {
-    fn up() -> Self {
-        let name = format!("ztl{}", std::process::id());
+    /// `mark` tells labs of one test program apart.
+    fn up(mark: char) -> Self {
+        let name = format!("ztl{mark}{}", std::process::id());
         let unified = Path::new("/sys/fs/cgroup/unified");
         let root = if unified.exists() { unified } else { Path::new("/sys/fs/cgroup") };
         let mut lab = Self {
@@ -162,6 +165,11 @@ impl Lab {
 
     /// With its ports at `ports`, `ports` + 20 and + 21, so that two can run on one node.
     fn start_ztunnel_on(&mut self, node: char, ports: u16) {
+        self.start_ztunnel_with(node, ports, 2);
+    }
+
+    /// The same with some of the node's pods enrolled from the start.
+    fn start_ztunnel_with(&mut self, node: char, ports: u16, pods: usize) {
         let log = fs::File::create(self.dir.path().join(format!("{node}.log"))).expect("a log file");
         let child = Command::new("nsenter")
             .arg(format!("--net={}", self.netns(&node.to_string()).display()))
@@ -180,7 +188,7 @@ impl Lab {
             .expect("ztunnel starts");
         self.ztunnels.push((node, child));
         eventually("ztunnel is ready and its pods are enrolled", || {
-            self.log(node).matches("\tenrolled").count() == 2
+            self.log(node).matches("\tenrolled").count() == pods
                 && self.http(node, ports + 21, "/healthz/ready").contains("200 OK")
         });
     }
@@ -393,7 +401,7 @@ fn two_nodes_talk_through_the_mesh() {
     if !possible() {
         return;
     }
-    let mut lab = Lab::up();
+    let mut lab = Lab::up('t');
     lab.configure('a', "");
     lab.configure('b', "");
     serve_in(&lab.netns("b1"));
@@ -488,4 +496,42 @@ fn two_nodes_talk_through_the_mesh() {
     drop(open);
     let rules = format!("ip -n {}-a1 rule", lab.name);
     eventually("nothing is left in the pod", || !run(&rules).contains("15000"));
+}
+
+#[test]
+fn a_pod_that_joins_and_leaves_many_times_costs_nothing_in_the_end() {
+    if !possible() {
+        return;
+    }
+    let mut lab = Lab::up('c');
+    lab.configure_without('a', "", "a1");
+    lab.start_ztunnel_with('a', 15000, 1);
+    let ztunnel = lab.ztunnels[0].1.id();
+    let descriptors = || fs::read_dir(format!("/proc/{ztunnel}/fd")).expect("it runs").count();
+    let pins = |lab: &Lab| run(&format!("find {} -type f | wc -l", lab.pins.display()));
+    let settled = |lab: &Lab| {
+        let dump = lab.http('a', 15000, "/config_dump");
+        dump.contains("\"Up\"") && !dump.contains("\"Draining\"") && !dump.contains("-a1\"")
+    };
+    let before = (descriptors(), pins(&lab));
+    for n in 1..=CYCLES {
+        lab.configure('a', "");
+        eventually("a1 is enrolled", || lab.log('a').matches("\tenrolled").count() == n + 1);
+        lab.configure_without('a', "", "a1");
+        eventually("a1 leaves", || lab.log('a').matches("\tleaving").count() == n);
+    }
+    eventually("every leaving pod has left", || settled(&lab));
+    eventually("descriptors and pins are as they were", || (descriptors(), pins(&lab)) == before);
+    let rules = run(&format!("ip -n {0}-a1 rule; ip -n {0}-a1 -6 rule", lab.name));
+    assert!(!rules.contains("15000"), "{rules}");
+
+    // Deleted: its process is gone before the control plane says so.
+    lab.configure('a', "");
+    eventually("a1 can join again", || lab.log('a').matches("\tenrolled").count() == CYCLES + 2);
+    lab.children[0].kill().expect("a1's process is killed");
+    lab.children[0].wait().expect("and reaped");
+    lab.configure_without('a', "", "a1");
+    eventually("a1 leaves for good", || lab.log('a').matches("\tleaving").count() == CYCLES + 1);
+    eventually("nothing is held of a deleted pod", || settled(&lab) && (descriptors(), pins(&lab)) == before);
+    assert!(!lab.log('a').contains("panicked"), "{}", lab.log('a'));
 }

@@ -1,6 +1,8 @@
 //! PeerAuthentication → authorization that refuses connections without identity. DISABLE and PERMISSIVE are the same
 //! here: the node proxy always offers mutual TLS. Port over workload over namespace over mesh; the oldest of a level.
 
+use std::sync::LazyLock;
+
 use mesh_proto::security::{Action, Authorization, Clause, Group, Match, Scope, StringMatch, string_match};
 
 use super::verdict::{Status, Wanted};
@@ -10,6 +12,12 @@ use crate::types::{Object, matches_labels};
 
 pub const CONDITION: &str = "Accepted";
 const STATIC_STRICT: &str = "istio_converted_static_strict";
+
+/// What stands for one that cannot be read: nobody knows which workloads it selects, so it closes its namespace.
+static UNREADABLE: LazyLock<PeerAuthenticationSpec> = LazyLock::new(|| PeerAuthenticationSpec {
+    mtls: MutualTls { mode: "STRICT".to_owned() },
+    ..PeerAuthenticationSpec::default()
+});
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Mode {
@@ -31,16 +39,16 @@ type Policy = Object<PeerAuthenticationSpec>;
 /// All PeerAuthentications, sorted into levels.
 pub struct PeerAuthentications<'a> {
     world: &'a World,
-    /// Oldest first.
+    /// Oldest first, and before them those that cannot be read.
     sorted: Vec<(&'a Policy, &'a PeerAuthenticationSpec)>,
 }
 
 impl<'a> PeerAuthentications<'a> {
     pub fn new(world: &'a World) -> Self {
-        let readable =
-            world.peer_authentications.values().filter_map(|policy| Some((&**policy, policy.spec.as_ref().ok()?)));
-        let mut sorted: Vec<_> = readable.collect();
-        sorted.sort_by_key(|(policy, _)| policy.age());
+        let policies = world.peer_authentications.values();
+        let mut sorted: Vec<_> =
+            policies.map(|policy| (&**policy, policy.spec.as_ref().unwrap_or(&UNREADABLE))).collect();
+        sorted.sort_by_key(|(policy, _)| (policy.spec.is_ok(), policy.age()));
         Self { world, sorted }
     }
 
@@ -123,7 +131,10 @@ impl<'a> PeerAuthentications<'a> {
 pub fn condition(world: &World, policy: &Policy) -> Option<Wanted> {
     let spec = match &policy.spec {
         Ok(spec) => spec,
-        Err(reason) => return Some(Wanted::new(CONDITION, Status::False, "Invalid", reason.clone())),
+        Err(reason) => {
+            let message = format!("{reason}; taken as STRICT for the whole namespace");
+            return Some(Wanted::new(CONDITION, Status::False, "Invalid", message));
+        }
     };
     let mut problems = Vec::new();
     let modes = std::iter::once(("mtls.mode".to_owned(), &spec.mtls))

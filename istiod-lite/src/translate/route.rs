@@ -129,6 +129,9 @@ fn has_port(service: &Service, number: u16) -> bool {
     ports.into_iter().any(|port| port.port == i32::from(number))
 }
 
+/// Nothing can be told to be a request of such a rule.
+const LEFT_OUT: &str = " (the rule is left out)";
+
 #[derive(Default)]
 struct Problems {
     /// What is wrong with rules, in their order.
@@ -162,12 +165,8 @@ impl Problems {
         } else if self.refused >= rules {
             (Wanted::new("Accepted", Status::False, "UnsupportedValue", message), None)
         } else {
-            let partial = Wanted::new(
-                "PartiallyInvalid",
-                Status::True,
-                "UnsupportedValue",
-                format!("Dropped Rule (its requests are answered 500): {message}"),
-            );
+            let partial =
+                Wanted::new("PartiallyInvalid", Status::True, "UnsupportedValue", format!("Dropped Rule: {message}"));
             (Wanted::new("Accepted", Status::True, "Accepted", "Route was valid in part"), Some(partial))
         }
     }
@@ -184,7 +183,7 @@ fn rule(
     let rule = match rule {
         Lenient::Good(rule) => rule,
         Lenient::Bad(reason) => {
-            problems.rule(index, format!(": {reason}"));
+            problems.rule(index, format!(": {reason}{LEFT_OUT}"));
             problems.refused += 1;
             return None;
         }
@@ -242,8 +241,13 @@ fn rule(
     }
     // Unreadable matches narrow the rule; anything else leaves it impossible to carry out.
     let impossible = bad.len() > partly_matched;
+    let consequence = match (matches.is_empty(), impossible) {
+        (true, _) => LEFT_OUT,
+        (false, true) => " (requests of the rule are answered 500)",
+        (false, false) => "",
+    };
     for problem in bad.drain(..) {
-        problems.rule(index, format!(".{problem}"));
+        problems.rule(index, format!(".{problem}{consequence}"));
     }
     if matches.is_empty() {
         problems.refused += 1;

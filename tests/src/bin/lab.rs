@@ -21,6 +21,7 @@ const PODS_TALK: [&str; 2] = ["-A", "tcp and not port 6443 and not port 15012"];
 
 /// A mesh in a box.
 #[derive(Parser)]
+#[command(bin_name = "cargo xtask lab")]
 struct Arguments {
     /// Name of the lab: several may stand side by side.
     #[arg(long, default_value = DEFAULT)]
@@ -148,7 +149,7 @@ fn supervise(places: &Places, id: String) -> Result<()> {
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
-        let options = Options { id, nodes: NODES.map(str::to_owned).to_vec(), images: places.images() };
+        let options = Options { id: id.clone(), nodes: NODES.map(str::to_owned).to_vec(), images: places.images() };
         let abandoned = abandoned();
         let end = async move {
             tokio::select! {
@@ -160,12 +161,15 @@ fn supervise(places: &Places, id: String) -> Result<()> {
         let mut end = std::pin::pin!(end);
         let supervisor = tokio::select! {
             supervisor = Supervisor::start(&options) => supervisor?,
-            // The record names what has been made so far; this process's successor, or the next command, removes it.
-            () = &mut end => return Ok(()),
+            // Half made; the record names all of it.
+            () = &mut end => return record::take_down_own(&id),
         };
         std::fs::write(session::ready_file(supervisor.record()), "")?;
         supervisor.run(places.images(), end).await
-    })
+    })?;
+    // Nobody may be left who would. What went wrong stays to be read.
+    let _ = std::fs::remove_file(record::log_file(&id));
+    Ok(())
 }
 
 /// Resolves when standard input ends without the word that we are to live on.

@@ -390,19 +390,21 @@ impl Manager {
             let here = pod.clone();
             let gone = until_gone(&finder, &here);
             tokio::pin!(gone);
-            tokio::select! {
-                () = tokio::time::sleep(HBONE_ONLY) => {}
-                () = &mut gone => {}
-            }
+            // Such a future must not be asked again once it has answered.
+            let is_gone = tokio::select! {
+                () = tokio::time::sleep(HBONE_ONLY) => false,
+                () = &mut gone => true,
+            };
             if !pod.superseded.load(Ordering::SeqCst)
                 && let Err(error) = capture.detach(pod.cookie)
             {
                 tracing::warn!(pod = %pod.name, namespace = %pod.namespace, %error, "detaching a pod");
             }
             // A pod that is gone has nobody left to talk to: dropping the drain cuts what is open.
+            let patience = if is_gone { Duration::ZERO } else { AS_LONG_AS_IT_TAKES };
             tokio::select! {
-                () = pod.drain(AS_LONG_AS_IT_TAKES) => {}
-                () = &mut gone => {}
+                () = pod.drain(patience) => {}
+                () = &mut gone, if !is_gone => {}
             }
             if !pod.superseded.load(Ordering::SeqCst)
                 && let Err(error) = routing::remove(&pod.netns, &proc_root, &pod.addresses()).await
