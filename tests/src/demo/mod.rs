@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::places::Places;
-use crate::session::Session;
+use crate::session::{DEFAULT, Session};
 use crate::wait;
 use teller::Teller;
 
@@ -107,15 +107,17 @@ pub fn how_to_play(session: &Session) -> String {
     let kubeconfig = session.kubeconfig();
     let kubectl = session.places.current_kubectl().or_else(|_| session.places.kubectl()).context("no kubectl");
     let kubectl = kubectl.map_or_else(|_| "kubectl".into(), |path| path.display().to_string());
+    let id = &session.record.id;
+    let lab = if id == DEFAULT { "lab".to_owned() } else { format!("lab --id {id}") };
     format!(
         "\nThe lab is up. To play:\n  \
          export KUBECONFIG={}\n  alias kubectl={kubectl}\n  \
          kubectl get pods -A\n  \
          kubectl label namespace shop istio.io/dataplane-mode=ambient\n  \
-         cargo xtask lab exec client -- curl -s http://server\n  \
-         cargo xtask lab capture\n  \
-         cargo xtask lab status\n  \
-         cargo xtask lab down",
+         cargo xtask {lab} exec client -- curl -s http://server\n  \
+         cargo xtask {lab} capture\n  \
+         cargo xtask {lab} status\n  \
+         cargo xtask {lab} down",
         kubeconfig.display()
     )
 }
