@@ -55,6 +55,7 @@ pub fn pod_capture(enrolment: &Enrolment, reach: Reach, dns: bool) -> PodCapture
             (Inbound::Bypass, _) | (_, Reach::NotPlaintext) => ebpf_loader::Inbound::Bypass,
         },
         dns: if dns { ebpf_loader::Dns::Capture } else { ebpf_loader::Dns::Direct },
+        probe_ports: enrolment.probe_ports.clone(),
         excluded: enrolment.excluded.iter().filter_map(prefix).collect(),
     }
 }
@@ -79,6 +80,7 @@ mod tests {
             failure,
             inbound: Inbound::Capture,
             dns,
+            probe_ports: Vec::new(),
             excluded: Vec::new(),
         };
         assert!(captures_dns(&pod(Dns::Capture, Failure::Closed), true));
