@@ -188,6 +188,7 @@ enrolments:"#
             .env("LOCAL_XDS_PATH", self.dir.path().join("mesh.yaml"))
             .env("LOCAL_CA_DIR", self.dir.path())
             .env("CGROUP_ROOT", &self.cgroup)
+            .env("HOST_NETNS", self.netns("node"))
             .env("BPFFS_DIR", self.pins.join("node"))
             .env("ZTUNNEL_WORKER_THREADS", "2")
             .env("RUST_LOG", "info,dns=debug")
