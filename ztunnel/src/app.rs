@@ -21,6 +21,7 @@ use tokio::time::Instant;
 
 use crate::config::Config;
 use crate::node::find::Finder;
+use crate::node::host::Host;
 use crate::node::manager::{self, Manager};
 use crate::node::tenure::Tenure;
 use crate::node::{Registry, enrolment, report};
@@ -45,9 +46,13 @@ pub fn run(config: Config, log: LogHandle) -> anyhow::Result<()> {
     let metrics = telemetry::metrics_handle();
     telemetry::record_build("ztunnel", &config.version_tag);
     privileges::check()?;
+    privileges::lift_file_limit();
     let capture = capture::open(&config.bpffs_dir, &config.cgroup_root, &config.excluded_destinations)
         .context("setting up capture")?;
-    let finder = Finder::new(&config.proc_root, &config.cgroup_root)
+    let host = Host::open(&config.host_netns)
+        .with_context(|| format!("opening the node's network namespace {}", config.host_netns.display()))?;
+    capture.set_host(host.file())?;
+    let finder = Finder::new(&config.proc_root, &config.cgroup_root, host.inode())
         .with_context(|| format!("reading {} and {}", config.proc_root.display(), config.cgroup_root.display()))?;
     let control = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(CONTROL_THREADS)
@@ -74,6 +79,7 @@ pub fn run(config: Config, log: LogHandle) -> anyhow::Result<()> {
         let deps = manager::Deps {
             shared: shared.clone(),
             capture,
+            host,
             finder,
             workers: workers.clone(),
             registry: registry.clone(),

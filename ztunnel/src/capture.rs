@@ -45,6 +45,7 @@ pub fn pod_capture(enrolment: &Enrolment, reach: Reach) -> PodCapture {
             (Inbound::Bypass, _) | (_, Reach::NotPlaintext) => ebpf_loader::Inbound::Bypass,
         },
         dns: ebpf_loader::Dns::Direct,
+        probe_ports: enrolment.probe_ports.clone(),
         excluded: enrolment.excluded.iter().filter_map(prefix).collect(),
     }
 }

@@ -125,6 +125,8 @@ pub struct Config {
     pub cgroup_root: PathBuf,
     pub bpffs_dir: PathBuf,
     pub proc_root: PathBuf,
+    /// Network namespace of the node, from which the kubelet probes.
+    pub host_netns: PathBuf,
     pub excluded_destinations: Vec<IpNet>,
 }
 
@@ -191,6 +193,7 @@ impl Config {
             "cgroupRoot": self.cgroup_root,
             "bpffsDir": self.bpffs_dir,
             "procRoot": self.proc_root,
+            "hostNetns": self.host_netns,
             "excludedDestinations": self.excluded_destinations,
         })
     }
@@ -263,6 +266,8 @@ impl Raw {
         }
         let (termination_deadline, drain_deadline) = self.deadlines();
         let cgroup_default = default_cgroup_root();
+        let proc_root = PathBuf::from(self.0.string("PROC_ROOT", "/proc"));
+        let host_default = proc_root.join("1/ns/net");
         Config {
             xds,
             ca,
@@ -301,7 +306,8 @@ impl Raw {
             log_format: self.0.value("LOG_FORMAT", LogFormat::Plain, "plain or json"),
             cgroup_root: self.0.text("CGROUP_ROOT").map_or(cgroup_default, PathBuf::from),
             bpffs_dir: PathBuf::from(self.0.string("BPFFS_DIR", DEFAULT_BPFFS_DIR)),
-            proc_root: PathBuf::from(self.0.string("PROC_ROOT", "/proc")),
+            proc_root,
+            host_netns: self.0.text("HOST_NETNS").map_or(host_default, PathBuf::from),
             excluded_destinations: self.prefixes("EXCLUDED_DESTINATIONS", DEFAULT_EXCLUDED),
         }
     }

@@ -4,6 +4,11 @@ use std::fmt;
 use std::fs;
 use std::io;
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+/// 250 pods with their listeners, and some thousand connections.
+const FEW_FILES: u64 = 16_384;
+
 /// A capability ztunnel needs, its bit in `CapEff`, and what for.
 const NEEDED: [(&str, u32, &str); 5] = [
     ("CAP_BPF", 39, "load the capture programs"),
@@ -36,6 +41,18 @@ impl std::error::Error for Missing {}
 pub fn check() -> anyhow::Result<()> {
     let status = fs::read_to_string("/proc/self/status")?;
     Ok(check_status(effective(&status).ok_or_else(|| io::Error::other("no CapEff in /proc/self/status"))?)?)
+}
+
+/// Lifts the limit of open files as far as this process may: each pod takes a dozen and each connection two, and what
+/// systemd and shells hand out is meant for programs that call `select`.
+pub fn lift_file_limit() {
+    let lifted = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most).map(|()| most));
+    match lifted {
+        Ok(files) if files < FEW_FILES => tracing::warn!(files, "the limit of open files is low for a node proxy"),
+        Ok(_) => {}
+        Err(error) => tracing::warn!(%error, "lifting the limit of open files"),
+    }
 }
 
 fn effective(status: &str) -> Option<u64> {

@@ -178,6 +178,8 @@ impl Lab {
             .env("LOCAL_CA_DIR", self.dir.path())
             .env("CGROUP_ROOT", self.cgroup.join(node.to_string()))
             .env("BPFFS_DIR", self.pins.join(node.to_string()))
+            // Run in the node's namespace.
+            .env("HOST_NETNS", "/proc/self/ns/net")
             .env("ZTUNNEL_WORKER_THREADS", "2")
             .env("ADMIN_PORT", ports.to_string())
             .env("STATS_PORT", (ports + 20).to_string())

@@ -32,6 +32,15 @@ pub const DNS_PORT: u16 = 53;
 
 /// Most network namespaces one node can have enrolled.
 pub const MAX_NETNS: u32 = 4096;
+/// Where the kubelet's probes come from once the connect hook has seen them: link-local, the node's own and nobody
+/// else's, so that what the node forwards (a NodePort, with the node's address as its source) is not taken for one.
+pub const PROBE_SOURCE4: [u8; 4] = [169, 254, 7, 127];
+/// As [`PROBE_SOURCE4`].
+pub const PROBE_SOURCE6: [u8; 16] =
+    [0xfd, 0x16, 0x92, 0x54, 0x71, 0x27, 0x13, 0x37, 255, 255, 255, 255, 255, 255, 255, 255];
+
+/// Most probe ports of all enrolled pods together, once per address.
+pub const MAX_PROBES: u32 = 65_536;
 /// Most entries of [`ExcludedKey`], global and per pod together.
 pub const MAX_EXCLUDED: u32 = 65_536;
 /// Most addresses of all enrolled pods together; dual stack needs two each.
@@ -105,6 +114,16 @@ pub struct AddressKey {
     pub address: [u8; 16],
 }
 
+/// Key of the map `PROBES`: where a pod is probed. The value is the cookie of the pod's netns. IPv4 is written as an
+/// IPv4-mapped IPv6 address.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ProbeKey {
+    pub address: [u8; 16],
+    /// In host order.
+    pub port: u32,
+}
+
 /// Data of the longest-prefix map `EXCLUDED`. Only bytes, so that it stays unpadded behind the 4-byte prefix length.
 ///
 /// The family stands before the address: otherwise `::/0` would exclude IPv4 as well.
@@ -157,7 +176,7 @@ impl Counter {
 
 #[cfg(feature = "user")]
 mod user {
-    use super::{AddressKey, Enrolled, ExcludedKey, ListenerKey};
+    use super::{AddressKey, Enrolled, ExcludedKey, ListenerKey, ProbeKey};
 
     // SAFETY: `repr(C)`, `Copy`, no padding (see the layout test) and every bit pattern is a value.
     unsafe impl aya::Pod for ListenerKey {}
@@ -167,6 +186,8 @@ mod user {
     unsafe impl aya::Pod for AddressKey {}
     // SAFETY: as above.
     unsafe impl aya::Pod for ExcludedKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for ProbeKey {}
 }
 
 #[cfg(test)]
@@ -182,6 +203,7 @@ mod tests {
         assert_eq!((size_of::<Enrolled>(), align_of::<Enrolled>()), (4, 4));
         assert_eq!((size_of::<AddressKey>(), align_of::<AddressKey>()), (24, 8));
         assert_eq!(offset_of!(AddressKey, address), 8);
+        assert_eq!((size_of::<ProbeKey>(), align_of::<ProbeKey>()), (20, 4));
         assert_eq!((size_of::<ExcludedKey>(), align_of::<ExcludedKey>()), (28, 1));
         assert_eq!((offset_of!(ExcludedKey, family), offset_of!(ExcludedKey, address)), (8, 12));
         assert_eq!(offset_of!(ExcludedKey, address) as u32 * 8, ExcludedKey::HEADER_BITS);

@@ -14,7 +14,7 @@ use std::{
 use aya::{
     Ebpf, EbpfLoader,
     programs::{
-        CgroupAttachMode, CgroupSockAddr, Program, ProgramError, SkLookup,
+        CgroupAttachMode, CgroupSockAddr, Program, ProgramError,
         links::{FdLink, LinkError},
     },
 };
@@ -23,20 +23,22 @@ use tracing::{debug, info};
 
 use crate::{
     Counters, LoadError, NetnsCookie, OBJECT, Phase, PodCapture, Prefix, cookie_of, has_programs,
-    kernel::{self, check_capabilities, link_info, open_pin, program_by_id, program_maps, program_tag, update_link},
+    kernel::{
+        self, check_capabilities, give_back_memory, link_info, open_pin, program_by_id, program_maps, program_tag,
+        update_link,
+    },
     maps::{self, Maps},
     pins::{Pins, check_cgroup2, unpin},
     pod,
+    steer::Steer,
 };
 
 const CONNECT4: &str = "connect4";
 const CONNECT6: &str = "connect6";
 const SOCK_CREATE: &str = "sock_create";
-/// The `sk_lookup` program; see there for the name.
-const STEER: &str = "steer";
 
-/// The kernel side of capture on one node. Share it in an `Arc`; the calls block for microseconds, attaching for
-/// milliseconds.
+/// The kernel side of capture on one node. Share it in an `Arc`; the calls block for microseconds, attaching for about a
+/// millisecond, opening for many.
 ///
 /// Dropping it detaches nothing: what was pinned goes on deciding, and fails closed (or open, per pod) once the
 /// listeners are gone. Two of them may stand on the same pins while one ztunnel hands over to the next; the leaving one
@@ -47,6 +49,7 @@ pub struct Capture {
     /// Tells whether a netns of a predecessor runs the same program as this build.
     steer_tag: [u8; 8],
     shared_map: u32,
+    steer: Steer,
     maps: Mutex<Maps>,
 }
 
@@ -63,14 +66,15 @@ impl Capture {
         check_capabilities()?;
         check_cgroup2(cgroup_root)?;
         let pins = Pins::create(bpffs_dir)?;
-        let mut object = load_object(&pins, None)?;
+        let mut object = load_object(&pins)?;
         maps::check_layout(&pins)?;
 
         for hook in [CONNECT4, CONNECT6] {
             load(&mut object, hook)?;
         }
         // Before the hooks are attached: a steer program the verifier refuses would leave capture half done.
-        let steer_tag = program_tag(load(&mut object, STEER)?.as_fd())
+        let steer = Steer::parse(&pins)?;
+        let steer_tag = program_tag(steer.load(NetnsCookie(0))?.as_fd())
             .map_err(|source| LoadError::io("reading the tag of program steer", source))?;
         let dns_attached = open_link(&pins.link(SOCK_CREATE))?.is_some();
         for hook in [CONNECT4, CONNECT6] {
@@ -82,12 +86,14 @@ impl Capture {
         }
         let shared_map = maps::shared_map_id(&pins)?;
         let maps = Mutex::new(Maps::take(&mut object)?);
-        Ok(Capture { pins, cgroup_root: cgroup_root.to_owned(), steer_tag, shared_map, maps })
+        drop(object);
+        give_back_memory();
+        Ok(Capture { pins, cgroup_root: cgroup_root.to_owned(), steer_tag, shared_map, steer, maps })
     }
 
     /// Attaches `sk_lookup` to a netns and pins it, unless this build's program is there already.
     ///
-    /// It passes everything until [`Capture::enrol`]. Takes milliseconds where it has to load.
+    /// It passes everything until [`Capture::enrol`].
     pub fn attach_netns(&self, netns: BorrowedFd<'_>) -> Result<NetnsCookie, LoadError> {
         let cookie = cookie_of(netns)?;
         let pin = self.pins.netns(cookie);
@@ -95,8 +101,7 @@ impl Capture {
             let found = link_info(link.as_fd()).map_err(|source| LoadError::io("reading a link", source))?;
             if found.netns().is_some() {
                 if !self.is_current(found.program) {
-                    let mut object = load_object(&self.pins, Some(cookie))?;
-                    let program = load(&mut object, STEER)?;
+                    let program = self.steer.load(cookie)?;
                     update_link(link.as_fd(), program.as_fd())
                         .map_err(|source| LoadError::io(format!("replacing sk_lookup of netns {cookie}"), source))?;
                     info!(netns = %cookie, "replaced the sk_lookup program of a predecessor");
@@ -105,14 +110,11 @@ impl Capture {
             }
             unpin(&pin)?;
         }
-        let mut object = load_object(&self.pins, Some(cookie))?;
-        load(&mut object, STEER)?;
-        let program: &mut SkLookup = program(&mut object, STEER)?;
-        let link = program
-            .attach(netns)
-            .and_then(|id| program.take_link(id))
-            .map_err(|error| LoadError::program(STEER, error))?;
-        pin_link(link.into(), &pin)?;
+        let program = self.steer.load(cookie)?;
+        let link = kernel::attach_sk_lookup(program.as_fd(), netns)
+            .map_err(|source| LoadError::io(format!("attaching sk_lookup to netns {cookie}"), source))?;
+        kernel::pin(link.as_fd(), &pin)
+            .map_err(|source| LoadError::io(format!("pinning {}", pin.display()), source))?;
         debug!(netns = %cookie, "attached sk_lookup");
         Ok(cookie)
     }
@@ -157,11 +159,23 @@ impl Capture {
         self.maps().set_global_exclusions(prefixes)
     }
 
+    /// Says in which netns the kubelet lives. Its connections to the probe ports of pods get a source address of their
+    /// own, [`crate::abi::PROBE_SOURCE4`] or [`crate::abi::PROBE_SOURCE6`], which pods let in at those ports; the netns
+    /// must have both addresses.
+    pub fn set_host(&self, netns: BorrowedFd<'_>) -> Result<NetnsCookie, LoadError> {
+        let cookie = cookie_of(netns)?;
+        self.maps().set_host(cookie)?;
+        Ok(cookie)
+    }
+
     /// Attaches the hook that marks the UDP sockets of pods with [`crate::Dns::Capture`]. It stays, also for successors.
     pub fn capture_dns(&self) -> Result<(), LoadError> {
-        let mut object = load_object(&self.pins, None)?;
+        let mut object = load_object(&self.pins)?;
         load(&mut object, SOCK_CREATE)?;
-        attach_cgroup(&mut object, SOCK_CREATE, &self.cgroup_root, &self.pins.link(SOCK_CREATE))
+        attach_cgroup(&mut object, SOCK_CREATE, &self.cgroup_root, &self.pins.link(SOCK_CREATE))?;
+        drop(object);
+        give_back_memory();
+        Ok(())
     }
 
     /// Every live netns with a pinned `sk_lookup`, a predecessor's included.
@@ -221,13 +235,8 @@ impl Capture {
 }
 
 /// Parses the object and opens or makes its maps. The programs are not loaded yet.
-fn load_object(pins: &Pins, cookie: Option<NetnsCookie>) -> Result<Ebpf, LoadError> {
-    let cookie = cookie.map_or(0, |cookie| cookie.0);
-    EbpfLoader::new()
-        .default_map_pin_directory(pins.maps())
-        .override_global("NETNS_COOKIE", &cookie, true)
-        .load(OBJECT)
-        .map_err(LoadError::object)
+fn load_object(pins: &Pins) -> Result<Ebpf, LoadError> {
+    EbpfLoader::new().default_map_pin_directory(pins.maps()).load(OBJECT).map_err(LoadError::object)
 }
 
 /// Gives one program to the verifier.
@@ -236,7 +245,6 @@ fn load(object: &mut Ebpf, name: &str) -> Result<OwnedFd, LoadError> {
     let loaded = match program {
         Program::CgroupSockAddr(program) => program.load(),
         Program::CgroupSock(program) => program.load(),
-        Program::SkLookup(program) => program.load(),
         _ => Err(ProgramError::UnexpectedProgramType),
     };
     loaded.map_err(|error| LoadError::program(name, error))?;
@@ -291,13 +299,6 @@ fn pin_link(link: FdLink, path: &Path) -> Result<(), LoadError> {
         Ok(_pinned) => Ok(()),
         Err(error) => Err(LoadError::rejected(&format!("pin {}", path.display()), error)),
     }
-}
-
-fn program<'a, T>(object: &'a mut Ebpf, name: &str) -> Result<&'a mut T, LoadError>
-where
-    &'a mut T: TryFrom<&'a mut Program, Error = ProgramError>,
-{
-    object.program_mut(name).ok_or_else(|| absent(name))?.try_into().map_err(|error| LoadError::program(name, error))
 }
 
 fn open_link(path: &Path) -> Result<Option<OwnedFd>, LoadError> {

@@ -1,7 +1,7 @@
 //! What aya does not wrap: a few commands of bpf(2), netns cookies, and what this kernel and process may do.
 
 use std::{
-    ffi::CString,
+    ffi::{CStr, CString},
     fmt, fs,
     io::{self, ErrorKind},
     mem,
@@ -21,10 +21,22 @@ use crate::LoadError;
 pub(crate) const MINIMUM: &str = "5.18";
 const MINIMUM_VERSION: (u32, u32) = (5, 18);
 
+const BPF_MAP_CREATE: libc::c_long = 0;
+const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
+const BPF_PROG_LOAD: libc::c_long = 5;
+const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
-const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_PROG_GET_FD_BY_ID: libc::c_long = 13;
+const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const BPF_MAP_FREEZE: libc::c_long = 22;
+const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_UPDATE: libc::c_long = 29;
+const BPF_MAP_TYPE_ARRAY: u32 = 2;
+const BPF_F_RDONLY_PROG: u32 = 1 << 7;
+const BPF_PROG_TYPE_SK_LOOKUP: u32 = 30;
+const BPF_SK_LOOKUP: u32 = 36;
+/// Enough for the verifier's last words.
+const VERIFIER_LOG: usize = 256 * 1024;
 const SO_NETNS_COOKIE: libc::c_int = 71;
 
 /// Identity of a network namespace for as long as the machine is up; never used twice.
@@ -75,7 +87,7 @@ pub fn cookie_of(netns: BorrowedFd<'_>) -> Result<NetnsCookie, LoadError> {
 #[repr(C)]
 #[derive(Default)]
 struct Attributes {
-    words: [u32; 8],
+    words: [u32; 18],
 }
 
 impl Attributes {
@@ -119,6 +131,99 @@ pub(crate) fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::
     attributes.words[0] = link.as_raw_fd() as u32;
     attributes.words[1] = program.as_raw_fd() as u32;
     attributes.call(BPF_LINK_UPDATE).map(drop)
+}
+
+/// Pins an object; the path must not exist.
+pub(crate) fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let name = CString::new(path.as_os_str().as_bytes())?;
+    let mut attributes = Attributes::default();
+    attributes.set_u64(0, name.as_ptr() as u64);
+    attributes.words[2] = object.as_raw_fd() as u32;
+    attributes.call(BPF_OBJ_PIN).map(drop)
+}
+
+/// A map of one value that nobody can change any more, so that the verifier takes it for a constant.
+pub(crate) fn constant_map(value: &[u8]) -> io::Result<OwnedFd> {
+    let mut attributes = Attributes::default();
+    attributes.words[0] = BPF_MAP_TYPE_ARRAY;
+    attributes.words[1] = mem::size_of::<u32>() as u32;
+    attributes.words[2] = value.len() as u32;
+    attributes.words[3] = 1;
+    attributes.words[4] = BPF_F_RDONLY_PROG;
+    let map = attributes.call_for_fd(BPF_MAP_CREATE)?;
+    let key = 0_u32;
+    let mut attributes = Attributes::default();
+    attributes.words[0] = map.as_raw_fd() as u32;
+    attributes.set_u64(2, (&raw const key) as u64);
+    attributes.set_u64(4, value.as_ptr() as u64);
+    attributes.call(BPF_MAP_UPDATE_ELEM)?;
+    let mut attributes = Attributes::default();
+    attributes.words[0] = map.as_raw_fd() as u32;
+    attributes.call(BPF_MAP_FREEZE)?;
+    Ok(map)
+}
+
+/// Instructions whose maps are descriptors of this process.
+pub(crate) struct Instructions<'a>(pub(crate) &'a [aya_obj::generated::bpf_insn]);
+
+/// What the verifier has against a program.
+#[derive(Debug, thiserror::Error)]
+#[error("{source}; the verifier said: {log}")]
+pub(crate) struct Unverified {
+    source: io::Error,
+    log: String,
+}
+
+/// Loads an `sk_lookup` program.
+pub(crate) fn load_sk_lookup(name: &str, code: Instructions<'_>, license: &CStr) -> Result<OwnedFd, Unverified> {
+    let mut attributes = Attributes::default();
+    attributes.words[0] = BPF_PROG_TYPE_SK_LOOKUP;
+    attributes.words[1] = code.0.len() as u32;
+    attributes.set_u64(2, code.0.as_ptr() as u64);
+    attributes.set_u64(4, license.as_ptr() as u64);
+    // Sixteen bytes with the final zero.
+    let mut padded = [0_u8; 16];
+    for (to, from) in padded.iter_mut().take(15).zip(name.bytes()) {
+        *to = from;
+    }
+    for (word, bytes) in attributes.words[12..16].iter_mut().zip(padded.chunks_exact(4)) {
+        *word = u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+    }
+    attributes.words[17] = BPF_SK_LOOKUP;
+    let source = match attributes.call_for_fd(BPF_PROG_LOAD) {
+        Ok(program) => return Ok(program),
+        Err(source) => source,
+    };
+    // The log costs more than the program; only who fails asks for it.
+    let mut log = vec![0_u8; VERIFIER_LOG];
+    attributes.words[6] = 1;
+    attributes.words[7] = log.len() as u32;
+    attributes.set_u64(8, log.as_mut_ptr() as u64);
+    attributes.call_for_fd(BPF_PROG_LOAD).map_err(|_| {
+        let end = log.iter().position(|byte| *byte == 0).unwrap_or(log.len());
+        let text = String::from_utf8_lossy(&log[..end]);
+        let tail: Vec<_> = text.lines().rev().take(10).collect();
+        Unverified { source, log: tail.into_iter().rev().collect::<Vec<_>>().join(" | ") }
+    })
+}
+
+/// Attaches an `sk_lookup` program to a netns.
+pub(crate) fn attach_sk_lookup(program: BorrowedFd<'_>, netns: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let mut attributes = Attributes::default();
+    attributes.words[0] = program.as_raw_fd() as u32;
+    attributes.words[1] = netns.as_raw_fd() as u32;
+    attributes.words[2] = BPF_SK_LOOKUP;
+    attributes.call_for_fd(BPF_LINK_CREATE)
+}
+
+/// Returns what the allocator keeps of memory that is free. Reading the kernel's type information takes a hundred
+/// times what stays of it, and the C library would keep that for good.
+pub(crate) fn give_back_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes no pointer and may be called at any time from any thread.
+    unsafe {
+        libc::malloc_trim(0);
+    }
 }
 
 /// The start of the kernel's `bpf_link_info`. What `target` means depends on the kind of link.

@@ -10,6 +10,7 @@ mod kernel;
 mod maps;
 mod pins;
 mod pod;
+mod steer;
 
 pub use capture::Capture;
 pub use ebpf_abi as abi;

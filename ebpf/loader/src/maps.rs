@@ -7,9 +7,12 @@ use std::{
 
 use aya::{
     Ebpf, Pod,
-    maps::{HashMap, Map, MapData, MapError, PerCpuArray, SockHash, lpm_trie},
+    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, SockHash, lpm_trie},
 };
-use ebpf_abi::{AddressKey, Counter, Enrolled, ExcludedKey, ListenerKey, MAX_ADDRESSES, MAX_EXCLUDED, MAX_NETNS, Slot};
+use ebpf_abi::{
+    AddressKey, Counter, Enrolled, ExcludedKey, ListenerKey, MAX_ADDRESSES, MAX_EXCLUDED, MAX_NETNS, MAX_PROBES,
+    ProbeKey, Slot,
+};
 
 use crate::{LoadError, NetnsCookie, PodCapture, Prefix, pins::Pins, pod};
 
@@ -17,14 +20,18 @@ const ENROLLED: &str = "ENROLLED";
 const LISTENERS: &str = "LISTENERS";
 const ADDRESSES: &str = "ADDRESSES";
 const EXCLUDED: &str = "EXCLUDED";
+const PROBES: &str = "PROBES";
+const HOST: &str = "HOST";
 const COUNTERS: &str = "COUNTERS";
 
 /// Name, key size and value size of every pinned map.
-const LAYOUT: [(&str, usize, usize); 5] = [
+const LAYOUT: [(&str, usize, usize); 7] = [
     (ENROLLED, size_of::<u64>(), size_of::<Enrolled>()),
     (LISTENERS, size_of::<ListenerKey>(), size_of::<u32>()),
     (ADDRESSES, size_of::<AddressKey>(), size_of::<u32>()),
     (EXCLUDED, size_of::<u32>() + size_of::<ExcludedKey>(), size_of::<u32>()),
+    (PROBES, size_of::<ProbeKey>(), size_of::<u64>()),
+    (HOST, size_of::<u32>(), size_of::<u64>()),
     (COUNTERS, size_of::<u32>(), size_of::<u64>()),
 ];
 
@@ -59,9 +66,12 @@ pub(crate) struct Maps {
     listeners: SockHash<MapData, ListenerKey>,
     addresses: HashMap<MapData, AddressKey, u32>,
     excluded: lpm_trie::LpmTrie<MapData, ExcludedKey, u32>,
+    probes: HashMap<MapData, ProbeKey, u64>,
+    host: Array<MapData, u64>,
     counters: PerCpuArray<MapData, u64>,
-    /// Contents of `addresses` and `excluded` by cookie, so that an update costs what it changes.
+    /// Contents of `addresses`, `probes` and `excluded` by cookie, so that an update costs what it changes.
     known_addresses: Table<u64, HashSet<[u8; 16]>>,
+    known_probes: Table<u64, HashSet<ProbeKey>>,
     known_excluded: Table<u64, HashSet<Excluded>>,
 }
 
@@ -73,13 +83,20 @@ impl Maps {
             listeners: take(object, LISTENERS)?,
             addresses: take(object, ADDRESSES)?,
             excluded: take(object, EXCLUDED)?,
+            probes: take(object, PROBES)?,
+            host: take(object, HOST)?,
             counters: take(object, COUNTERS)?,
             known_addresses: Table::new(),
+            known_probes: Table::new(),
             known_excluded: Table::new(),
         };
         for key in maps.addresses.keys() {
             let key = key.map_err(|error| LoadError::map(ADDRESSES, MAX_ADDRESSES, error))?;
             maps.known_addresses.entry(key.cookie).or_default().insert(key.address);
+        }
+        for entry in maps.probes.iter() {
+            let (key, cookie) = entry.map_err(|error| LoadError::map(PROBES, MAX_PROBES, error))?;
+            maps.known_probes.entry(cookie).or_default().insert(key);
         }
         for key in maps.excluded.keys() {
             let key = key.map_err(|error| LoadError::map(EXCLUDED, MAX_EXCLUDED, error))?;
@@ -106,11 +123,21 @@ impl Maps {
     pub(crate) fn enrol(&mut self, cookie: NetnsCookie, pod: &PodCapture, state: Enrolled) -> Result<(), LoadError> {
         let addresses: HashSet<_> = pod.addresses.iter().copied().map(pod::mapped).collect();
         let excluded = keys(cookie, &pod.excluded);
+        let probes = addresses
+            .iter()
+            .flat_map(|address| pod.probe_ports.iter().map(|port| ProbeKey { address: *address, port: (*port).into() }))
+            .collect();
         self.add_addresses(cookie, &addresses)?;
         self.add_excluded(cookie, &excluded)?;
+        self.add_probes(cookie, &probes)?;
         self.set_state(cookie, state)?;
+        self.retain_probes(cookie, &probes)?;
         self.retain_addresses(cookie, &addresses)?;
         self.retain_excluded(cookie, &excluded)
+    }
+
+    pub(crate) fn set_host(&mut self, cookie: NetnsCookie) -> Result<(), LoadError> {
+        self.host.set(0, cookie.0, 0).map_err(|error| LoadError::map(HOST, 1, error))
     }
 
     pub(crate) fn set_global_exclusions(&mut self, prefixes: &[Prefix]) -> Result<(), LoadError> {
@@ -141,6 +168,7 @@ impl Maps {
         for slot in Slot::ALL {
             self.clear_listener(cookie, slot)?;
         }
+        self.retain_probes(cookie, &HashSet::new())?;
         self.retain_addresses(cookie, &HashSet::new())?;
         self.retain_excluded(cookie, &HashSet::new())
     }
@@ -151,7 +179,8 @@ impl Maps {
         for cookie in self.enrolled.keys() {
             cookies.insert(NetnsCookie(cookie.map_err(|error| LoadError::map(ENROLLED, MAX_NETNS, error))?));
         }
-        cookies.extend(self.known_addresses.keys().chain(self.known_excluded.keys()).copied().map(NetnsCookie));
+        let known = self.known_addresses.keys().chain(self.known_probes.keys()).chain(self.known_excluded.keys());
+        cookies.extend(known.copied().map(NetnsCookie));
         cookies.remove(&NetnsCookie(ExcludedKey::GLOBAL));
         Ok(cookies)
     }
@@ -200,6 +229,31 @@ impl Maps {
         }
         if known.is_empty() {
             self.known_addresses.remove(&cookie.0);
+        }
+        Ok(())
+    }
+
+    /// Written each time: the same address and port may have been another pod's until now.
+    fn add_probes(&mut self, cookie: NetnsCookie, wanted: &HashSet<ProbeKey>) -> Result<(), LoadError> {
+        for key in wanted {
+            self.probes.insert(key, cookie.0, 0).map_err(|error| LoadError::map(PROBES, MAX_PROBES, error))?;
+            self.known_probes.entry(cookie.0).or_default().insert(*key);
+        }
+        Ok(())
+    }
+
+    fn retain_probes(&mut self, cookie: NetnsCookie, wanted: &HashSet<ProbeKey>) -> Result<(), LoadError> {
+        let Some(known) = self.known_probes.get_mut(&cookie.0) else { return Ok(()) };
+        let stale: Vec<_> = known.difference(wanted).copied().collect();
+        for key in stale {
+            let owner = self.probes.get(&key, 0);
+            if owner.is_ok_and(|owner| owner == cookie.0) {
+                absent_is_fine(self.probes.remove(&key)).map_err(|error| LoadError::map(PROBES, MAX_PROBES, error))?;
+            }
+            known.remove(&key);
+        }
+        if known.is_empty() {
+            self.known_probes.remove(&cookie.0);
         }
         Ok(())
     }
@@ -288,4 +342,5 @@ const _: fn() = || {
     plain::<ListenerKey>();
     plain::<AddressKey>();
     plain::<ExcludedKey>();
+    plain::<ProbeKey>();
 };

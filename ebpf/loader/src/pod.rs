@@ -54,6 +54,9 @@ pub struct PodCapture {
     pub failure: FailureMode,
     pub inbound: Inbound,
     pub dns: Dns,
+    /// Ports that the node's own connections reach directly: those of the pod's probes and lifecycle hooks. See
+    /// [`crate::Capture::set_host`].
+    pub probe_ports: Vec<u16>,
     /// Destinations this pod reaches directly, beside [`crate::Capture::set_global_exclusions`].
     pub excluded: Vec<Prefix>,
 }

@@ -2,11 +2,11 @@
 
 use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
 
-use crate::lookup::{Address, connect};
+use crate::lookup::{Address, Family, connect};
 
 #[cgroup_sock_addr(connect4)]
 pub fn connect4(ctx: SockAddrContext) -> i32 {
     // SAFETY: the kernel hands a valid context.
     let destination = Address::v4(unsafe { (*ctx.sock_addr).user_ip4 });
-    connect(ctx.sock_addr, destination)
+    connect(ctx.sock_addr, Family::V4, destination)
 }

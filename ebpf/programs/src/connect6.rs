@@ -2,7 +2,7 @@
 
 use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
 
-use crate::lookup::{Address, connect};
+use crate::lookup::{Address, Family, connect};
 
 #[cgroup_sock_addr(connect6)]
 pub fn connect6(ctx: SockAddrContext) -> i32 {
@@ -15,5 +15,5 @@ pub fn connect6(ctx: SockAddrContext) -> i32 {
             (&raw const (*ctx.sock_addr).user_ip6[3]).read_volatile(),
         ]
     });
-    connect(ctx.sock_addr, destination)
+    connect(ctx.sock_addr, Family::V6, destination)
 }

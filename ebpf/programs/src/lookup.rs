@@ -3,13 +3,16 @@
 use core::ptr;
 
 use aya_ebpf::{
-    bindings::bpf_sock_addr,
-    helpers::{bpf_get_netns_cookie, bpf_map_lookup_elem, bpf_set_retval, bpf_setsockopt, bpf_sk_release},
+    bindings::{bpf_sock, bpf_sock_addr},
+    helpers::{bpf_bind, bpf_get_netns_cookie, bpf_map_lookup_elem, bpf_set_retval, bpf_setsockopt, bpf_sk_release},
     maps::lpm_trie::Key,
 };
-use ebpf_abi::{AddressKey, Counter, Enrolled, ExcludedKey, ListenerKey, MARK_BYPASS, MARK_CAPTURE, MARK_LEG, Slot};
+use ebpf_abi::{
+    AddressKey, Counter, Enrolled, ExcludedKey, ListenerKey, MARK_BYPASS, MARK_CAPTURE, MARK_LEG, PROBE_SOURCE4,
+    PROBE_SOURCE6, ProbeKey, Slot,
+};
 
-use crate::maps::{ADDRESSES, EXCLUDED, LISTENERS, count, enrolled};
+use crate::maps::{ADDRESSES, EXCLUDED, LISTENERS, count, enrolled, is_host, probed};
 
 pub const IPPROTO_TCP: u32 = 6;
 pub const IPPROTO_UDP: u32 = 17;
@@ -19,6 +22,35 @@ const SOL_SOCKET: i32 = 1;
 const SO_MARK: i32 = 36;
 const SO_BINDTOIFINDEX: i32 = 62;
 const ECONNREFUSED: i32 = 111;
+
+const AF_INET: u16 = 2;
+const AF_INET6: u16 = 10;
+
+/// What kind of socket a hook was called for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    V4,
+    V6,
+}
+
+/// The kernel's `struct sockaddr_in`.
+#[repr(C)]
+struct SocketAddress4 {
+    family: u16,
+    port: u16,
+    address: [u8; 4],
+    zero: [u8; 8],
+}
+
+/// The kernel's `struct sockaddr_in6`.
+#[repr(C)]
+struct SocketAddress6 {
+    family: u16,
+    port: u16,
+    flow: u32,
+    address: [u8; 16],
+    scope: u32,
+}
 
 /// Verdicts of a cgroup hook.
 const PROCEED: i32 = 1;
@@ -78,6 +110,30 @@ impl Address {
         ADDRESSES.get_ptr(&AddressKey { cookie, address: self.octets() }).is_some()
     }
 
+    /// The netns of the pod that is probed at this address and port.
+    #[inline(always)]
+    pub fn probed_at(&self, port: u16) -> Option<u64> {
+        probed(&ProbeKey { address: self.octets(), port: port.into() })
+    }
+
+    /// Does a probe come from here?
+    #[inline(always)]
+    pub fn is_probe_source(&self) -> bool {
+        if self.is_v4() {
+            self.0[3] == u32::from_ne_bytes(PROBE_SOURCE4)
+        } else {
+            let source = Address::from_octets(PROBE_SOURCE6);
+            // Word by word: comparing arrays becomes a call of `memcmp`.
+            self.0[0] == source.0[0] && self.0[1] == source.0[1] && self.0[2] == source.0[2] && self.0[3] == source.0[3]
+        }
+    }
+
+    #[inline(always)]
+    fn from_octets(octets: [u8; 16]) -> Self {
+        // SAFETY: both are sixteen bytes without invalid patterns.
+        Address(unsafe { core::mem::transmute::<[u8; 16], [u32; 4]>(octets) })
+    }
+
     #[inline(always)]
     fn is_excluded(&self, cookie: u64) -> bool {
         let (family, words) = if self.is_v4() { (4, [self.0[3], 0, 0, 0]) } else { (6, self.0) };
@@ -99,7 +155,7 @@ impl Address {
 ///
 /// The mark survives `connect(AF_UNSPEC)`, so every way out that is not capture takes a stale one away.
 #[inline(always)]
-pub fn connect(ctx: *mut bpf_sock_addr, destination: Address) -> i32 {
+pub fn connect(ctx: *mut bpf_sock_addr, family: Family, destination: Address) -> i32 {
     // SAFETY: the kernel hands a valid context; these fields may be read in it.
     let (protocol, sk) = unsafe { ((*ctx).protocol, (*ctx).__bindgen_anon_1.sk) };
     if protocol != IPPROTO_TCP && protocol != IPPROTO_MPTCP {
@@ -108,6 +164,9 @@ pub fn connect(ctx: *mut bpf_sock_addr, destination: Address) -> i32 {
     // SAFETY: the helper takes this context.
     let cookie = unsafe { bpf_get_netns_cookie(ctx.cast()) };
     let Some(pod) = enrolled(cookie) else {
+        if is_host(cookie) && !sk.is_null() && !has_source(sk, family) {
+            probe(ctx, family, destination);
+        }
         return PROCEED;
     };
     // The verifier wants this test although the hook always has a socket.
@@ -144,6 +203,50 @@ pub fn connect(ctx: *mut bpf_sock_addr, destination: Address) -> i32 {
     }
     count(Counter::Captured);
     PROCEED
+}
+
+/// Has the process chosen an address to connect from? A kubelet never does.
+#[inline(always)]
+fn has_source(sk: *mut bpf_sock, family: Family) -> bool {
+    // SAFETY: a socket pointer of the context, not null; these fields may be read, word by word.
+    unsafe {
+        match family {
+            Family::V4 => (*sk).src_ip4 != 0,
+            Family::V6 => {
+                let word = |index: usize| (&raw const (*sk).src_ip6[index]).read_volatile();
+                word(0) | word(1) | word(2) | word(3) != 0
+            }
+        }
+    }
+}
+
+/// From the host itself to a port where a pod is probed: the connection gets the source that tells it from what the
+/// node forwards. Where that fails (the node has lost the address) it is ordinary traffic, and policy decides.
+#[inline(always)]
+fn probe(ctx: *mut bpf_sock_addr, family: Family, destination: Address) {
+    // SAFETY: the kernel hands a valid context; the field may be read in it.
+    let port = u16::from_be(unsafe { (*ctx).user_port } as u16);
+    if destination.probed_at(port).is_none() {
+        return;
+    }
+    if family == Family::V4 {
+        let mut source = SocketAddress4 { family: AF_INET, port: 0, address: PROBE_SOURCE4, zero: [0; 8] };
+        bind(ctx, &mut source);
+    } else {
+        let mut address = PROBE_SOURCE6;
+        if destination.is_v4() {
+            let [a, b, c, d] = PROBE_SOURCE4;
+            address = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d];
+        }
+        let mut source = SocketAddress6 { family: AF_INET6, port: 0, flow: 0, address, scope: 0 };
+        bind(ctx, &mut source);
+    }
+}
+
+#[inline(always)]
+fn bind<T>(ctx: *mut bpf_sock_addr, source: &mut T) {
+    // SAFETY: a socket address of the length said, without padding, on the stack.
+    unsafe { bpf_bind(ctx, ptr::from_mut(source).cast(), size_of::<T>() as i32) };
 }
 
 /// Lets the connection take the ordinary route.

@@ -3,9 +3,12 @@
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
     macros::map,
-    maps::{HashMap, LpmTrie, PerCpuArray, SockHash},
+    maps::{Array, HashMap, LpmTrie, PerCpuArray, SockHash},
 };
-use ebpf_abi::{AddressKey, Counter, Enrolled, ExcludedKey, ListenerKey, MAX_ADDRESSES, MAX_EXCLUDED, MAX_NETNS, Slot};
+use ebpf_abi::{
+    AddressKey, Counter, Enrolled, ExcludedKey, ListenerKey, MAX_ADDRESSES, MAX_EXCLUDED, MAX_NETNS, MAX_PROBES,
+    ProbeKey, Slot,
+};
 
 /// Netns cookie → what is captured there. Not preallocated: a preallocated element may be reused by another netns
 /// while a program still reads it.
@@ -24,6 +27,14 @@ pub static ADDRESSES: HashMap<AddressKey, u32> = HashMap::pinned(MAX_ADDRESSES, 
 #[map]
 pub static EXCLUDED: LpmTrie<ExcludedKey, u32> = LpmTrie::pinned(MAX_EXCLUDED, 0);
 
+/// Where the kubelet probes the pods of this node, and the netns of each.
+#[map]
+pub static PROBES: HashMap<ProbeKey, u64> = HashMap::pinned(MAX_PROBES, BPF_F_NO_PREALLOC);
+
+/// One element: the netns the kubelet lives in; 0 while nobody has said.
+#[map]
+pub static HOST: Array<u64> = Array::pinned(1, 0);
+
 #[map]
 pub static COUNTERS: PerCpuArray<u64> = PerCpuArray::pinned(Counter::COUNT, 0);
 
@@ -32,6 +43,19 @@ pub static COUNTERS: PerCpuArray<u64> = PerCpuArray::pinned(Counter::COUNT, 0);
 pub fn enrolled(cookie: u64) -> Option<Enrolled> {
     // SAFETY: the map does not preallocate, so the element cannot become another one's before RCU lets it go.
     unsafe { ENROLLED.get(&cookie) }.copied()
+}
+
+/// The netns of the pod that is probed there.
+#[inline(always)]
+pub fn probed(key: &ProbeKey) -> Option<u64> {
+    // SAFETY: as above.
+    unsafe { PROBES.get(key) }.copied()
+}
+
+/// Is this the netns the kubelet lives in?
+#[inline(always)]
+pub fn is_host(cookie: u64) -> bool {
+    HOST.get(0).is_some_and(|host| *host == cookie && cookie != 0)
 }
 
 #[inline(always)]

@@ -62,6 +62,11 @@ fn tcp(ctx: &SkLookupContext) -> u32 {
     if to_pod && remote.belongs_to(cookie) {
         return PASS;
     }
+    // The kubelet, at a port that the pod's own probes and hooks name, and nowhere else: whoever takes the address
+    // gains no more than that.
+    if remote.is_probe_source() && local.probed_at(local_port(ctx)) == Some(cookie) {
+        return PASS;
+    }
     if local_port(ctx) == HBONE_PORT {
         if !assign(ctx, cookie, (Slot::Hbone4, Slot::Hbone6)) {
             return drop();

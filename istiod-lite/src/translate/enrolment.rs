@@ -1,6 +1,10 @@
 //! Which pods their node's proxy captures, as resources for that node alone.
 
-use k8s_openapi::api::core::v1::Pod;
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use k8s_openapi::api::core::v1::{Container, HTTPGetAction, LifecycleHandler, Pod, Probe, TCPSocketAction};
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use mesh_proto::enrolment::{CaptureOptions, FailureMode, POD_ENROLMENT_TYPE, PodEnrolment};
 
 use super::address_bytes;
@@ -41,6 +45,63 @@ pub fn translate(world: &World, pod: &Pod) -> Option<Resource> {
             excluded_destinations: Vec::new(),
         }),
         workload_uid: world.pod_uid(&key),
+        probe_ports: probe_ports(pod).into_iter().map(u32::from).collect(),
     };
     Some(Resource::new(POD_ENROLMENT_TYPE, uid, &message).for_audience(vec![Audience::Node(node.into())]))
+}
+
+/// Where the kubelet calls the pod by TCP: probes and lifecycle hooks of its containers. Of the init containers only
+/// those that stay (sidecars) can have any.
+fn probe_ports(pod: &Pod) -> BTreeSet<u16> {
+    let Some(spec) = &pod.spec else { return BTreeSet::new() };
+    let addresses: Vec<IpAddr> = running_addresses(pod).into_iter().flatten().collect();
+    let sidecars = spec.init_containers.iter().flatten().filter(|c| c.restart_policy.as_deref() == Some("Always"));
+    spec.containers.iter().chain(sidecars).flat_map(|container| container_ports(container, &addresses)).collect()
+}
+
+fn container_ports(container: &Container, pod: &[IpAddr]) -> Vec<u16> {
+    let probes = [&container.liveness_probe, &container.readiness_probe, &container.startup_probe];
+    let of_probes = probes.into_iter().flatten().filter_map(|probe| of_probe(probe, container, pod));
+    let lifecycle = container.lifecycle.as_ref();
+    let hooks = lifecycle.into_iter().flat_map(|hooks| [&hooks.post_start, &hooks.pre_stop]).flatten();
+    of_probes.chain(hooks.filter_map(|hook| of_hook(hook, container, pod))).collect()
+}
+
+fn of_probe(probe: &Probe, container: &Container, pod: &[IpAddr]) -> Option<u16> {
+    // A gRPC probe takes numbers only.
+    let grpc = probe.grpc.as_ref().and_then(|grpc| number(grpc.port));
+    grpc.or_else(|| of_calls(probe.http_get.as_ref(), probe.tcp_socket.as_ref(), container, pod))
+}
+
+fn of_hook(hook: &LifecycleHandler, container: &Container, pod: &[IpAddr]) -> Option<u16> {
+    of_calls(hook.http_get.as_ref(), hook.tcp_socket.as_ref(), container, pod)
+}
+
+/// `None` for a probe that calls another host than the pod: its port says nothing about ours.
+fn of_calls(
+    http: Option<&HTTPGetAction>,
+    tcp: Option<&TCPSocketAction>,
+    container: &Container,
+    pod: &[IpAddr],
+) -> Option<u16> {
+    let http = http.map(|http| (&http.port, &http.host));
+    let (port, host) = http.or_else(|| tcp.map(|tcp| (&tcp.port, &tcp.host)))?;
+    let elsewhere = |host: &str| !host.is_empty() && host.parse().map_or(true, |ip| !pod.contains(&ip));
+    if host.as_deref().is_some_and(elsewhere) {
+        return None;
+    }
+    match port {
+        IntOrString::Int(port) => number(*port),
+        IntOrString::String(name) => match name.parse() {
+            Ok(port) => number(port),
+            Err(_) => {
+                let ports = container.ports.iter().flatten();
+                ports.filter(|port| port.name.as_deref() == Some(name)).find_map(|port| number(port.container_port))
+            }
+        },
+    }
+}
+
+fn number(port: i32) -> Option<u16> {
+    u16::try_from(port).ok().filter(|port| *port > 0)
 }

@@ -20,6 +20,10 @@ pub struct PodEnrolment {
     /// The xDS uid of the workload, `<cluster>//Pod/<ns>/<name>`.
     #[prost(string, tag = "7")]
     pub workload_uid: ::prost::alloc::string::String,
+    /// TCP ports of the pod that the kubelet calls: those of probes and lifecycle hooks. Connections from the node's own
+    /// network namespace reach them directly, whatever policy says; sorted, each once.
+    #[prost(uint32, repeated, tag = "8")]
+    pub probe_ports: ::prost::alloc::vec::Vec<u32>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct CaptureOptions {

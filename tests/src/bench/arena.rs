@@ -121,6 +121,7 @@ impl Arena {
                 ("LOCAL_XDS_PATH", shown(&config)),
                 ("LOCAL_CA_DIR", shown(&ca)),
                 ("CGROUP_ROOT", shown(&node.cgroup)),
+                ("HOST_NETNS", "/proc/self/ns/net".to_owned()),
                 ("BPFFS_DIR", shown(&node.bpffs)),
                 ("READY_FILE", shown(&ready)),
             ];

@@ -43,6 +43,9 @@ const EAGER_PROBE: Duration = Duration::from_millis(200);
 /// How often mounted objects and tokens are looked at again.
 const REFRESH: Duration = Duration::from_secs(2);
 
+/// Where a pod that sees the node's processes finds the node's network namespace.
+const HOST_NETNS: &str = "/run/node/netns";
+
 /// Seconds of the present moment as the API writes times.
 pub fn now() -> String {
     let format = time::macros::format_description!("[year]-[month]-[day]T[hour]:[minute]:[second]Z");
@@ -449,6 +452,9 @@ impl Actor {
         binds.push(Bind::new(self.directory.join("resolv.conf"), "/etc/resolv.conf"));
         binds.extend(self.volumes().binds(container)?);
         let spec = self.spec();
+        if spec.host_pid == Some(true) {
+            binds.push(Bind::new(self.node.net.netns.path(), HOST_NETNS));
+        }
         let read_only = container.security_context.as_ref().and_then(|s| s.read_only_root_filesystem);
         let launch = Launch {
             argv: argv.iter().map(|word| template::expand(word, &env)).collect(),
@@ -483,6 +489,10 @@ impl Actor {
             ("KUBERNETES_SERVICE_PORT".to_owned(), port.clone()),
             ("KUBERNETES_SERVICE_PORT_HTTPS".to_owned(), port),
         ]);
+        if self.spec().host_pid == Some(true) {
+            // Process 1 is the machine's and not the node's.
+            env.insert("HOST_NETNS".to_owned(), HOST_NETNS.to_owned());
+        }
         anyhow::ensure!(container.env_from.is_none(), "the lab has no envFrom");
         for variable in container.env.iter().flatten() {
             let value = match &variable.value_from {
@@ -499,7 +509,7 @@ impl Actor {
 
     /// Begins a probe that is due, or takes the result of one that has ended.
     async fn probe(&mut self, index: usize) {
-        let (address, netns) = (self.addresses()[0], self.netns());
+        let (address, node) = (self.addresses()[0], self.node.clone());
         let container = &mut self.containers[index];
         let Some(readiness) = container.spec.readiness_probe.clone() else { return };
         if container.child.is_none() {
@@ -519,8 +529,11 @@ impl Actor {
         }
         if container.probing.is_none() && container.probe_due <= Instant::now() {
             let (spec, info) = (container.spec.clone(), container.info.clone());
-            container.probing =
-                Some(tokio::task::spawn_blocking(move || probe::probe(&readiness, &spec, &info, address, &netns)));
+            container.probing = Some(tokio::task::spawn_blocking(move || {
+                let netns = node.net.netns.path();
+                let kubelet = probe::Kubelet { netns: &netns, cgroup: &node.cgroup };
+                probe::probe(&readiness, &spec, &info, address, kubelet)
+            }));
         }
     }
 

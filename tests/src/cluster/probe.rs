@@ -1,9 +1,8 @@
-//! Readiness probes, run on a thread inside the pod's network namespace: a kubelet's probe is not traffic of the mesh.
+//! Readiness probes, run as a kubelet runs them: from the node's network namespace, by a process of the node's cgroup.
 
-use std::io::{Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
-use std::time::Duration;
+use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use k8s_openapi::api::core::v1 as core;
@@ -11,7 +10,30 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
 use crate::cluster::state;
 use crate::container;
-use crate::sys;
+use crate::sys::{self, quote};
+
+/// Where the kubelet of a node lives.
+#[derive(Clone, Copy, Debug)]
+pub struct Kubelet<'a> {
+    pub netns: &'a Path,
+    /// The node's cgroup root.
+    pub cgroup: &'a Path,
+}
+
+impl Kubelet<'_> {
+    /// The cgroup of the kubelet and all it starts, below the node's root.
+    pub const CGROUP: &'static str = "kubelet";
+
+    /// A command that runs where the kubelet does.
+    pub fn command(&self, argv: &[&str]) -> Command {
+        let cgroup = self.cgroup.join(Self::CGROUP).join("cgroup.procs").display().to_string();
+        let netns = self.netns.display().to_string();
+        let script = format!("echo $$ > {}; exec nsenter --net={} -- \"$@\"", quote(&cgroup), quote(&netns));
+        let mut command = sys::command("sh");
+        command.args(["-ec", &script, "kubelet"]).args(argv);
+        command
+    }
+}
 
 /// Asks once. `Ok` is "ready"; the error says why not.
 pub fn probe(
@@ -19,9 +41,9 @@ pub fn probe(
     spec: &core::Container,
     running: &state::Container,
     address: IpAddr,
-    netns: &Path,
+    kubelet: Kubelet<'_>,
 ) -> Result<()> {
-    let patience = Duration::from_secs(probe.timeout_seconds.unwrap_or(1).max(1).unsigned_abs().into());
+    let patience = probe.timeout_seconds.unwrap_or(1).max(1);
     if let Some(http) = &probe.http_get {
         let port = port(&http.port, spec)?;
         let path = http.path.clone().unwrap_or_else(|| "/".into());
@@ -29,14 +51,13 @@ pub fn probe(
             bail!("the lab has no HTTPS probe");
         }
         let address = http.host.as_ref().map_or(Ok(address), |host| host.parse())?;
-        return sys::in_netns(netns, move || get(SocketAddr::new(address, port), &path, patience));
+        return get(&kubelet, &format!("http://{}{path}", SocketAddr::new(address, port)), patience);
     }
     if let Some(tcp) = &probe.tcp_socket {
         let port = port(&tcp.port, spec)?;
-        return sys::in_netns(netns, move || {
-            TcpStream::connect_timeout(&SocketAddr::new(address, port), patience)?;
-            Ok(())
-        });
+        let connect = format!("exec 3<>/dev/tcp/{address}/{port}");
+        let mut command = kubelet.command(&["timeout", &patience.to_string(), "bash", "-c", &connect]);
+        return sys::check(&mut command).map(drop);
     }
     if let Some(exec) = &probe.exec {
         let argv = exec.command.clone().unwrap_or_default();
@@ -58,20 +79,27 @@ fn port(port: &IntOrString, spec: &core::Container) -> Result<u16> {
     u16::try_from(number).with_context(|| format!("port {number} out of range"))
 }
 
-fn get(address: SocketAddr, path: &str, patience: Duration) -> Result<()> {
-    let mut stream = TcpStream::connect_timeout(&address, patience)?;
-    stream.set_read_timeout(Some(patience))?;
-    stream.set_write_timeout(Some(patience))?;
-    write!(
-        stream,
-        "GET {path} HTTP/1.1\r\nHost: {address}\r\nUser-Agent: kube-probe/lab\r\nConnection: close\r\n\r\n"
-    )?;
-    let mut head = [0; 64];
-    let length = stream.read(&mut head)?;
-    let line = String::from_utf8_lossy(&head[..length]).into_owned();
-    let status = line.split(' ').nth(1).and_then(|code| code.parse::<u16>().ok());
-    match status {
-        Some(200..=399) => Ok(()),
-        _ => bail!("{address}{path} answered {:?}", line.lines().next().unwrap_or_default()),
+fn get(kubelet: &Kubelet<'_>, url: &str, patience: i32) -> Result<()> {
+    let patience = patience.to_string();
+    let answer = sys::check(&mut kubelet.command(&[
+        "curl",
+        "--silent",
+        "--show-error",
+        "--noproxy",
+        "*",
+        "--max-time",
+        &patience,
+        "--user-agent",
+        "kube-probe/lab",
+        "--output",
+        "/dev/null",
+        "--write-out",
+        "%{http_code}",
+        url,
+    ]))?;
+    let status = String::from_utf8_lossy(&answer.stdout).into_owned();
+    match status.parse::<u16>() {
+        Ok(200..=399) => Ok(()),
+        _ => bail!("{url} answered {status}"),
     }
 }

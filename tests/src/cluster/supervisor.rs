@@ -24,7 +24,7 @@ use super::images::Images;
 use super::kubelet::{Kubelet, Node, Shared, now};
 use super::volumes::HostPaths;
 use super::workloads::{Pass, Place, ignore_missing};
-use super::{endpoints, services};
+use super::{endpoints, probe, services};
 use crate::record::Record;
 use crate::topology::{self, NodeNet, PARENT_V4, Parent};
 
@@ -240,7 +240,8 @@ fn prepare(record: &Record, net: NodeNet) -> Result<Node> {
         bpffs: record.bpffs.join(&net.name),
         rest: record.run_dir.join("nodes").join(&net.name),
     };
-    for directory in [&host_paths.cgroup, &host_paths.bpffs, &host_paths.rest] {
+    let kubelet = host_paths.cgroup.join(probe::Kubelet::CGROUP);
+    for directory in [&kubelet, &host_paths.bpffs, &host_paths.rest] {
         fs::create_dir_all(directory)?;
     }
     Ok(Node { cgroup: host_paths.cgroup.clone(), net, host_paths })

@@ -25,6 +25,8 @@ pub struct Enrolment {
     pub failure: Failure,
     pub inbound: Inbound,
     pub excluded: Vec<IpNet>,
+    /// Where the kubelet calls the pod.
+    pub probe_ports: Vec<u16>,
 }
 
 /// What happens to the pod's new connections while no ztunnel is alive.
@@ -50,6 +52,8 @@ pub enum BadEnrolment {
     Address(usize),
     #[error("an excluded destination has prefix length {0}, which its family does not have")]
     PrefixLength(u32),
+    #[error("probe port {0} is none")]
+    ProbePort(u32),
     #[error("failure mode {0} is not known")]
     FailureMode(i32),
     #[error("uid {0:?} has characters no Kubernetes UID has")]
@@ -80,6 +84,7 @@ impl TryFrom<wire::PodEnrolment> for Enrolment {
             Ok(wire::FailureMode::Open) => Failure::Open,
             Err(_) => return Err(BadEnrolment::FailureMode(options.failure_mode)),
         };
+        let probe_ports: Result<_, _> = pod.probe_ports.into_iter().map(port).collect();
         Ok(Self {
             uid: pod.uid,
             name: pod.name.into(),
@@ -98,8 +103,13 @@ impl TryFrom<wire::PodEnrolment> for Enrolment {
                     IpNet::new(address(&p.address)?, length).map(|n| n.trunc()).map_err(|_| bad())
                 })
                 .collect::<Result<_, _>>()?,
+            probe_ports: probe_ports?,
         })
     }
+}
+
+fn port(number: u32) -> Result<u16, BadEnrolment> {
+    u16::try_from(number).ok().filter(|port| *port > 0).ok_or(BadEnrolment::ProbePort(number))
 }
 
 fn address(bytes: &[u8]) -> Result<IpAddr, BadEnrolment> {
@@ -162,6 +172,7 @@ mod tests {
                 excluded_destinations: vec![wire::Prefix { address: vec![10, 9, 9, 9].into(), length: 16 }],
                 ..Default::default()
             }),
+            probe_ports: vec![8080],
         }
     }
 
@@ -170,6 +181,7 @@ mod tests {
         let pod = Enrolment::try_from(wire_pod()).unwrap();
         assert_eq!(pod.addresses, vec!["10.0.0.1".parse::<IpAddr>().unwrap()]);
         assert_eq!(pod.excluded, vec!["10.9.0.0/16".parse::<IpNet>().unwrap()]);
+        assert_eq!(pod.probe_ports, [8080]);
         assert_eq!((pod.failure, pod.inbound), (Failure::Closed, Inbound::Capture));
     }
 
@@ -182,6 +194,7 @@ mod tests {
         };
         assert_eq!(bad(|p| p.uid.clear()), BadEnrolment::Empty("uid"));
         assert_eq!(bad(|p| p.uid = "../x".into()), BadEnrolment::Uid("../x".into()));
+        assert_eq!(bad(|p| p.probe_ports = vec![80, 65_536]), BadEnrolment::ProbePort(65_536));
         assert_eq!(bad(|p| p.addresses = vec![vec![1, 2, 3].into()]), BadEnrolment::Address(3));
         assert_eq!(bad(|p| p.capture.as_mut().unwrap().failure_mode = 9), BadEnrolment::FailureMode(9));
         assert_eq!(

@@ -62,9 +62,11 @@ pub struct Finder {
 }
 
 impl Finder {
+    /// `host` is the inode of the node's own network namespace.
+    ///
     /// # Errors
     /// When this process' own mounts or namespace cannot be read.
-    pub fn new(proc_root: &Path, cgroup_root: &Path) -> io::Result<Self> {
+    pub fn new(proc_root: &Path, cgroup_root: &Path, host: u64) -> io::Result<Self> {
         let mounts = fs::read_to_string("/proc/self/mountinfo")?;
         let root = fs::canonicalize(cgroup_root)?;
         // Neither the host's namespace nor ours is ever a pod's. Process 1 may be hidden from us; we are not.
@@ -73,7 +75,7 @@ impl Finder {
         Ok(Self {
             proc_root: proc_root.to_owned(),
             v2_prefix: v2_prefix(&mounts, &root).unwrap_or_default(),
-            refused: init.into_iter().chain([own]).collect(),
+            refused: init.into_iter().chain([own, host]).collect(),
         })
     }
 

@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use ebpf_loader::{Capture, NetnsCookie};
+use futures_util::stream::{self, StreamExt};
 use mesh::drain::DrainWatcher;
 use mesh::identity::{Identity, IdentityParseError};
 use mesh::model::TunnelProtocol;
@@ -18,6 +19,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 use super::enrolment::{Desired, Enrolment};
 use super::find::{Finder, Found, Process};
+use super::host::Host;
 use super::netns::Family;
 use super::pod::LocalPod;
 use super::tenure::Tenure;
@@ -28,6 +30,8 @@ use crate::worker::{Role, Shared, Workers};
 /// First pause before a pod's namespace is looked for again; doubles up to [`LONGEST_RETRY`].
 const FIRST_RETRY: Duration = Duration::from_millis(50);
 const LONGEST_RETRY: Duration = Duration::from_secs(5);
+/// How many pods are enrolled at the same time: enough that none waits for another's netlink answers.
+const ENROL_AT_ONCE: usize = 16;
 /// How often rules, routes and processes of enrolled pods are looked after.
 const UPKEEP: Duration = Duration::from_secs(5);
 /// How long pods of a predecessor keep their capture while their namespaces are still being looked for.
@@ -68,6 +72,7 @@ struct Up {
 pub struct Deps {
     pub shared: Shared,
     pub capture: Arc<Capture>,
+    pub host: Host,
     pub finder: Finder,
     pub workers: Arc<Workers>,
     pub registry: Arc<Registry>,
@@ -122,6 +127,7 @@ impl Manager {
         loop {
             let desired = self.deps.desired.borrow_and_update().clone();
             self.take(desired.pods).await;
+            self.prepare_host(desired.complete).await;
             self.enrol_waiting().await;
             self.promote();
             self.collect(desired.complete);
@@ -183,7 +189,17 @@ impl Manager {
         }
     }
 
-    /// One walk over `/proc` for all pods that wait, then each that was found.
+    /// The node has the addresses that probes come from while it has pods that are probed. Before the first complete
+    /// list nothing is taken away: a predecessor's pods may still be wanted.
+    async fn prepare_host(&mut self, complete: bool) {
+        if self.entries.values().any(|entry| !entry.wanted.probe_ports.is_empty()) {
+            self.deps.host.add_addresses(self.deps.shared.config.ipv6).await;
+        } else if complete && self.leaving.is_empty() {
+            self.deps.host.remove_addresses().await;
+        }
+    }
+
+    /// One walk over `/proc` for all pods that wait, then those that were found, several at a time.
     async fn enrol_waiting(&mut self) {
         let mut wanted = BTreeSet::new();
         for (uid, entry) in &mut self.entries {
@@ -197,23 +213,40 @@ impl Manager {
             }
         }
         let mut found = find(&self.deps.finder, &wanted).await;
-        for uid in wanted {
-            let Some(enrolment) = self.entries.get(&uid).map(|e| e.wanted.clone()) else { continue };
-            let state = match self.enrol(&enrolment, found.remove(&uid).unwrap_or_default()).await {
-                Ok(up) => {
-                    let (pod, namespace) = (&enrolment.name, &enrolment.namespace);
-                    tracing::info!(%pod, %namespace, pid = up.process.pid, reach = ?up.reach, "enrolled");
-                    State::Up(up)
-                }
-                Err(error) => {
-                    if error.state() == WireState::Failed {
-                        tracing::warn!(pod = %enrolment.name, namespace = %enrolment.namespace, %error, "not enrolled");
-                    }
-                    State::Waiting(error)
-                }
-            };
+        let tasks: Vec<_> = wanted
+            .into_iter()
+            .filter_map(|uid| {
+                let enrolment = self.entries.get(&uid)?.wanted.clone();
+                let found = found.remove(&uid).unwrap_or_default();
+                Some((uid, enrolment, found))
+            })
+            .collect();
+        let this = &*self;
+        let tried: Vec<_> = stream::iter(tasks)
+            .map(|(uid, enrolment, found)| async move { (uid, this.try_enrol(&enrolment, found).await) })
+            .buffer_unordered(ENROL_AT_ONCE)
+            .collect()
+            .await;
+        for (uid, state) in tried {
             if let Some(entry) = self.entries.get_mut(&uid) {
                 entry.state = state;
+            }
+        }
+    }
+
+    /// One attempt, told in the log.
+    async fn try_enrol(&self, wanted: &Enrolment, found: Vec<Found>) -> State {
+        let (pod, namespace) = (&wanted.name, &wanted.namespace);
+        match self.enrol(wanted, found).await {
+            Ok(up) => {
+                tracing::info!(%pod, %namespace, pid = up.process.pid, reach = ?up.reach, "enrolled");
+                State::Up(up)
+            }
+            Err(error) => {
+                if error.state() == WireState::Failed {
+                    tracing::warn!(%pod, %namespace, %error, "not enrolled");
+                }
+                State::Waiting(error)
             }
         }
     }
@@ -302,6 +335,7 @@ impl Manager {
 
     /// Repairs what was changed behind our back, and follows a pod whose namespace was made anew.
     async fn look_after(&mut self) {
+        self.deps.host.doubt();
         let attached: BTreeSet<NetnsCookie> = match self.deps.capture.attached() {
             Ok(attached) => attached.into_iter().collect(),
             Err(error) => return tracing::warn!(%error, "reading the capture state"),

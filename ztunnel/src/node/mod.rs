@@ -1,12 +1,13 @@
 //! Pods of this node come and go: their namespaces are found, captured, kept in order and given back.
 //!
-//! One task owns all of it, so the steps of one pod never interleave. Order when a pod joins: listeners, steering,
+//! One task owns all of it: pods join side by side, the steps of one pod never interleave. Order when a pod joins: listeners, steering,
 //! listener slots, rules and route, HBONE; then, once the control plane calls the workload an HBONE one, everything.
 //! Order when it leaves: no new capture, HBONE still answered; steering away; open connections live on; rules and
 //! route; listeners. A namespace is never touched that was not found by the pod's UID (see [`find`]).
 
 pub mod enrolment;
 pub mod find;
+pub mod host;
 pub mod manager;
 pub mod netns;
 pub mod pod;

@@ -10,9 +10,10 @@ use std::path::Path;
 use ebpf_loader::abi::{MARK_CAPTURE, MARK_MASK, ROUTE_TABLE, RULE_PREF_TCP};
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::IpProtocol;
+use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage, AddressScope, CacheInfo};
 use rtnetlink::packet_route::route::{RouteMessage, RouteScope, RouteType};
 use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
-use rtnetlink::{Handle, RouteMessageBuilder};
+use rtnetlink::{AddressMessageBuilder, Handle, RouteMessageBuilder};
 use thiserror::Error;
 
 use super::netns::{Family, Netns};
@@ -25,7 +26,7 @@ const SYSCTLS_V6: [&str; 1] = ["ipv6/fwmark_reflect"];
 /// The kernel said no.
 #[derive(Debug, Error)]
 pub enum RoutingError {
-    #[error("opening netlink in the pod's namespace: {0}")]
+    #[error("opening netlink in another namespace: {0}")]
     Open(#[source] io::Error),
     #[error("setting sysctl net/{name} in the pod's namespace (is /proc/sys writable?): {source}")]
     Sysctl { name: &'static str, source: io::Error },
@@ -79,8 +80,8 @@ fn sources(addresses: &[IpAddr]) -> impl Iterator<Item = IpAddr> + '_ {
     v4.into_iter().chain(v6).copied()
 }
 
-/// A netlink socket that was made inside the pod's namespace, with the task that serves it.
-struct Link {
+/// A netlink socket that was made inside a namespace, with the task that serves it.
+pub(super) struct Link {
     handle: Handle,
     task: tokio::task::JoinHandle<()>,
     lo: u32,
@@ -93,7 +94,7 @@ impl Drop for Link {
 }
 
 impl Link {
-    fn open(netns: &Netns) -> Result<Self, RoutingError> {
+    pub(super) fn open(netns: &Netns) -> Result<Self, RoutingError> {
         let ((connection, handle, _), lo) = netns
             .enter(|| Ok((rtnetlink::new_connection()?, nix::net::if_::if_nametoindex("lo")?)))
             .map_err(RoutingError::Open)?;
@@ -141,9 +142,47 @@ impl Link {
             .map_err(|source| RoutingError::Netlink { what: "adding the rule of captured connections", source })
     }
 
+    /// Adds an address of the kubelet's probes to lo, unless it is there.
+    pub(super) async fn add_probe_source(&self, address: IpAddr) -> Result<(), RoutingError> {
+        let mut request = self.handle.address().add(self.lo, address, prefix_length(address));
+        unselectable(request.message_mut(), address);
+        tolerate(request.execute().await, libc::EEXIST)
+            .map_err(|source| RoutingError::Netlink { what: "adding the address of probes to lo", source })
+    }
+
+    pub(super) async fn remove_probe_source(&self, address: IpAddr) -> Result<(), RoutingError> {
+        let length = prefix_length(address);
+        let message = match address {
+            IpAddr::V4(ip) => AddressMessageBuilder::<Ipv4Addr>::new().index(self.lo).address(ip, length).build(),
+            IpAddr::V6(ip) => AddressMessageBuilder::<Ipv6Addr>::new().index(self.lo).address(ip, length).build(),
+        };
+        tolerate(self.handle.address().del(message).execute().await, libc::EADDRNOTAVAIL)
+            .map_err(|source| RoutingError::Netlink { what: "removing the address of probes from lo", source })
+    }
+
     async fn remove_rule(&self, family: Family) -> Result<(), RoutingError> {
         tolerate(self.handle.rule().del(rule(family)).execute().await, libc::ENOENT)
             .map_err(|source| RoutingError::Netlink { what: "removing the rule of captured connections", source })
+    }
+}
+
+const fn prefix_length(address: IpAddr) -> u8 {
+    match address {
+        IpAddr::V4(_) => 32,
+        IpAddr::V6(_) => 128,
+    }
+}
+
+/// No connection of the node shall take this address by itself: IPv4 looks at the scope, IPv6 passes over what is
+/// deprecated.
+fn unselectable(message: &mut AddressMessage, address: IpAddr) {
+    match address {
+        IpAddr::V4(_) => message.header.scope = AddressScope::Host,
+        IpAddr::V6(_) => {
+            let mut lifetime = CacheInfo::default();
+            (lifetime.ifa_preferred, lifetime.ifa_valid) = (0, u32::MAX);
+            message.attributes.push(AddressAttribute::CacheInfo(lifetime));
+        }
     }
 }
 

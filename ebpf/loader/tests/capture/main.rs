@@ -8,5 +8,7 @@ mod dns;
 mod inbound;
 mod lifecycle;
 mod outbound;
+mod probe;
+mod scale;
 mod setup;
 mod support;

@@ -24,7 +24,7 @@ fn verifier_accepts_every_program() {
             names
         };
         assert_eq!(hooks("links"), ["connect4", "connect6", "sock_create"]);
-        assert_eq!(hooks("maps"), ["ADDRESSES", "COUNTERS", "ENROLLED", "EXCLUDED", "LISTENERS"]);
+        assert_eq!(hooks("maps"), ["ADDRESSES", "COUNTERS", "ENROLLED", "EXCLUDED", "HOST", "LISTENERS", "PROBES"]);
         assert_eq!(hooks("netns"), [cookie.to_string()]);
         drop(capture);
         // The second one finds all of it.

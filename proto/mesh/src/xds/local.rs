@@ -417,6 +417,8 @@ struct LocalEnrolment {
     bypass_inbound: bool,
     #[serde(default)]
     excluded_destinations: Vec<IpNet>,
+    #[serde(default)]
+    probe_ports: Vec<u16>,
 }
 
 fn default_service_account() -> String {
@@ -451,6 +453,7 @@ impl From<LocalEnrolment> for PodEnrolment {
             service_account: e.service_account,
             addresses: e.addresses.into_iter().map(octets).collect(),
             workload_uid: e.workload_uid,
+            probe_ports: e.probe_ports.into_iter().map(u32::from).collect(),
             capture: Some(CaptureOptions {
                 failure_mode: failure_mode as i32,
                 bypass_inbound: e.bypass_inbound,

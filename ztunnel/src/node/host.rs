@@ -1,0 +1,104 @@
+//! The node's own network namespace, where the kubelet lives, and the addresses its probes come from.
+//!
+//! The connect hook binds a probe to them, which fails unless they are local there. They are on `lo`, because nothing
+//! else of the node is ours, and in a scope that no other connection takes its source from.
+
+use std::fs::File;
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::BorrowedFd;
+use std::path::Path;
+
+use ebpf_loader::abi::{PROBE_SOURCE4, PROBE_SOURCE6};
+use nix::sys::stat::fstat;
+
+use super::netns::Netns;
+use super::routing::{Link, RoutingError};
+
+/// The namespace, and whether it has the addresses.
+#[derive(Debug)]
+pub struct Host {
+    netns: Netns,
+    state: Addresses,
+}
+
+/// What is known of the addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Addresses {
+    /// A predecessor may have left them.
+    Unknown,
+    Present,
+    Absent,
+    /// Tried in vain, and told.
+    Refused,
+}
+
+impl Host {
+    /// # Errors
+    /// When the file cannot be opened: not there, or not allowed (CAP_SYS_PTRACE, hostPID).
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let file = File::open(path)?;
+        let inode = fstat(&file)?.st_ino;
+        Ok(Self { netns: Netns::new(file.into(), inode)?, state: Addresses::Unknown })
+    }
+
+    #[must_use]
+    pub fn file(&self) -> BorrowedFd<'_> {
+        self.netns.file()
+    }
+
+    #[must_use]
+    pub const fn inode(&self) -> u64 {
+        self.netns.inode()
+    }
+
+    /// What is known may no longer be true: the next call looks.
+    pub fn doubt(&mut self) {
+        if self.state != Addresses::Refused {
+            self.state = Addresses::Unknown;
+        }
+    }
+
+    /// Adds the addresses where they are missing. Without them probes are ordinary traffic, so a failure is told once
+    /// and nothing else waits for it.
+    pub async fn add_addresses(&mut self, ipv6: bool) {
+        if matches!(self.state, Addresses::Present) {
+            return;
+        }
+        let mut state = Addresses::Present;
+        for address in sources(ipv6) {
+            if let Err(error) = self.add(address).await {
+                if self.state != Addresses::Refused {
+                    tracing::warn!(%address, %error, "the kubelet's probes of pods will be judged by policy");
+                }
+                state = Addresses::Refused;
+            }
+        }
+        self.state = state;
+    }
+
+    /// Takes the addresses away; fine when they are not there.
+    pub async fn remove_addresses(&mut self) {
+        if self.state == Addresses::Absent {
+            return;
+        }
+        for address in sources(true) {
+            if let Err(error) = self.remove(address).await {
+                tracing::debug!(%address, %error, "removing an address of probes");
+            }
+        }
+        self.state = Addresses::Absent;
+    }
+
+    async fn add(&self, address: IpAddr) -> Result<(), RoutingError> {
+        Link::open(&self.netns)?.add_probe_source(address).await
+    }
+
+    async fn remove(&self, address: IpAddr) -> Result<(), RoutingError> {
+        Link::open(&self.netns)?.remove_probe_source(address).await
+    }
+}
+
+fn sources(ipv6: bool) -> impl Iterator<Item = IpAddr> {
+    [IpAddr::from(PROBE_SOURCE4)].into_iter().chain(ipv6.then(|| IpAddr::from(PROBE_SOURCE6)))
+}
