@@ -47,8 +47,9 @@ pub fn run(config: Config, log: LogHandle) -> anyhow::Result<()> {
     telemetry::record_build("ztunnel", &config.version_tag);
     privileges::check()?;
     privileges::lift_file_limit();
-    let capture = capture::open(&config.bpffs_dir, &config.cgroup_root, &config.excluded_destinations)
-        .context("setting up capture")?;
+    let capture =
+        capture::open(&config.bpffs_dir, &config.cgroup_root, &config.excluded_destinations, config.dns_capture)
+            .context("setting up capture")?;
     let host = Host::open(&config.host_netns)
         .with_context(|| format!("opening the node's network namespace {}", config.host_netns.display()))?;
     capture.set_host(host.file())?;

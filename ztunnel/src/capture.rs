@@ -6,7 +6,7 @@ use std::sync::Arc;
 use ebpf_loader::{Capture, LoadError, PodCapture, Prefix};
 use ipnet::IpNet;
 
-use crate::node::enrolment::{Enrolment, Failure, Inbound};
+use crate::node::enrolment::{Dns, Enrolment, Failure, Inbound};
 
 pub use ebpf_loader::{NetnsCookie, Phase, Slot};
 
@@ -14,11 +14,14 @@ pub use ebpf_loader::{NetnsCookie, Phase, Slot};
 ///
 /// # Errors
 /// What is missing on this machine, by name: programs, capability, cgroup2, bpffs, kernel version.
-pub fn open(bpffs_dir: &Path, cgroup_root: &Path, excluded: &[IpNet]) -> Result<Arc<Capture>, LoadError> {
+pub fn open(bpffs_dir: &Path, cgroup_root: &Path, excluded: &[IpNet], dns: bool) -> Result<Arc<Capture>, LoadError> {
     ebpf_loader::ensure_bpffs(bpffs_dir)?;
     let capture = Capture::open(bpffs_dir, cgroup_root)?;
     let prefixes: Vec<Prefix> = excluded.iter().filter_map(prefix).collect();
     capture.set_global_exclusions(&prefixes)?;
+    if dns {
+        capture.capture_dns()?;
+    }
     Ok(Arc::new(capture))
 }
 
@@ -31,9 +34,16 @@ pub enum Reach {
     Full,
 }
 
-/// The kernel's view of a pod.
+/// Is the pod's DNS to be captured? With failure mode "open" it is not: which sockets are marked is decided when they are
+/// made, so with ztunnel gone their packets could not go direct any more, and without names nothing else could either.
 #[must_use]
-pub fn pod_capture(enrolment: &Enrolment, reach: Reach) -> PodCapture {
+pub fn captures_dns(enrolment: &Enrolment, enabled: bool) -> bool {
+    enabled && enrolment.dns == Dns::Capture && enrolment.failure == Failure::Closed
+}
+
+/// The kernel's view of a pod; `dns` as [`captures_dns`] says.
+#[must_use]
+pub fn pod_capture(enrolment: &Enrolment, reach: Reach, dns: bool) -> PodCapture {
     PodCapture {
         addresses: enrolment.addresses.clone(),
         failure: match enrolment.failure {
@@ -44,7 +54,7 @@ pub fn pod_capture(enrolment: &Enrolment, reach: Reach) -> PodCapture {
             (Inbound::Capture, Reach::Full) => ebpf_loader::Inbound::Capture,
             (Inbound::Bypass, _) | (_, Reach::NotPlaintext) => ebpf_loader::Inbound::Bypass,
         },
-        dns: ebpf_loader::Dns::Direct,
+        dns: if dns { ebpf_loader::Dns::Capture } else { ebpf_loader::Dns::Direct },
         probe_ports: enrolment.probe_ports.clone(),
         excluded: enrolment.excluded.iter().filter_map(prefix).collect(),
     }
@@ -52,4 +62,30 @@ pub fn pod_capture(enrolment: &Enrolment, reach: Reach) -> PodCapture {
 
 fn prefix(net: &IpNet) -> Option<Prefix> {
     Prefix::new(net.network(), net.prefix_len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dns_is_captured_only_where_it_may_fail_closed() {
+        let pod = |dns, failure| Enrolment {
+            uid: "u".into(),
+            name: "p".into(),
+            namespace: "n".into(),
+            service_account: "s".into(),
+            workload_uid: "w".into(),
+            addresses: Vec::new(),
+            failure,
+            inbound: Inbound::Capture,
+            dns,
+            probe_ports: Vec::new(),
+            excluded: Vec::new(),
+        };
+        assert!(captures_dns(&pod(Dns::Capture, Failure::Closed), true));
+        assert!(!captures_dns(&pod(Dns::Capture, Failure::Closed), false));
+        assert!(!captures_dns(&pod(Dns::Direct, Failure::Closed), true));
+        assert!(!captures_dns(&pod(Dns::Capture, Failure::Open), true));
+    }
 }

@@ -108,6 +108,10 @@ pub struct Config {
     pub drain_deadline: Duration,
     /// Off: enrolled pods are not served over IPv6, and as policy could not be asked, connections to and from them are refused.
     pub ipv6: bool,
+    /// Pods' DNS is captured, unless a pod asked otherwise.
+    pub dns_capture: bool,
+    /// Whose services win among equals of several namespaces, in DNS only.
+    pub preferred_namespace: Option<String>,
     pub response_baggage: bool,
     pub log_policy_decisions: bool,
     pub pool_max_streams: usize,
@@ -180,6 +184,8 @@ impl Config {
             "terminationDeadline": seconds(self.termination_deadline),
             "drainDeadline": seconds(self.drain_deadline),
             "ipv6Enabled": self.ipv6,
+            "dnsCapture": self.dns_capture,
+            "preferredServiceNamespace": self.preferred_namespace,
             "responseBaggage": self.response_baggage,
             "logPolicyDecisions": self.log_policy_decisions,
             "poolMaxStreamsPerConn": self.pool_max_streams,
@@ -222,11 +228,12 @@ impl Raw {
         self.0.only("INPOD_ENABLED", yes, "pods are always captured in their own network namespace");
         self.0.only("INPOD_UDS", &[], "pods come from the control plane, not from a CNI agent (ZDS)");
         self.0.only("INPOD_PORT_REUSE", yes, "listeners always share their port");
-        for name in ["ISTIO_META_DNS_CAPTURE", "DNS_CAPTURE"] {
-            self.0.only(name, no, "DNS is not captured");
-        }
-        self.0.only("ISTIO_META_DNS_PROXY_ADDR", &[], "DNS is not captured");
-        self.0.only("PREFERED_SERVICE_NAMESPACE", &[], "it only matters to DNS capture");
+        self.0.only(
+            "ISTIO_META_DNS_PROXY_ADDR",
+            &[],
+            "queries are taken by the steering; there is no address to choose",
+        );
+        self.0.only("DNS_PROXY_ADDR", &[], "queries are taken by the steering; there is no address to choose");
         self.0.only("XDS_ON_DEMAND", no, "workloads are always subscribed to as a whole");
         self.0.only("LOCAL_XDS", &[], "name a file with LOCAL_XDS_PATH");
         self.0.only("TLS12_ENABLED", no, "HBONE is TLS 1.3 only");
@@ -288,6 +295,9 @@ impl Raw {
             termination_deadline,
             drain_deadline,
             ipv6: self.0.bool("IPV6_ENABLED", true),
+            dns_capture: self.dns_capture(),
+            // Istio's spelling.
+            preferred_namespace: self.0.text("PREFERED_SERVICE_NAMESPACE").map(str::to_owned),
             response_baggage: self.0.bool("ENABLE_RESPONSE_BAGGAGE", true),
             log_policy_decisions: self.0.bool("AUTHZ_POLICY_INFO_LOGGING", false),
             pool_max_streams: self.0.parse("POOL_MAX_STREAMS_PER_CONNECTION", 100, "a number from 1 to 65535", |v| {
@@ -339,6 +349,12 @@ impl Raw {
     fn cluster_id(&self) -> String {
         let first = self.0.text("ISTIO_META_CLUSTER_ID").or_else(|| self.0.text("CLUSTER_ID"));
         first.unwrap_or("Kubernetes").to_owned()
+    }
+
+    /// Two names for one setting; the proxy metadata's wins.
+    fn dns_capture(&mut self) -> bool {
+        let plain = self.0.bool("DNS_CAPTURE", true);
+        self.0.bool("ISTIO_META_DNS_CAPTURE", plain)
     }
 
     fn window(&mut self, name: &str, default: u32) -> u32 {
@@ -473,10 +489,19 @@ mod tests {
     }
 
     #[test]
+    fn dns_is_captured_unless_told_otherwise() {
+        let captured = |vars: &[(&str, &str)]| env(&[&[("NODE_NAME", "a")], vars].concat()).unwrap().dns_capture;
+        assert!(captured(&[]));
+        assert!(!captured(&[("DNS_CAPTURE", "false")]));
+        assert!(captured(&[("DNS_CAPTURE", "false"), ("ISTIO_META_DNS_CAPTURE", "true")]));
+        assert!(!captured(&[("ISTIO_META_DNS_CAPTURE", "false")]));
+    }
+
+    #[test]
     fn refuses_settings_it_would_not_keep() {
         for (name, value) in [
             ("PROXY_MODE", "dedicated"),
-            ("ISTIO_META_DNS_CAPTURE", "true"),
+            ("ISTIO_META_DNS_PROXY_ADDR", "localhost:15053"),
             ("INPOD_UDS", "/var/run/ztunnel/ztunnel.sock"),
             ("CRL_PATH", "/crl"),
             ("TLS12_ENABLED", "true"),

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use ebpf_loader::abi::DNS_PORT;
 use mesh::hbone::{ConnectHeaders, HboneStream, PoolKey, TraceParent};
 use mesh::net::OriginalDst;
 use mesh::policy::{self, authorize};
@@ -10,6 +11,7 @@ use mesh::telemetry::ResponseFlag;
 use mesh::telemetry::access::{self, Connection, Direction, Failure, Security, TcpRecord};
 use tokio::net::TcpStream;
 
+use crate::dns;
 use crate::ending::Ending;
 use crate::node::pod::{Facts, Tracked, Transport, Way};
 use crate::resolve::{self, NoRoute, Route, Tunnel, Via};
@@ -25,6 +27,9 @@ pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, dst: S
             ResponseFlag::BadRequest,
             &"the proxy's own listener was dialled",
         );
+    }
+    if dst.port() == DNS_PORT && at.pod.dns.is_captured() {
+        return Box::pin(dns::serve::tcp(&at, stream, dst)).await;
     }
     let source = match at.local().await {
         Ok(local) => local,

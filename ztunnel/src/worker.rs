@@ -40,6 +40,49 @@ pub struct Shared {
     pub certs: CertificateManager,
 }
 
+impl Shared {
+    /// The pod's workload as the control plane describes it.
+    ///
+    /// # Errors
+    /// When it does not arrive within five seconds, or is not the one that was enrolled here.
+    pub async fn local(&self, pod: &LocalPod) -> Result<Local, Ending> {
+        let find = || {
+            let world = self.store.snapshot();
+            let workload = world.workload(&pod.workload_uid).cloned();
+            workload.map(|w| (world, w))
+        };
+        let (world, workload) = match find() {
+            Some(found) => found,
+            None => {
+                let mut changes = self.store.watch();
+                let arrival = async {
+                    loop {
+                        if let Some(found) = find() {
+                            return Some(found);
+                        }
+                        changes.changed().await.ok()?;
+                    }
+                };
+                tokio::time::timeout(WORKLOAD_WAIT, arrival)
+                    .await
+                    .ok()
+                    .flatten()
+                    .ok_or_else(|| Ending::UnknownWorkload(pod.workload_uid.to_string()))?
+            }
+        };
+        if pod.namespace != workload.namespace || pod.service_account != workload.service_account {
+            return Err(Ending::WorkloadMismatch {
+                workload: workload.uid.to_string(),
+                found: format!("{}/{}", workload.namespace, workload.service_account),
+                enrolled: format!("{}/{}", pod.namespace, pod.service_account),
+            });
+        }
+        let identity =
+            workload.identity().map_err(|source| Ending::BadIdentity { workload: workload.uid.to_string(), source })?;
+        Ok(Local { world, workload, identity })
+    }
+}
+
 /// What a listener's connections are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
@@ -209,43 +252,9 @@ impl Place {
     /// The pod's workload as the control plane describes it.
     ///
     /// # Errors
-    /// When it does not arrive within five seconds, or is not the one that was enrolled here.
+    /// Those of [`Shared::local`].
     pub async fn local(&self) -> Result<Local, Ending> {
-        let find = || {
-            let world = self.shared.store.snapshot();
-            let workload = world.workload(&self.pod.workload_uid).cloned();
-            workload.map(|w| (world, w))
-        };
-        let (world, workload) = match find() {
-            Some(found) => found,
-            None => {
-                let mut changes = self.shared.store.watch();
-                let arrival = async {
-                    loop {
-                        if let Some(found) = find() {
-                            return Some(found);
-                        }
-                        changes.changed().await.ok()?;
-                    }
-                };
-                tokio::time::timeout(WORKLOAD_WAIT, arrival)
-                    .await
-                    .ok()
-                    .flatten()
-                    .ok_or_else(|| Ending::UnknownWorkload(self.pod.workload_uid.to_string()))?
-            }
-        };
-        let pod = &self.pod;
-        if pod.namespace != workload.namespace || pod.service_account != workload.service_account {
-            return Err(Ending::WorkloadMismatch {
-                workload: workload.uid.to_string(),
-                found: format!("{}/{}", workload.namespace, workload.service_account),
-                enrolled: format!("{}/{}", pod.namespace, pod.service_account),
-            });
-        }
-        let identity =
-            workload.identity().map_err(|source| Ending::BadIdentity { workload: workload.uid.to_string(), source })?;
-        Ok(Local { world, workload, identity })
+        self.shared.local(&self.pod).await
     }
 
     /// # Errors

@@ -8,8 +8,8 @@ use aya_ebpf::{
     maps::lpm_trie::Key,
 };
 use ebpf_abi::{
-    AddressKey, Counter, Enrolled, ExcludedKey, ListenerKey, MARK_BYPASS, MARK_CAPTURE, MARK_LEG, PROBE_SOURCE4,
-    PROBE_SOURCE6, ProbeKey, Slot,
+    AddressKey, Counter, DNS_PORT, Enrolled, ExcludedKey, ListenerKey, MARK_BYPASS, MARK_CAPTURE, MARK_LEG,
+    PROBE_SOURCE4, PROBE_SOURCE6, ProbeKey, Slot,
 };
 
 use crate::maps::{ADDRESSES, EXCLUDED, LISTENERS, count, enrolled, is_host, probed};
@@ -158,6 +158,9 @@ impl Address {
 pub fn connect(ctx: *mut bpf_sock_addr, family: Family, destination: Address) -> i32 {
     // SAFETY: the kernel hands a valid context; these fields may be read in it.
     let (protocol, sk) = unsafe { ((*ctx).protocol, (*ctx).__bindgen_anon_1.sk) };
+    if protocol == IPPROTO_UDP {
+        return connect_udp(ctx, destination);
+    }
     if protocol != IPPROTO_TCP && protocol != IPPROTO_MPTCP {
         return PROCEED;
     }
@@ -203,6 +206,29 @@ pub fn connect(ctx: *mut bpf_sock_addr, family: Family, destination: Address) ->
     }
     count(Counter::Captured);
     PROCEED
+}
+
+/// The UDP socket of a resolver, marked since it was made: refused at once where no ztunnel is there to take its query,
+/// which would be dropped on `lo` and time out.
+#[inline(always)]
+fn connect_udp(ctx: *mut bpf_sock_addr, destination: Address) -> i32 {
+    // SAFETY: the kernel hands a valid context; these fields may be read in it.
+    let (port, sk) = unsafe { ((*ctx).user_port, (*ctx).__bindgen_anon_1.sk) };
+    if port != u32::from(DNS_PORT.to_be()) || sk.is_null() {
+        return PROCEED;
+    }
+    // SAFETY: the helper takes this context.
+    let cookie = unsafe { bpf_get_netns_cookie(ctx.cast()) };
+    if !enrolled(cookie).is_some_and(|pod| pod.has(Enrolled::DNS)) {
+        return PROCEED;
+    }
+    // SAFETY: a socket pointer of the context, not null; the field may be read.
+    let captured = unsafe { (*sk).mark } == MARK_CAPTURE;
+    if !captured || destination.is_loopback() || destination.belongs_to(cookie) {
+        return PROCEED;
+    }
+    let slot = if destination.is_v4() { Slot::Dns4 } else { Slot::Dns6 };
+    if listens(&ListenerKey::new(cookie, slot)) { PROCEED } else { refuse() }
 }
 
 /// Has the process chosen an address to connect from? A kubelet never does.

@@ -17,6 +17,8 @@ use crate::types::{Key, annotation};
 /// `open`: while no node proxy is alive the pod's connections go out uncaptured. Anything else is closed.
 const FAILURE_MODE: &str = "ambient.istio.io/capture-failure-mode";
 const BYPASS_INBOUND: &str = "ambient.istio.io/bypass-inbound-capture";
+/// `false`: the pod asks its DNS servers itself. Anything else is the default, captured.
+const DNS_CAPTURE: &str = "ambient.istio.io/dns-capture";
 
 /// `None` for pods outside the mesh and those that no node has been chosen for. A pod that leaves keeps its enrolment
 /// while peers may still speak HBONE to it.
@@ -43,6 +45,7 @@ pub fn translate(world: &World, pod: &Pod) -> Option<Resource> {
             failure_mode: failure_mode.into(),
             bypass_inbound: annotation(&pod.metadata, BYPASS_INBOUND) == Some("true"),
             excluded_destinations: Vec::new(),
+            dns: annotation(&pod.metadata, DNS_CAPTURE) != Some("false"),
         }),
         workload_uid: world.pod_uid(&key),
         probe_ports: probe_ports(pod).into_iter().map(u32::from).collect(),

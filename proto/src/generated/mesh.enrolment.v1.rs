@@ -36,6 +36,9 @@ pub struct CaptureOptions {
     /// Destinations the pod's own connections reach directly.
     #[prost(message, repeated, tag = "3")]
     pub excluded_destinations: ::prost::alloc::vec::Vec<Prefix>,
+    /// The pod's DNS, UDP and TCP to port 53, is captured and answered by ztunnel.
+    #[prost(bool, tag = "4")]
+    pub dns: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Prefix {

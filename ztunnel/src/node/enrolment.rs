@@ -24,6 +24,7 @@ pub struct Enrolment {
     pub addresses: Vec<IpAddr>,
     pub failure: Failure,
     pub inbound: Inbound,
+    pub dns: Dns,
     pub excluded: Vec<IpNet>,
     /// Where the kubelet calls the pod.
     pub probe_ports: Vec<u16>,
@@ -41,6 +42,13 @@ pub enum Failure {
 pub enum Inbound {
     Capture,
     Bypass,
+}
+
+/// Whether the pod's DNS is captured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dns {
+    Capture,
+    Direct,
 }
 
 /// Why a resource of the control plane is not usable.
@@ -94,6 +102,7 @@ impl TryFrom<wire::PodEnrolment> for Enrolment {
             addresses: pod.addresses.iter().map(|a| address(a)).collect::<Result<_, _>>()?,
             failure,
             inbound: if options.bypass_inbound { Inbound::Bypass } else { Inbound::Capture },
+            dns: if options.dns { Dns::Capture } else { Dns::Direct },
             excluded: options
                 .excluded_destinations
                 .iter()
@@ -182,7 +191,10 @@ mod tests {
         assert_eq!(pod.addresses, vec!["10.0.0.1".parse::<IpAddr>().unwrap()]);
         assert_eq!(pod.excluded, vec!["10.9.0.0/16".parse::<IpNet>().unwrap()]);
         assert_eq!(pod.probe_ports, [8080]);
-        assert_eq!((pod.failure, pod.inbound), (Failure::Closed, Inbound::Capture));
+        assert_eq!((pod.failure, pod.inbound, pod.dns), (Failure::Closed, Inbound::Capture, Dns::Direct));
+        let mut dns = wire_pod();
+        dns.capture.as_mut().unwrap().dns = true;
+        assert_eq!(Enrolment::try_from(dns).unwrap().dns, Dns::Capture);
     }
 
     #[test]

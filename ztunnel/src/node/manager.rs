@@ -16,6 +16,7 @@ use mesh_proto::enrolment::{PodState, pod_state::State as WireState};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior};
+use tokio_util::task::TaskTracker;
 
 use super::enrolment::{Desired, Enrolment};
 use super::find::{Finder, Found, Process};
@@ -24,7 +25,8 @@ use super::netns::Family;
 use super::pod::LocalPod;
 use super::tenure::Tenure;
 use super::{EnrolError, Registry, routing};
-use crate::capture::{Phase, Reach, Slot, pod_capture};
+use crate::capture::{Phase, Reach, Slot, captures_dns, pod_capture};
+use crate::dns::{self, DnsState};
 use crate::worker::{Role, Shared, Workers};
 
 /// First pause before a pod's namespace is looked for again; doubles up to [`LONGEST_RETRY`].
@@ -85,6 +87,8 @@ pub struct Manager {
     deps: Deps,
     entries: BTreeMap<String, Entry>,
     leaving: JoinSet<Arc<LocalPod>>,
+    /// Each ends with its pod's drain.
+    dns: TaskTracker,
     reports: watch::Sender<Vec<PodState>>,
     /// Becomes true when every pod of the first complete list has been tried once.
     settled: watch::Sender<bool>,
@@ -109,6 +113,7 @@ impl Manager {
             deps,
             entries: BTreeMap::new(),
             leaving: JoinSet::new(),
+            dns: TaskTracker::new(),
             reports,
             settled,
             retry: FIRST_RETRY,
@@ -142,7 +147,7 @@ impl Manager {
                     if changed.is_err() {
                         // Without its source the set cannot change any more; the pods stay.
                         drain.draining().await;
-                        return self.leaving.detach_all();
+                        return self.detach_all();
                     }
                     self.retry = FIRST_RETRY;
                 }
@@ -158,9 +163,13 @@ impl Manager {
                     }
                 }
                 // Pods that are leaving go on until the process ends; aborting their tasks would cut connections.
-                () = drain.draining() => return self.leaving.detach_all(),
+                () = drain.draining() => return self.detach_all(),
             }
         }
+    }
+
+    fn detach_all(&mut self) {
+        self.leaving.detach_all();
     }
 
     /// Compares what is wanted with what is.
@@ -168,7 +177,7 @@ impl Manager {
         let gone: Vec<String> = self.entries.keys().filter(|uid| !wanted.contains_key(*uid)).cloned().collect();
         for uid in gone {
             if let Some(Entry { state: State::Up(up), .. }) = self.entries.remove(&uid) {
-                self.leave(up);
+                self.leave(up).await;
             }
         }
         for (uid, wanted) in wanted {
@@ -276,21 +285,33 @@ impl Manager {
         for old in self.deps.registry.pods().iter().filter(|p| p.cookie == cookie) {
             old.superseded.store(true, Ordering::SeqCst);
         }
-        let pod = Arc::new(LocalPod::new(wanted, netns, cookie, own_addresses));
+        // Also where DNS is not captured now: a pod may change its mind, and the slot costs two sockets.
+        let mut dns_sockets = Vec::new();
+        for family in families(wanted, config.ipv6).filter(|_| config.dns_capture) {
+            dns_sockets.push((dns_slot(family), netns.dns(family).map_err(EnrolError::Listeners)?));
+        }
+        let dns = captures_dns(wanted, config.dns_capture);
+        let pod = Arc::new(LocalPod::new(wanted, netns, cookie, own_addresses, DnsState::new(dns)));
         let reach = self.reach_of(&pod);
         let enrolled = async {
             self.deps.capture.attach_netns(pod.netns.file())?;
             for (slot, listener) in &leaders {
                 self.deps.capture.set_listener(cookie, *slot, listener.as_fd())?;
             }
-            routing::ensure(&pod.netns, &config.proc_root, &wanted.addresses).await?;
-            Ok(self.deps.capture.enrol(cookie, &pod_capture(wanted, reach), Phase::Captured)?)
+            for (slot, socket) in &dns_sockets {
+                self.deps.capture.set_listener(cookie, *slot, socket.queries.as_fd())?;
+            }
+            routing::ensure(&pod.netns, &config.proc_root, &wanted.addresses, routed(dns)).await?;
+            Ok(self.deps.capture.enrol(cookie, &pod_capture(wanted, reach, dns), Phase::Captured)?)
         };
         // Workers first: a connection must not wait at a listener from which nobody accepts.
         self.deps.workers.assign(&pod, shares).await;
         if let Err(error) = enrolled.await {
             pod.drain(Duration::ZERO).await;
             return Err(error);
+        }
+        for (_, socket) in dns_sockets {
+            self.dns.spawn(dns::serve::udp(self.deps.shared.clone(), pod.clone(), socket));
         }
         self.deps.registry.insert(&pod);
         if let Ok(identity) = self.identity_of(&pod) {
@@ -321,7 +342,8 @@ impl Manager {
             .collect();
         for uid in ready {
             let Some(Entry { wanted, state: State::Up(up) }) = self.entries.get_mut(&uid) else { continue };
-            match self.deps.capture.enrol(up.pod.cookie, &pod_capture(wanted, Reach::Full), Phase::Captured) {
+            let capture = pod_capture(wanted, Reach::Full, up.pod.dns.is_captured());
+            match self.deps.capture.enrol(up.pod.cookie, &capture, Phase::Captured) {
                 Ok(()) => {
                     up.reach = Reach::Full;
                     tracing::info!(pod = %wanted.name, namespace = %wanted.namespace, "captured");
@@ -349,9 +371,8 @@ impl Manager {
             } else if !up.process.is_alive() {
                 orphaned.insert(uid.clone());
             }
-            if let Err(error) =
-                routing::ensure(&up.pod.netns, &self.deps.shared.config.proc_root, &up.pod.addresses()).await
-            {
+            let (proc_root, dns) = (&self.deps.shared.config.proc_root, routed(up.pod.dns.is_captured()));
+            if let Err(error) = routing::ensure(&up.pod.netns, proc_root, &up.pod.addresses(), dns).await {
                 tracing::warn!(pod = %up.pod.name, namespace = %up.pod.namespace, %error, "repairing a pod's routing");
             }
         }
@@ -371,15 +392,20 @@ impl Manager {
             let (pod, namespace) = (&entry.wanted.name, &entry.wanted.namespace);
             tracing::info!(%pod, %namespace, "the pod's namespace has changed; enrolling again");
             if let State::Up(up) = old {
-                self.leave(up);
+                self.leave(up).await;
             }
         }
     }
 
     /// Takes a pod out of the mesh without touching its open connections.
-    fn leave(&mut self, up: Up) {
+    async fn leave(&mut self, up: Up) {
         let pod = up.pod;
         tracing::info!(pod = %pod.name, namespace = %pod.namespace, open = pod.connections.len(), "leaving");
+        // Resolvers may keep a socket, and its mark.
+        if let Err(error) = routing::release_dns(&pod.netns, &pod.addresses()).await {
+            tracing::debug!(pod = %pod.name, namespace = %pod.namespace, %error, "releasing a pod's DNS");
+        }
+        pod.dns.set_captured(false);
         if let Err(error) = self.deps.capture.leave(pod.cookie) {
             tracing::warn!(pod = %pod.name, namespace = %pod.namespace, %error, "stopping a pod's capture");
         }
@@ -496,8 +522,10 @@ async fn update(deps: &Deps, up: &Up, wanted: &Enrolment) -> Result<(), EnrolErr
         return Err(EnrolError::NoAddress);
     }
     up.pod.set_addresses(wanted.addresses.clone());
-    routing::ensure(&up.pod.netns, &deps.shared.config.proc_root, &wanted.addresses).await?;
-    Ok(deps.capture.enrol(up.pod.cookie, &pod_capture(wanted, up.reach), Phase::Captured)?)
+    let dns = captures_dns(wanted, deps.shared.config.dns_capture);
+    up.pod.dns.set_captured(dns);
+    routing::ensure(&up.pod.netns, &deps.shared.config.proc_root, &wanted.addresses, routed(dns)).await?;
+    Ok(deps.capture.enrol(up.pod.cookie, &pod_capture(wanted, up.reach, dns), Phase::Captured)?)
 }
 
 /// The one namespace that is the pod's: the only one, or the only one that holds an address of it.
@@ -524,6 +552,17 @@ const fn slots(family: Family) -> [(Slot, Role); 3] {
         Family::V4 => [(Slot::Hbone4, Role::Hbone), (Slot::Out4, Role::Outbound), (Slot::In4, Role::Passthrough)],
         Family::V6 => [(Slot::Hbone6, Role::Hbone), (Slot::Out6, Role::Outbound), (Slot::In6, Role::Passthrough)],
     }
+}
+
+const fn dns_slot(family: Family) -> Slot {
+    match family {
+        Family::V4 => Slot::Dns4,
+        Family::V6 => Slot::Dns6,
+    }
+}
+
+const fn routed(dns: bool) -> routing::Dns {
+    if dns { routing::Dns::Captured } else { routing::Dns::Direct }
 }
 
 async fn find(finder: &Finder, wanted: &BTreeSet<String>) -> BTreeMap<String, Vec<Found>> {

@@ -14,6 +14,8 @@ use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::dns::serve::DnsSocket;
+
 /// Pending handshakes per listener; bounded again by net.core.somaxconn.
 const BACKLOG: i32 = 4096;
 
@@ -41,6 +43,13 @@ impl Family {
             IpAddr::V6(_) => Self::V6,
         }
     }
+    const fn domain(self) -> Domain {
+        match self {
+            Self::V4 => Domain::IPV4,
+            Self::V6 => Domain::IPV6,
+        }
+    }
+
     const fn loopback(self) -> IpAddr {
         match self {
             Self::V4 => IpAddr::V4(Ipv4Addr::LOCALHOST),
@@ -120,6 +129,38 @@ impl Netns {
         Ok(socket)
     }
 
+    /// As [`Self::outgoing`], for datagrams; the kernel picks the port.
+    ///
+    /// # Errors
+    /// Those of the socket calls.
+    pub fn outgoing_udp(&self, source: IpAddr) -> io::Result<Socket> {
+        let socket = self.enter(|| udp(Family::of(source)))?;
+        // In place of the mark that every UDP socket of a pod gets where DNS is captured: this would ask itself.
+        socket.set_mark(MARK_BYPASS)?;
+        socket.bind(&SocketAddr::new(source, 0).into())?;
+        Ok(socket)
+    }
+
+    /// The sockets by which a pod's DNS is served: one that learns whom a query was meant for, and one that can answer
+    /// in that server's name.
+    ///
+    /// # Errors
+    /// Those of the socket calls; CAP_NET_RAW is needed.
+    pub fn dns(&self, family: Family) -> io::Result<DnsSocket> {
+        self.enter(|| {
+            let queries = udp(family)?;
+            match family {
+                Family::V4 => setsockopt(&queries, sockopt::Ipv4OrigDstAddr, &true)?,
+                Family::V6 => setsockopt(&queries, sockopt::Ipv6OrigDstAddr, &true)?,
+            }
+            queries.bind(&SocketAddr::new(family.loopback(), 0).into())?;
+            // Of this protocol the sender writes the IP header.
+            let answers = Socket::new(family.domain(), Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW)))?;
+            answers.set_nonblocking(true)?;
+            Ok(DnsSocket { queries: queries.into(), answers })
+        })
+    }
+
     /// A socket for the last leg to the application, which shall see `client` as the peer.
     ///
     /// Mark and device lead the packets (and, by `tcp_fwmark_accept`, the answers) over lo, where the steering lets
@@ -171,11 +212,13 @@ impl Netns {
 }
 
 fn tcp(family: Family) -> io::Result<Socket> {
-    let domain = match family {
-        Family::V4 => Domain::IPV4,
-        Family::V6 => Domain::IPV6,
-    };
-    let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP))?;
+    let socket = Socket::new(family.domain(), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_nonblocking(true)?;
+    Ok(socket)
+}
+
+fn udp(family: Family) -> io::Result<Socket> {
+    let socket = Socket::new(family.domain(), Type::DGRAM, Some(Protocol::UDP))?;
     socket.set_nonblocking(true)?;
     Ok(socket)
 }

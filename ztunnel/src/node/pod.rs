@@ -16,6 +16,7 @@ use tokio::sync::Notify;
 
 use super::enrolment::Enrolment;
 use super::netns::Netns;
+use crate::dns::DnsState;
 
 /// One enrolled pod. Shared by the workers; lives until its last connection has ended.
 pub struct LocalPod {
@@ -27,6 +28,7 @@ pub struct LocalPod {
     pub netns: Netns,
     pub cookie: NetnsCookie,
     pub connections: Connections,
+    pub dns: DnsState,
     pub drain: DrainWatcher,
     /// The same namespace was enrolled again while this one was leaving: the steering belongs to the other now.
     pub superseded: AtomicBool,
@@ -38,7 +40,13 @@ pub struct LocalPod {
 
 impl LocalPod {
     #[must_use]
-    pub fn new(enrolment: &Enrolment, netns: Netns, cookie: NetnsCookie, listeners: Vec<SocketAddr>) -> Self {
+    pub fn new(
+        enrolment: &Enrolment,
+        netns: Netns,
+        cookie: NetnsCookie,
+        listeners: Vec<SocketAddr>,
+        dns: DnsState,
+    ) -> Self {
         let (trigger, drain) = mesh::drain::channel();
         Self {
             uid: enrolment.uid.clone(),
@@ -49,6 +57,7 @@ impl LocalPod {
             netns,
             cookie,
             connections: Connections::default(),
+            dns,
             drain,
             superseded: AtomicBool::new(false),
             addresses: ArcSwap::from_pointee(enrolment.addresses.clone()),

@@ -7,12 +7,12 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 
-use ebpf_loader::abi::{MARK_CAPTURE, MARK_MASK, ROUTE_TABLE, RULE_PREF_TCP};
+use ebpf_loader::abi::{DNS_PORT, MARK_CAPTURE, MARK_MASK, ROUTE_TABLE, RULE_PREF_DNS, RULE_PREF_TCP};
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::IpProtocol;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage, AddressScope, CacheInfo};
 use rtnetlink::packet_route::route::{RouteMessage, RouteScope, RouteType};
-use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
+use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage, RulePortRange};
 use rtnetlink::{AddressMessageBuilder, Handle, RouteMessageBuilder};
 use thiserror::Error;
 
@@ -36,11 +36,18 @@ pub enum RoutingError {
     NoAddress,
 }
 
+/// Whether the pod's DNS goes to lo as well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dns {
+    Captured,
+    Direct,
+}
+
 /// Makes marked TCP of the pod go to lo. `addresses` are the pod's; the first of a family becomes the source address.
 ///
 /// # Errors
 /// The step that was refused.
-pub async fn ensure(netns: &Netns, proc_root: &Path, addresses: &[IpAddr]) -> Result<(), RoutingError> {
+pub async fn ensure(netns: &Netns, proc_root: &Path, addresses: &[IpAddr], dns: Dns) -> Result<(), RoutingError> {
     if addresses.is_empty() {
         return Err(RoutingError::NoAddress);
     }
@@ -48,7 +55,25 @@ pub async fn ensure(netns: &Netns, proc_root: &Path, addresses: &[IpAddr]) -> Re
     let link = Link::open(netns)?;
     for source in sources(addresses) {
         link.ensure_route(source).await?;
-        link.ensure_rule(Family::of(source)).await?;
+        let family = Family::of(source);
+        link.ensure_rule(tcp_rule(family)).await?;
+        match dns {
+            Dns::Captured => link.ensure_rule(dns_rule(family)).await?,
+            Dns::Direct => link.remove_rule(dns_rule(family)).await?,
+        }
+    }
+    Ok(())
+}
+
+/// Lets the pod's DNS go where it is sent, also that of sockets which are marked already and live on. To be done before
+/// the steering stops: in between, the packets would arrive at lo for nobody.
+///
+/// # Errors
+/// The step that was refused.
+pub async fn release_dns(netns: &Netns, addresses: &[IpAddr]) -> Result<(), RoutingError> {
+    let link = Link::open(netns)?;
+    for source in sources(addresses) {
+        link.remove_rule(dns_rule(Family::of(source))).await?;
     }
     Ok(())
 }
@@ -60,7 +85,8 @@ pub async fn ensure(netns: &Netns, proc_root: &Path, addresses: &[IpAddr]) -> Re
 pub async fn remove(netns: &Netns, proc_root: &Path, addresses: &[IpAddr]) -> Result<(), RoutingError> {
     let link = Link::open(netns)?;
     for source in sources(addresses) {
-        link.remove_rule(Family::of(source)).await?;
+        link.remove_rule(dns_rule(Family::of(source))).await?;
+        link.remove_rule(tcp_rule(Family::of(source))).await?;
         link.remove_route(source).await?;
     }
     set_sysctls(netns, proc_root, addresses, "0")
@@ -135,9 +161,9 @@ impl Link {
             .map_err(|source| RoutingError::Netlink { what: "removing the route of captured connections", source })
     }
 
-    async fn ensure_rule(&self, family: Family) -> Result<(), RoutingError> {
+    async fn ensure_rule(&self, rule: RuleMessage) -> Result<(), RoutingError> {
         let mut request = self.handle.rule().add();
-        *request.message_mut() = rule(family);
+        *request.message_mut() = rule;
         tolerate(request.execute().await, libc::EEXIST)
             .map_err(|source| RoutingError::Netlink { what: "adding the rule of captured connections", source })
     }
@@ -160,8 +186,8 @@ impl Link {
             .map_err(|source| RoutingError::Netlink { what: "removing the address of probes from lo", source })
     }
 
-    async fn remove_rule(&self, family: Family) -> Result<(), RoutingError> {
-        tolerate(self.handle.rule().del(rule(family)).execute().await, libc::ENOENT)
+    async fn remove_rule(&self, rule: RuleMessage) -> Result<(), RoutingError> {
+        tolerate(self.handle.rule().del(rule).execute().await, libc::ENOENT)
             .map_err(|source| RoutingError::Netlink { what: "removing the rule of captured connections", source })
     }
 }
@@ -186,7 +212,21 @@ fn unselectable(message: &mut AddressMessage, address: IpAddr) {
     }
 }
 
-fn rule(family: Family) -> RuleMessage {
+fn tcp_rule(family: Family) -> RuleMessage {
+    rule(family, RULE_PREF_TCP, vec![RuleAttribute::IpProtocol(IpProtocol::Tcp)])
+}
+
+/// Every UDP socket of the pod is marked, so the port decides.
+fn dns_rule(family: Family) -> RuleMessage {
+    let port = RulePortRange { start: DNS_PORT, end: DNS_PORT };
+    rule(
+        family,
+        RULE_PREF_DNS,
+        vec![RuleAttribute::IpProtocol(IpProtocol::Udp), RuleAttribute::DestinationPortRange(port)],
+    )
+}
+
+fn rule(family: Family, preference: u32, what: Vec<RuleAttribute>) -> RuleMessage {
     let mut message = RuleMessage::default();
     message.header.family = match family {
         Family::V4 => AddressFamily::Inet,
@@ -194,12 +234,12 @@ fn rule(family: Family) -> RuleMessage {
     };
     message.header.action = RuleAction::ToTable;
     message.attributes = vec![
-        RuleAttribute::Priority(RULE_PREF_TCP),
+        RuleAttribute::Priority(preference),
         RuleAttribute::FwMark(MARK_CAPTURE & MARK_MASK),
         RuleAttribute::FwMask(MARK_MASK),
-        RuleAttribute::IpProtocol(IpProtocol::Tcp),
         RuleAttribute::Table(ROUTE_TABLE),
     ];
+    message.attributes.extend(what);
     message
 }
 

@@ -419,6 +419,12 @@ struct LocalEnrolment {
     excluded_destinations: Vec<IpNet>,
     #[serde(default)]
     probe_ports: Vec<u16>,
+    #[serde(default = "captured")]
+    dns_capture: bool,
+}
+
+const fn captured() -> bool {
+    true
 }
 
 fn default_service_account() -> String {
@@ -458,6 +464,7 @@ impl From<LocalEnrolment> for PodEnrolment {
                 failure_mode: failure_mode as i32,
                 bypass_inbound: e.bypass_inbound,
                 excluded_destinations: e.excluded_destinations.into_iter().map(prefix).collect(),
+                dns: e.dns_capture,
             }),
         }
     }

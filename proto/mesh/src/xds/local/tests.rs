@@ -88,7 +88,11 @@ fn every_section_is_read() {
     let pod = &file.enrolments[0];
     assert_eq!(pod.workload_uid, "cluster1//v1/Pod/default/local");
     assert_eq!(pod.addresses, [Bytes::from_static(&[127, 0, 0, 1])]);
-    assert_eq!(pod.capture.as_ref().unwrap().failure_mode(), FailureMode::Closed);
+    let capture = pod.capture.as_ref().unwrap();
+    assert_eq!((capture.failure_mode(), capture.dns), (FailureMode::Closed, true));
+    let own_dns =
+        FILE.replace("  workloadUid: cluster1//v1/Pod/default/local\n", "  workloadUid: u\n  dnsCapture: false\n");
+    assert!(!parse(&own_dns).unwrap().enrolments[0].capture.as_ref().unwrap().dns);
 }
 
 #[test]

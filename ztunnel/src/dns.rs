@@ -1,0 +1,166 @@
+//! The pods' DNS: names of the mesh are answered from the store, everything else by the server the pod asked.
+//!
+//! [`answer`] decides and touches nothing; [`message`] reads and writes the wire; [`serve`] takes queries off the
+//! pod's sockets and sends answers from the address that was asked; [`forward`] asks on. No answer is ever kept, so no
+//! pod can put anything into another's. UDP is served on the control runtime, where it cannot delay a byte of a
+//! connection; captured connections to port 53 by the worker that accepted them.
+
+pub mod answer;
+pub mod forward;
+pub mod message;
+pub mod packet;
+pub mod serve;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use mesh::model::Workload;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::node::pod::LocalPod;
+use crate::worker::Shared;
+use answer::Client;
+use forward::NoAnswer;
+use message::{Asked, Query, Transport};
+
+/// Queries of one pod that may be under way, each with a socket and a task. Far above what resolvers have open.
+const IN_FLIGHT: usize = 256;
+
+/// What of a pod's DNS is ztunnel's.
+#[derive(Debug)]
+pub struct DnsState {
+    captured: AtomicBool,
+    in_flight: Arc<Semaphore>,
+}
+
+impl DnsState {
+    #[must_use]
+    pub fn new(captured: bool) -> Self {
+        Self { captured: AtomicBool::new(captured), in_flight: Arc::new(Semaphore::new(IN_FLIGHT)) }
+    }
+
+    #[must_use]
+    pub fn is_captured(&self) -> bool {
+        self.captured.load(Ordering::Relaxed)
+    }
+
+    pub fn set_captured(&self, captured: bool) {
+        self.captured.store(captured, Ordering::Relaxed);
+    }
+
+    /// `None` when the pod has as many queries under way as it may.
+    fn permit(&self) -> Option<OwnedSemaphorePermit> {
+        self.in_flight.clone().try_acquire_owned().ok()
+    }
+}
+
+/// What becomes of a message.
+enum Verdict {
+    Reply(Vec<u8>),
+    Forward(Box<Query>, Labels),
+    Ignore,
+}
+
+/// Of the metrics: whose query.
+#[derive(Clone)]
+struct Labels {
+    kind: &'static str,
+    transport: &'static str,
+    service: Arc<str>,
+    revision: Arc<str>,
+}
+
+impl Labels {
+    fn of(query: &Query, source: Option<&Workload>) -> Self {
+        let unknown = || Arc::from("unknown");
+        Self {
+            kind: query.type_label(),
+            transport: query.transport().as_str(),
+            service: source.map_or_else(unknown, |w| w.canonical_name.clone()),
+            revision: source.map_or_else(unknown, |w| w.canonical_revision.clone()),
+        }
+    }
+
+    fn list(&self) -> [metrics::Label; 4] {
+        [
+            metrics::Label::new("request_query_type", self.kind),
+            metrics::Label::new("request_protocol", self.transport),
+            metrics::Label::new("source_canonical_service", self.service.to_string()),
+            metrics::Label::new("source_canonical_revision", self.revision.to_string()),
+        ]
+    }
+
+    fn count(&self, name: &'static str) {
+        metrics::counter!(name, self.list().iter()).increment(1);
+    }
+}
+
+/// Decides on one message of `pod` on the newest snapshot. Waits only for the pod's own workload to become known.
+async fn decide(shared: &Shared, pod: &LocalPod, server: SocketAddr, transport: Transport, bytes: &[u8]) -> Verdict {
+    let query = match message::read(bytes, transport) {
+        Asked::Query(query) => query,
+        Asked::Refused(reply) => return Verdict::Reply(reply),
+        Asked::Nothing => return Verdict::Ignore,
+    };
+    let local = shared.local(pod).await;
+    let labels = Labels::of(&query, local.as_ref().ok().map(|l| &*l.workload));
+    labels.count("istio_dns_requests_total");
+    let reply = |reply: Option<Vec<u8>>| reply.map_or(Verdict::Ignore, Verdict::Reply);
+    let (pod, namespace, name) = (&pod.name, &pod.namespace, query.name());
+    let source = match local {
+        Ok(source) => source,
+        Err(error) => {
+            tracing::debug!(target: "dns", %pod, %namespace, %name, r#type = labels.kind, %server, %error, "not answered");
+            return reply(query.fail());
+        }
+    };
+    let client = Client {
+        namespace: &source.workload.namespace,
+        network: &source.workload.network,
+        domain: &shared.config.cluster_domain,
+        preferred_namespace: shared.config.preferred_namespace.as_deref(),
+        ipv6: shared.config.ipv6,
+    };
+    let found = query.wanted().and_then(|(name, kind)| answer::answer(&source.world, &client, &name, kind));
+    match found {
+        Some(found) => {
+            let addresses = found.addresses.len();
+            tracing::debug!(target: "dns", %pod, %namespace, %name, r#type = labels.kind, %server, addresses, "answered");
+            reply(query.answer(shuffled(found)))
+        }
+        None => {
+            tracing::debug!(target: "dns", %pod, %namespace, %name, r#type = labels.kind, %server, "forwarded");
+            Verdict::Forward(query, labels)
+        }
+    }
+}
+
+/// Clients take the first address; all shall be first in turn.
+fn shuffled(mut found: answer::Found) -> answer::Found {
+    use rand::seq::SliceRandom;
+    found.addresses.shuffle(&mut rand::rng());
+    found
+}
+
+/// Counts what `ask` comes to, and makes an answer of it: the server's, or that there is none.
+async fn forwarded(
+    query: &Query,
+    labels: &Labels,
+    ask: impl Future<Output = Result<Vec<u8>, NoAnswer>>,
+) -> Option<Vec<u8>> {
+    labels.count("istio_dns_upstream_requests_total");
+    let started = Instant::now();
+    let answer = ask.await;
+    metrics::histogram!("istio_dns_upstream_request_duration_seconds", labels.list().iter())
+        .record(started.elapsed().as_secs_f64());
+    match answer {
+        Ok(answer) => Some(answer),
+        Err(error) => {
+            labels.count("istio_dns_upstream_failures_total");
+            tracing::debug!(target: "dns", name = %query.name(), r#type = labels.kind, %error, "no answer");
+            query.fail()
+        }
+    }
+}

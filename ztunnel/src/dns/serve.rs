@@ -1,0 +1,182 @@
+//! Queries in, answers out: the UDP socket of a pod, and its connections to port 53.
+
+use std::io::{self, IoSliceMut};
+use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, SockaddrIn, SockaddrIn6, SockaddrStorage, recvmsg};
+use socket2::Socket;
+use tokio::io::Interest;
+use tokio::net::{TcpStream, UdpSocket};
+use tokio::task::JoinSet;
+
+use super::forward::{self, NoAnswer};
+use super::message::Transport;
+use super::packet;
+use super::{Verdict, decide, forwarded};
+use crate::node::pod::LocalPod;
+use crate::worker::{Place, Shared};
+
+/// How long a connection may be silent between queries.
+const TCP_IDLE: Duration = Duration::from_secs(5);
+/// Longer queries than any resolver sends are cut, and so not answered.
+const LONGEST_QUERY: usize = 4096;
+/// Before receiving is tried again after an error that is not about one packet.
+const RECEIVE_PAUSE: Duration = Duration::from_millis(100);
+
+/// A pod's DNS sockets of one family.
+pub struct DnsSocket {
+    /// Where the steering hands queries over.
+    pub queries: std::net::UdpSocket,
+    /// A raw socket that sends whole packets.
+    pub answers: Socket,
+}
+
+/// Serves a pod's captured UDP until its drain begins, and then the queries that are under way.
+pub async fn udp(shared: Shared, pod: Arc<LocalPod>, socket: DnsSocket) {
+    let _working = pod.drain.guard();
+    let queries = match UdpSocket::from_std(socket.queries) {
+        Ok(queries) => queries,
+        Err(error) => return tracing::error!(%error, pod = %pod.name, "the DNS socket cannot be registered"),
+    };
+    let answers = Arc::new(socket.answers);
+    let mut buffer = vec![0; LONGEST_QUERY];
+    // Bounded by the pod's permits; each ends with the time a server may take.
+    let mut tasks = JoinSet::new();
+    loop {
+        let received = tokio::select! {
+            received = queries.async_io(Interest::READABLE, || receive(&queries, &mut buffer)) => received,
+            Some(_) = tasks.join_next() => continue,
+            () = pod.drain.draining() => break,
+        };
+        let received = match received {
+            Ok(received) => received,
+            Err(error) => {
+                tracing::debug!(target: "dns", pod = %pod.name, %error, "receiving");
+                tokio::time::sleep(RECEIVE_PAUSE).await;
+                continue;
+            }
+        };
+        let Some(Datagram { length, client, server }) = received else { continue };
+        // Dropped like by any server that is too busy: resolvers ask again.
+        let Some(permit) = pod.dns.permit() else {
+            metrics::counter!("ztunnel_dns_dropped_total").increment(1);
+            continue;
+        };
+        let (shared, pod, answers) = (shared.clone(), pod.clone(), answers.clone());
+        let bytes = buffer[..length].to_vec();
+        tasks.spawn(async move {
+            let reply = match decide(&shared, &pod, server, Transport::Udp, &bytes).await {
+                Verdict::Reply(reply) => Some(reply),
+                Verdict::Forward(query, labels) => {
+                    forwarded(&query, &labels, forward::udp(&pod, server, &query, &bytes)).await
+                }
+                Verdict::Ignore => None,
+            };
+            drop(permit);
+            if let Some(reply) = reply
+                && let Err(error) = send(&answers, server, client, &reply)
+            {
+                tracing::debug!(target: "dns", pod = %pod.name, %client, %server, %error, "sending an answer");
+            }
+        });
+    }
+    while tasks.join_next().await.is_some() {}
+}
+
+/// A query, from whom, and whom it was meant for.
+struct Datagram {
+    length: usize,
+    client: SocketAddr,
+    server: SocketAddr,
+}
+
+/// `None` for a datagram that is too long.
+fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<Option<Datagram>> {
+    let mut slices = [IoSliceMut::new(buffer)];
+    let mut control = nix::cmsg_space!(libc::sockaddr_in6);
+    let message =
+        recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut slices, Some(&mut control), MsgFlags::MSG_DONTWAIT)?;
+    if message.flags.contains(MsgFlags::MSG_TRUNC) {
+        return Ok(None);
+    }
+    let server = message.cmsgs()?.find_map(|control| match control {
+        ControlMessageOwned::Ipv4OrigDstAddr(to) => Some(SocketAddr::V4(SockaddrIn::from(to).into())),
+        ControlMessageOwned::Ipv6OrigDstAddr(to) => Some(SocketAddr::V6(SockaddrIn6::from(to).into())),
+        _ => None,
+    });
+    let client = message.address.as_ref().and_then(address);
+    Ok(server.zip(client).map(|(server, client)| Datagram { length: message.bytes, client, server }))
+}
+
+fn address(from: &SockaddrStorage) -> Option<SocketAddr> {
+    let v4 = from.as_sockaddr_in().map(|a| SocketAddr::V4((*a).into()));
+    v4.or_else(|| from.as_sockaddr_in6().map(|a| SocketAddr::V6((*a).into())))
+}
+
+fn send(raw: &Socket, server: SocketAddr, client: SocketAddr, reply: &[u8]) -> io::Result<()> {
+    let packet = packet::udp(server, client, reply).ok_or(io::ErrorKind::InvalidData)?;
+    // The port is in the packet; a raw socket takes none.
+    raw.send_to(&packet, &SocketAddr::new(client.ip(), 0).into()).map(drop)
+}
+
+/// Serves a connection the pod's application opened to port 53 of `server`, one query after the other.
+pub async fn tcp(at: &Place, mut client: TcpStream, server: SocketAddr) {
+    let _ = mesh::net::tune(&client);
+    let mut upstream: Option<TcpStream> = None;
+    loop {
+        let bytes = tokio::select! {
+            read = tokio::time::timeout(TCP_IDLE, forward::read(&mut client)) => match read {
+                Ok(Ok(Some(bytes))) => bytes,
+                // Its end, an error or silence: nothing is owed to the client.
+                Ok(Ok(None) | Err(_)) | Err(_) => return,
+            },
+            () = at.pod.drain.draining() => return,
+        };
+        let reply = match decide(&at.shared, &at.pod, server, Transport::Tcp, &bytes).await {
+            Verdict::Reply(reply) => Some(reply),
+            Verdict::Ignore => return,
+            Verdict::Forward(query, labels) if query.is_transfer() => {
+                labels.count("istio_dns_upstream_requests_total");
+                return transfer(at, client, server, &bytes).await;
+            }
+            Verdict::Forward(query, labels) => {
+                let ask = async {
+                    let _permit = at.pod.dns.permit().ok_or(NoAnswer::Overloaded)?;
+                    if let Some(kept) = &mut upstream {
+                        // A server may close between two queries; then a new connection is due, and only then.
+                        match forward::tcp(kept, server, &query, &bytes).await {
+                            Err(NoAnswer::Io { .. }) => upstream = None,
+                            other => return other,
+                        }
+                    }
+                    let fresh = upstream.insert(at.dial_plain(server).await?);
+                    forward::tcp(fresh, server, &query, &bytes).await.inspect_err(|_| upstream = None)
+                };
+                forwarded(&query, &labels, ask).await
+            }
+        };
+        let Some(reply) = reply else { return };
+        match tokio::time::timeout(TCP_IDLE, forward::write(&mut client, &reply)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) | Err(_) => return,
+        }
+    }
+}
+
+/// A zone transfer has no end that could be told without reading all of it: the two sides are joined.
+async fn transfer(at: &Place, mut client: TcpStream, server: SocketAddr, query: &[u8]) {
+    let joined = async {
+        let mut upstream = at.dial_plain(server).await.map_err(io::Error::other)?;
+        forward::write(&mut upstream, query).await?;
+        tokio::io::copy_bidirectional(&mut client, &mut upstream).await
+    };
+    tokio::select! {
+        done = joined => if let Err(error) = done {
+            tracing::debug!(target: "dns", pod = %at.pod.name, %server, %error, "zone transfer");
+        },
+        () = at.pod.drain.cut() => {}
+    }
+}

@@ -1,0 +1,484 @@
+//! DNS of captured pods as their applications see it: one ztunnel fed from a file, three pods, two DNS servers.
+//!
+//! Needs root, the BPF programs and `ip`, `nsenter`, `unshare`, `bash`, `getent`. Where one is missing the test says so
+//! and passes, unless `LAB=required`. All traffic stays on a bridge without uplink inside namespaces of the test's own.
+
+#![forbid(unsafe_code)]
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use hickory_proto::op::{Message, MessageType, OpCode, Query, ResponseCode};
+use hickory_proto::rr::rdata::A;
+use hickory_proto::rr::{Name, RData, Record, RecordType};
+use nix::sched::{CloneFlags, setns};
+use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
+
+/// Client and server are captured; the DNS of `own` is its own affair.
+const PODS: [&str; 3] = ["client", "server", "own"];
+const PATIENCE: Duration = Duration::from_secs(20);
+const VIP: &str = "10.96.0.10";
+const SERVERS: [&str; 3] = ["10.77.0.53", "10.77.0.54", "fd77::53"];
+
+struct Lab {
+    name: String,
+    dir: tempfile::TempDir,
+    cgroup: PathBuf,
+    pins: PathBuf,
+    children: Vec<Child>,
+    ztunnel: Option<Child>,
+    asked: Arc<Mutex<Vec<Asked>>>,
+}
+
+/// What a DNS server was asked: by whom, how, for what, under which id.
+#[derive(Debug, Clone)]
+struct Asked {
+    by: IpAddr,
+    tcp: bool,
+    name: String,
+    id: u16,
+}
+
+fn run(command: &str) -> String {
+    let output = Command::new("bash").args(["-ec", command]).output().expect("bash runs");
+    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[track_caller]
+fn eventually(what: &str, mut check: impl FnMut() -> bool) {
+    let end = Instant::now() + PATIENCE;
+    while !check() {
+        assert!(Instant::now() < end, "not within {PATIENCE:?}: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn addresses(pod: &str) -> [String; 2] {
+    let n = PODS.iter().position(|p| *p == pod).expect("a pod of the lab") + 1;
+    [format!("10.77.0.{n}"), format!("fd77::{n}")]
+}
+
+/// Runs `work` on a thread inside a namespace.
+fn inside<T: Send>(netns: &Path, work: impl FnOnce() -> T + Send) -> T {
+    let file = fs::File::open(netns).expect("the namespace");
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            setns(&file, CloneFlags::CLONE_NEWNET).expect("entered");
+            work()
+        });
+        thread.join().expect("the work does not panic")
+    })
+}
+
+impl Lab {
+    fn up() -> Self {
+        let name = format!("ztd{}", std::process::id());
+        let unified = Path::new("/sys/fs/cgroup/unified");
+        let root = if unified.exists() { unified } else { Path::new("/sys/fs/cgroup") };
+        let mut lab = Self {
+            cgroup: root.join(&name),
+            pins: Path::new("/sys/fs/bpf").join(&name),
+            dir: tempfile::tempdir().expect("a directory"),
+            children: Vec::new(),
+            ztunnel: None,
+            asked: Arc::default(),
+            name,
+        };
+        let n = lab.name.clone();
+        run(&format!(
+            "ip netns add {n}-br; ip netns add {n}-node
+             ip -n {n}-br link set lo up; ip -n {n}-node link set lo up
+             ip -n {n}-br link add br0 type bridge; ip -n {n}-br link set br0 up
+             for a in 10.77.0.53/16 10.77.0.54/16; do ip -n {n}-br addr add $a dev br0; done
+             ip -n {n}-br addr add fd77::53/64 dev br0 nodad"
+        ));
+        for pod in PODS {
+            let [v4, v6] = addresses(pod);
+            run(&format!(
+                "ip netns add {n}-{pod}; ip -n {n}-{pod} link set lo up
+                 ip link add v{pod} netns {n}-br type veth peer name eth0 netns {n}-{pod}
+                 ip -n {n}-br link set v{pod} master br0 up
+                 ip -n {n}-{pod} link set eth0 up
+                 ip -n {n}-{pod} addr add {v4}/16 dev eth0
+                 ip -n {n}-{pod} addr add {v6}/64 dev eth0 nodad
+                 ip -n {n}-{pod} route add default via 10.77.255.254"
+            ));
+            fs::create_dir_all(lab.pod_cgroup(pod)).expect("a cgroup for the pod");
+            let child = lab.in_pod(pod, "exec sleep 600").spawn().expect("a process in the pod");
+            lab.children.push(child);
+        }
+        let key = KeyPair::generate().expect("a key");
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let certificate = params.self_signed(&key).expect("a certificate");
+        fs::write(lab.dir.path().join("ca-cert.pem"), certificate.pem()).expect("written");
+        fs::write(lab.dir.path().join("ca-key.pem"), key.serialize_pem()).expect("written");
+        let resolv = "nameserver 10.77.0.53\nsearch shop.svc.cluster.local svc.cluster.local cluster.local\noptions ndots:5 attempts:1 timeout:3\n";
+        fs::write(lab.dir.path().join("resolv.conf"), resolv).expect("written");
+        for (n, server) in SERVERS.into_iter().enumerate() {
+            lab.serve_dns(server, u8::try_from(n).expect("few") + 1);
+        }
+        lab
+    }
+
+    fn pod_cgroup(&self, pod: &str) -> PathBuf {
+        self.cgroup.join(format!("kubepods/burstable/pod{}-{pod}/main", self.name))
+    }
+
+    fn netns(&self, name: &str) -> PathBuf {
+        PathBuf::from(format!("/run/netns/{}-{name}", self.name))
+    }
+
+    /// A shell in the pod's namespace and cgroup, and with its `resolv.conf`.
+    fn in_pod(&self, pod: &str, script: &str) -> Command {
+        let mut command = Command::new("nsenter");
+        let resolv = self.dir.path().join("resolv.conf");
+        let enter = format!(
+            "echo $$ > {}/cgroup.procs; if [ -e {resolv} ]; then mount --bind {resolv} /etc/resolv.conf; fi; {script}",
+            self.pod_cgroup(pod).display(),
+            resolv = resolv.display()
+        );
+        let netns = format!("--net={}", self.netns(pod).display());
+        command.args([&netns, "unshare", "-m", "bash", "-ec", &enter]);
+        command
+    }
+
+    /// `captures`: the pods whose DNS is captured.
+    fn configure(&self, captures: &[&str]) {
+        use std::fmt::Write as _;
+        let mut text = String::from("workloads:\n");
+        for pod in PODS {
+            let [v4, v6] = addresses(pod);
+            let serves = if pod == "server" {
+                r#""shop/api.shop.svc.cluster.local": {80: 8080}, "shop/db.shop.svc.cluster.local": {80: 8080}"#
+            } else {
+                ""
+            };
+            writeln!(text, r#"- {{uid: "Kubernetes//Pod/shop/{pod}", name: {pod}, namespace: shop, serviceAccount: {pod}, workloadIps: ["{v4}", "{v6}"], protocol: HBONE, canonicalName: the-{pod}, services: {{{serves}}}}}"#).expect("a string takes it");
+        }
+        writeln!(
+            text,
+            r#"services:
+- {{name: api, namespace: shop, hostname: api.shop.svc.cluster.local, vips: ["/{VIP}"], ports: {{80: 8080}}}}
+- {{name: db, namespace: shop, hostname: db.shop.svc.cluster.local, vips: [], ports: {{80: 8080}}}}
+policies: []
+enrolments:"#
+        )
+        .expect("a string takes it");
+        for pod in PODS {
+            let [v4, v6] = addresses(pod);
+            let dns = captures.contains(&pod);
+            writeln!(text, r#"- {{uid: {}-{pod}, name: {pod}, namespace: shop, serviceAccount: {pod}, addresses: ["{v4}", "{v6}"], workloadUid: "Kubernetes//Pod/shop/{pod}", dnsCapture: {dns}}}"#, self.name).expect("a string takes it");
+        }
+        fs::write(self.dir.path().join("next"), text).expect("written");
+        fs::rename(self.dir.path().join("next"), self.dir.path().join("mesh.yaml")).expect("renamed");
+    }
+
+    fn start_ztunnel(&mut self) {
+        let log = fs::File::create(self.dir.path().join("log")).expect("a log file");
+        let child = Command::new("nsenter")
+            .arg(format!("--net={}", self.netns("node").display()))
+            .arg(env!("CARGO_BIN_EXE_ztunnel"))
+            .env("LOCAL_XDS_PATH", self.dir.path().join("mesh.yaml"))
+            .env("LOCAL_CA_DIR", self.dir.path())
+            .env("CGROUP_ROOT", &self.cgroup)
+            .env("HOST_NETNS", self.netns("node"))
+            .env("BPFFS_DIR", self.pins.join("node"))
+            .env("ZTUNNEL_WORKER_THREADS", "2")
+            .env("RUST_LOG", "info,dns=debug")
+            .stdout(log.try_clone().expect("a file can be shared"))
+            .stderr(log)
+            .spawn()
+            .expect("ztunnel starts");
+        self.ztunnel = Some(child);
+        eventually("the pods are enrolled", || self.log().matches("\tenrolled").count() == PODS.len());
+    }
+
+    fn kill_ztunnel(&mut self) {
+        let mut child = self.ztunnel.take().expect("it runs");
+        child.kill().expect("killed");
+        child.wait().expect("reaped");
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
+    }
+
+    /// The value of a metric of which the line has all of `parts`.
+    fn metric(&self, parts: &[&str]) -> Option<f64> {
+        let text = inside(&self.netns("node"), || {
+            let mut stream = TcpStream::connect(("127.0.0.1", 15020)).expect("the metrics port");
+            stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").expect("asked");
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).expect("answered");
+            answer
+        });
+        let line = text.lines().find(|l| parts.iter().all(|p| l.contains(p)));
+        line.and_then(|l| l.rsplit(' ').next()?.parse().ok())
+    }
+
+    /// Asks `server` from the application of `pod`. The socket is a connected one: it takes an answer from that address
+    /// and port only. `None`: no answer within the time.
+    fn ask(&self, pod: &str, server: &str, network: &str, message: &Message) -> Option<Message> {
+        let bytes = message.to_vec().expect("encoded");
+        let prefix = if network == "tcp" {
+            u16::try_from(bytes.len()).expect("short").to_be_bytes().to_vec()
+        } else {
+            Vec::new()
+        };
+        let file = self.dir.path().join(format!("query-{pod}"));
+        fs::write(&file, [prefix, bytes].concat()).expect("written");
+        // One write is one datagram. TCP: the server's end is ours, as the client's is closed after one answer.
+        let read =
+            if network == "tcp" { "timeout 8 head -c 60000" } else { "timeout 8 dd bs=65535 count=1 status=none" };
+        let script = format!("exec 3<>/dev/{network}/{server}/53; cat {} >&3; {read} <&3", file.display());
+        let output = self.in_pod(pod, &script).output().expect("the shell runs");
+        let skip = if network == "tcp" { 2 } else { 0 };
+        Message::from_vec(output.stdout.get(skip..)?).ok()
+    }
+
+    fn udp(&self, pod: &str, server: &str, name: &str, kind: RecordType) -> String {
+        self.ask(pod, server, "udp", &query(name, kind)).map_or("silence".into(), |m| told(&m))
+    }
+
+    fn asked_for(&self, name: &str) -> Vec<Asked> {
+        self.asked.lock().expect("no panic holds it").iter().filter(|a| a.name == name).cloned().collect()
+    }
+
+    /// A DNS server that knows `known.test` as 192.0.2.`number`, and has its ways with some others.
+    fn serve_dns(&self, address: &str, number: u8) {
+        let at: IpAddr = address.parse().expect("an address");
+        let (udp, tcp) = inside(&self.netns("br"), || {
+            (UdpSocket::bind((at, 53)).expect("bound"), TcpListener::bind((at, 53)).expect("bound"))
+        });
+        let note = |asked: Arc<Mutex<Vec<Asked>>>| {
+            move |by: IpAddr, tcp, bytes: &[u8]| {
+                let message = Message::from_vec(bytes).expect("ztunnel sends what the client sent");
+                let name = message.queries[0].name().to_ascii();
+                asked.lock().expect("no panic holds it").push(Asked {
+                    by,
+                    tcp,
+                    name: name.clone(),
+                    id: message.metadata.id,
+                });
+                (name, message)
+            }
+        };
+        // Both end with the process.
+        let noted = note(self.asked.clone());
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok((n, from)) = udp.recv_from(&mut buffer) {
+                let (name, message) = noted(from.ip(), false, &buffer[..n]);
+                let answer = |id: u16, cut| {
+                    let mut answer = reply(&message, number);
+                    (answer.metadata.id, answer.metadata.truncation) = (id, cut);
+                    udp.send_to(&answer.to_vec().expect("encoded"), from).expect("sent");
+                };
+                let id = message.metadata.id;
+                match name.as_str() {
+                    "silent.test." => {}
+                    "big.test." => answer(id, true),
+                    "forged.test." => {
+                        answer(id.wrapping_add(1), true);
+                        answer(id, false);
+                    }
+                    _ => answer(id, false),
+                }
+            }
+        });
+        let noted = note(self.asked.clone());
+        std::thread::spawn(move || {
+            for stream in tcp.incoming() {
+                let mut stream = stream.expect("accepted");
+                let from = stream.peer_addr().expect("a peer").ip();
+                let mut length = [0; 2];
+                while stream.read_exact(&mut length).is_ok() {
+                    let mut bytes = vec![0; usize::from(u16::from_be_bytes(length))];
+                    stream.read_exact(&mut bytes).expect("a message");
+                    let (_, message) = noted(from, true, &bytes);
+                    let answer = reply(&message, number).to_vec().expect("encoded");
+                    let length = u16::try_from(answer.len()).expect("short").to_be_bytes();
+                    stream.write_all(&[&length[..], &answer].concat()).expect("sent");
+                }
+            }
+        });
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("--- ztunnel\n{}\n--- asked {:?}", self.log(), self.asked.lock());
+        }
+        for child in self.children.iter_mut().chain(self.ztunnel.as_mut()) {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        let _ = fs::remove_dir_all(&self.pins);
+        let script = format!(
+            "for n in br node {}; do ip netns del {}-$n; done; find {} -depth -type d -exec rmdir {{}} \\;",
+            PODS.join(" "),
+            self.name,
+            self.cgroup.display()
+        );
+        let _ = Command::new("bash").args(["-c", &script]).stderr(Stdio::null()).status();
+    }
+}
+
+fn reply(asked: &Message, number: u8) -> Message {
+    let mut answer = Message::new(asked.metadata.id, MessageType::Response, OpCode::Query);
+    answer.add_query(asked.queries[0].clone());
+    let name = asked.queries[0].name();
+    if name.to_ascii().ends_with("known.test.") || ["big.test.", "forged.test."].contains(&&*name.to_ascii()) {
+        let data = RData::A(A(Ipv4Addr::new(192, 0, 2, number)));
+        answer.add_answer(Record::from_rdata(name.clone(), 77, data));
+    } else {
+        answer.metadata.response_code = ResponseCode::NXDomain;
+    }
+    answer
+}
+
+fn query(name: &str, kind: RecordType) -> Message {
+    let mut message = Message::new(0x2a2a, MessageType::Query, OpCode::Query);
+    message.metadata.recursion_desired = true;
+    message.add_query(Query::query(Name::from_ascii(name).expect("a name"), kind));
+    message
+}
+
+/// `code [aa] [tc] data/ttl...`
+fn told(message: &Message) -> String {
+    assert_eq!(message.metadata.id, 0x2a2a, "the id the client sent");
+    let m = &message.metadata;
+    let mut text = format!("{:?}", m.response_code);
+    text.push_str(if m.authoritative { " aa" } else { "" });
+    text.push_str(if m.truncation { " tc" } else { "" });
+    for record in &message.answers {
+        text.push_str(&format!(" {}/{}", record.data, record.ttl));
+    }
+    text
+}
+
+/// True where the lab can run; otherwise says why not.
+fn possible() -> bool {
+    let tools = ["ip", "nsenter", "unshare", "bash", "getent"];
+    let missing = tools.iter().find(|t| Command::new("which").arg(t).output().is_ok_and(|o| !o.status.success()));
+    let why = if !nix::unistd::geteuid().is_root() {
+        "not root".to_owned()
+    } else if !ebpf_loader::has_programs() {
+        "no BPF programs were built in: run `cargo xtask bpf`".to_owned()
+    } else if let Some(tool) = missing {
+        format!("{tool} is not installed")
+    } else {
+        return true;
+    };
+    assert!(std::env::var("LAB").as_deref() != Ok("required"), "LAB=required, but {why}");
+    eprintln!("SKIPPED: {why}");
+    false
+}
+
+#[test]
+fn pods_resolve_the_mesh_and_everything_else() {
+    if !possible() {
+        return;
+    }
+    let mut lab = Lab::up();
+    lab.configure(&["client", "server"]);
+    let listener = inside(&lab.netns("server"), || TcpListener::bind(("::", 8080)).expect("bound"));
+    // Ends with the process.
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let _ = stream.and_then(|mut s| s.write_all(b"hello\n"));
+        }
+    });
+    assert_eq!(lab.udp("client", SERVERS[0], "api.shop.svc.cluster.local.", RecordType::A), "NXDomain", "before");
+    // A DNS server in a pod has port 53 on every address for itself, whether it was there first or comes later.
+    let first = inside(&lab.netns("server"), || UdpSocket::bind(("0.0.0.0", 53)).expect("port 53 is free"));
+    lab.start_ztunnel();
+    let later = inside(&lab.netns("client"), || UdpSocket::bind(("::", 53)).expect("port 53 is still free"));
+    drop((first, later));
+
+    // Names of the mesh, whichever server is asked.
+    let udp = |server, name, kind| lab.udp("client", server, name, kind);
+    for server in SERVERS {
+        for name in ["api.shop.svc.cluster.local.", "api.shop.svc.", "api.shop.", "api.", "API.Shop."] {
+            assert_eq!(udp(server, name, RecordType::A), format!("NoError aa {VIP}/30"), "{name} of {server}");
+        }
+    }
+    assert_eq!(udp(SERVERS[0], "api.shop.", RecordType::AAAA), "NoError aa", "it exists, without one");
+    let [v4, v6] = addresses("server");
+    assert_eq!(udp(SERVERS[0], "db.shop.", RecordType::A), format!("NoError aa {v4}/30"), "headless");
+    assert_eq!(udp(SERVERS[0], "db.shop.", RecordType::AAAA), format!("NoError aa {v6}/30"));
+    let twice = "api.shop.svc.cluster.local.shop.svc.cluster.local.";
+    assert_eq!(
+        udp(SERVERS[0], twice, RecordType::A),
+        format!("NoError aa api.shop.svc.cluster.local./30 {VIP}/30"),
+        "with the search domain appended to a whole name"
+    );
+    let message = lab.ask("client", SERVERS[0], "tcp", &query("api.shop.", RecordType::A)).expect("an answer");
+    assert_eq!(told(&message), format!("NoError aa {VIP}/30"), "by TCP");
+    assert_eq!(lab.asked_for("api.shop.").len(), 0, "nobody else was asked");
+
+    // Everything else, from the server that was asked.
+    for (n, server) in SERVERS.into_iter().enumerate() {
+        assert_eq!(udp(server, "known.test.", RecordType::A), format!("NoError 192.0.2.{}/77", n + 1));
+    }
+    assert_eq!(udp(SERVERS[0], "nobody.test.", RecordType::A), "NXDomain");
+    assert_eq!(udp(SERVERS[0], "api.shop.", RecordType::TXT), "NXDomain", "other types are not ours to answer");
+    assert_eq!(udp(SERVERS[0], "forged.test.", RecordType::A), "NoError 192.0.2.1/77", "a wrong id is not taken");
+    assert_eq!(udp(SERVERS[0], "big.test.", RecordType::A), "NoError tc 192.0.2.1/77", "truncation passes through");
+    let message = lab.ask("client", SERVERS[1], "tcp", &query("big.test.", RecordType::A)).expect("an answer");
+    assert_eq!(told(&message), "NoError 192.0.2.2/77", "and so does the retry");
+    assert!(lab.asked_for("big.test.").iter().any(|a| a.tcp));
+    let known = lab.asked_for("known.test.");
+    let client: Vec<IpAddr> = addresses("client").iter().map(|a| a.parse().expect("an address")).collect();
+    assert!(known.iter().all(|a| client.contains(&a.by)), "asked from the pod's own addresses: {known:?}");
+    assert!(known.iter().any(|a| a.id != 0x2a2a), "under ids of our own: {known:?}");
+    assert_eq!(udp(SERVERS[0], "silent.test.", RecordType::A), "ServFail", "no answer in time");
+
+    // As an application does it: by name, and then into the mesh.
+    let said = lab.in_pod("client", "exec 3<>/dev/tcp/api/80; timeout 10 head -n 1 <&3").output().expect("it runs");
+    assert_eq!(String::from_utf8_lossy(&said.stdout), "hello\n", "{}", String::from_utf8_lossy(&said.stderr));
+    let said = lab.in_pod("client", "getent ahostsv4 www.known.test").output().expect("it runs");
+    assert!(String::from_utf8_lossy(&said.stdout).starts_with("192.0.2.1"), "{said:?}");
+
+    // A pod that asked for it keeps its own DNS.
+    assert_eq!(lab.udp("own", SERVERS[0], "api.shop.", RecordType::A), "NXDomain");
+    assert_eq!(lab.asked_for("api.shop.").last().map(|a| (a.id, a.tcp)), Some((0x2a2a, false)), "directly");
+    assert!(!run(&format!("ip -n {}-own rule", lab.name)).contains("dport 53"));
+    assert!(run(&format!("ip -n {}-client rule", lab.name)).contains("dport 53"));
+
+    let of = |name: &'static str, more: &'static str| [name, "the-client", more];
+    assert!(lab.metric(&of("istio_dns_requests_total{", "request_query_type=\"AAAA\"")) >= Some(2.0));
+    assert!(lab.metric(&of("istio_dns_requests_total{", "request_protocol=\"tcp\"")) >= Some(1.0));
+    assert!(lab.metric(&of("istio_dns_upstream_requests_total{", "request_query_type=\"TXT\"")) >= Some(1.0));
+    assert!(lab.metric(&of("istio_dns_upstream_failures_total{", "request_query_type=\"A\"")) >= Some(1.0));
+    assert!(lab.metric(&of("istio_dns_upstream_request_duration_seconds_bucket{", "le=\"0.0005\"")) >= Some(0.0));
+    assert!(lab.metric(&of("istio_dns_upstream_request_duration_seconds_bucket{", "le=\"5\"")) >= Some(1.0));
+    assert_eq!(lab.metric(&["istio_dns_requests_total{", "the-own"]), None);
+    assert!(lab.log().contains("api.shop.") && lab.log().contains("known.test."), "target dns at debug");
+
+    // A pod may change its mind while it runs.
+    lab.configure(&["client", "server", "own"]);
+    eventually("own is captured", || lab.udp("own", SERVERS[0], "api.shop.", RecordType::A).contains(VIP));
+    lab.configure(&["server"]);
+    eventually("client is not", || lab.udp("client", SERVERS[0], "api.shop.", RecordType::A) == "NXDomain");
+    lab.configure(&["client", "server"]);
+    eventually("client is again", || lab.udp("client", SERVERS[0], "api.shop.", RecordType::A).contains(VIP));
+
+    // Without ztunnel there is no answer, and no query goes round it; the next one answers again.
+    lab.kill_ztunnel();
+    let started = Instant::now();
+    assert_eq!(lab.udp("client", SERVERS[0], "known.test.after.", RecordType::A), "silence");
+    assert!(started.elapsed() < Duration::from_secs(5), "refused, not timed out");
+    assert_eq!(lab.asked_for("known.test.after.").len(), 0);
+    assert_eq!(lab.udp("own", SERVERS[0], "known.test.", RecordType::A), "NoError 192.0.2.1/77", "own goes direct");
+    lab.start_ztunnel();
+    assert_eq!(lab.udp("client", SERVERS[0], "known.test.", RecordType::A), "NoError 192.0.2.1/77");
+}
