@@ -74,7 +74,8 @@ pub async fn run(config: Config, client: Client, drain: DrainWatcher) -> anyhow:
     let deps = serve::Deps {
         store,
         acks,
-        pods: watch,
+        pods: watch.clone(),
+        placements: watch,
         reports,
         authority,
         authenticator: Arc::new(TokenReviewer::new(client, vec![TOKEN_AUDIENCE.to_owned()])),

@@ -12,6 +12,7 @@ pub mod ca;
 pub mod config;
 pub mod deploy;
 pub mod enrol;
+pub mod placement;
 pub mod push;
 pub mod resources;
 pub mod serve;

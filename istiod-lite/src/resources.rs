@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
-use mesh_proto::enrolment::PodState;
+use mesh_proto::enrolment::resolve_response::Verdict;
+use mesh_proto::enrolment::{PodState, ResolveRequest};
 use prost::Message;
 use tokio::sync::watch;
 use xxhash_rust::xxh64::xxh64;
@@ -249,6 +250,14 @@ pub trait PodDirectory: Send + Sync {
     fn pod(&self, namespace: &str, name: &str) -> Option<PodInfo>;
     /// Whether some pod with `spec.nodeName == node`, not Failed and not Succeeded, has this identity.
     fn node_runs(&self, node: &str, namespace: &str, service_account: &str) -> bool;
+}
+
+/// Which pods are to be captured, as decided now: ahead of what has been pushed.
+pub trait Placements: Send + Sync {
+    /// About a pod that is placed on `node`; any other is unknown.
+    fn resolve(&self, node: &str, pod: &ResolveRequest) -> Verdict;
+    /// Changes whenever an answer may have changed.
+    fn news(&self) -> watch::Receiver<u64>;
 }
 
 /// Where enrolment reports arrive. `node` is that of the pod in the caller's token, never what the caller says.

@@ -29,7 +29,7 @@ use crate::ca::{Authority, LeafLifetime};
 use crate::push::enrolment::Reports;
 use crate::push::stream::{Discovery, NodeStreams};
 use crate::push::view::{self, View};
-use crate::resources::{Acks, PodDirectory, ReportSink, ResourceStore};
+use crate::resources::{Acks, Placements, PodDirectory, ReportSink, ResourceStore};
 
 /// Requests carry the versions of all a returning client holds: about 100 bytes for each of 100,000 resources and more.
 const MAX_REQUEST: usize = 64 * 1024 * 1024;
@@ -83,6 +83,7 @@ pub struct Deps {
     pub store: Arc<ResourceStore>,
     pub acks: Arc<Acks>,
     pub pods: Arc<dyn PodDirectory>,
+    pub placements: Arc<dyn Placements>,
     pub reports: Arc<dyn ReportSink>,
     pub authority: Arc<Authority>,
     /// [`crate::auth::TokenReviewer`] in production.
@@ -149,7 +150,8 @@ pub async fn run(deps: Deps, listeners: Listeners, drain: DrainWatcher) -> anyho
         lifetime: settings.lifetime,
         clock: deps.clock,
     };
-    let reports = Reports { gatekeeper, store: Arc::clone(&deps.store), sink: deps.reports };
+    let store = Arc::clone(&deps.store);
+    let reports = Reports { gatekeeper, store, sink: deps.reports, placements: deps.placements };
     let (handshaken, incoming) = mpsc::channel(16);
     let grpc = tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))

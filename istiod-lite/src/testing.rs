@@ -5,13 +5,19 @@ use std::sync::Mutex;
 
 use http_body_util::BodyExt as _;
 
-use crate::resources::{PodDirectory, PodInfo, lock};
+use mesh_proto::enrolment::resolve_response::Verdict;
+use mesh_proto::enrolment::{PodEnrolment, ResolveRequest};
+use tokio::sync::watch;
+
+use crate::placement;
+use crate::resources::{Placements, PodDirectory, PodInfo, lock};
 
 /// A pod directory told as a story. The UID of a pod is `<namespace>/<name>`.
 #[derive(Debug, Default)]
 pub struct Pods {
     synced: bool,
     pods: Mutex<BTreeMap<(String, String), PodInfo>>,
+    news: watch::Sender<u64>,
 }
 
 impl Pods {
@@ -43,6 +49,12 @@ impl Pods {
             labels,
         };
         lock(&self.pods).insert((namespace.into(), name.into()), info);
+        self.news.send_modify(|count| *count += 1);
+    }
+
+    /// A pod that comes while others look.
+    pub fn arrive(&self, namespace: &str, name: &str, account: &str, node: &str) {
+        self.add(namespace, name, account, node, BTreeMap::new());
     }
 
     pub fn delete(&self, namespace: &str, name: &str) {
@@ -63,6 +75,22 @@ impl PodDirectory for Pods {
         lock(&self.pods)
             .values()
             .any(|pod| *pod.node == *node && *pod.namespace == *namespace && *pod.service_account == *service_account)
+    }
+}
+
+/// All pods are in the mesh.
+impl Placements for Pods {
+    fn resolve(&self, node: &str, pod: &ResolveRequest) -> Verdict {
+        match self.pod(&pod.namespace, &pod.name) {
+            Some(info) if *info.node == *node => {
+                Verdict::Enrolment(PodEnrolment { uid: info.uid.to_string(), ..PodEnrolment::default() })
+            }
+            _ => placement::unknown(),
+        }
+    }
+
+    fn news(&self) -> watch::Receiver<u64> {
+        self.news.subscribe()
     }
 }
 

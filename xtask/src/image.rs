@@ -16,15 +16,29 @@ const BINARIES: [&str; 3] = ["ztunnel", "istiod-lite", "waypoint"];
 /// Writes `target/image/<name>.tar` for each binary.
 pub fn write_all(workspace: &Workspace) -> Result<()> {
     let directory = workspace.target.join("image");
+    let plugin = cni_plugin(workspace)?;
     for name in BINARIES {
         let program = workspace.target.join("release").join(name);
-        let archive = write(&program, &directory, name).with_context(|| format!("image {name}"))?;
+        let beside: &[&Path] = if name == "ztunnel" { &[&plugin] } else { &[] };
+        let archive = write(&program, beside, &directory, name).with_context(|| format!("image {name}"))?;
         println!("{}", archive.display());
     }
     Ok(())
 }
 
-fn write(program: &Path, directory: &Path, name: &str) -> Result<PathBuf> {
+/// The one program that leaves its image: ztunnel copies it to the node, whose libraries may be older than ours, or none.
+fn cni_plugin(workspace: &Workspace) -> Result<PathBuf> {
+    let about = Command::new("rustc").arg("-vV").output().context("cannot run rustc")?;
+    let about = String::from_utf8(about.stdout)?;
+    let host = about.lines().find_map(|line| line.strip_prefix("host: ")).context("rustc does not name its host")?;
+    let mut command =
+        workspace.cargo(&["build", "--locked", "--release", "--package", "ztunnel-cni", "--target", host]);
+    command.env("RUSTFLAGS", "-C target-feature=+crt-static");
+    Steps::new().run("building the CNI plugin", &mut command)?;
+    Ok(workspace.target.join(host).join("release/ztunnel-cni"))
+}
+
+fn write(program: &Path, beside: &[&Path], directory: &Path, name: &str) -> Result<PathBuf> {
     let work = directory.join(format!("{name}.work"));
     let _ = fs::remove_dir_all(&work);
     let root = work.join("root");
@@ -33,6 +47,11 @@ fn write(program: &Path, directory: &Path, name: &str) -> Result<PathBuf> {
     fs::create_dir_all(root.join("tmp"))?;
     fs::copy(program, &inside).with_context(|| format!("no {}", program.display()))?;
     Steps::new().run("stripping", Command::new("strip").arg(&inside))?;
+    for other in beside {
+        let copy = root.join("usr/local/bin").join(other.file_name().context("a program has a name")?);
+        fs::copy(other, &copy).with_context(|| format!("no {}", other.display()))?;
+        Steps::new().run("stripping", Command::new("strip").arg(&copy))?;
+    }
     for library in libraries(program)? {
         let target = root.join(library.strip_prefix("/").unwrap_or(&library));
         fs::create_dir_all(target.parent().context("a library has a directory")?)?;
@@ -95,9 +114,13 @@ mod tests {
     #[test]
     fn an_image_unpacks_into_a_root_that_runs() {
         let directory = std::env::temp_dir().join(format!("xtask-image-{}", std::process::id()));
-        let archive = write(Path::new("/bin/echo"), &directory, "echo").unwrap();
+        let archive = write(Path::new("/bin/echo"), &[], &directory, "echo").unwrap();
         let again = fs::read(&archive).unwrap();
-        assert_eq!(fs::read(write(Path::new("/bin/echo"), &directory, "echo").unwrap()).unwrap(), again, "same bytes");
+        assert_eq!(
+            fs::read(write(Path::new("/bin/echo"), &[], &directory, "echo").unwrap()).unwrap(),
+            again,
+            "same bytes"
+        );
         let d = directory.display();
         sh(&format!("mkdir {d}/load {d}/root; tar -xf {} -C {d}/load", archive.display()));
         let json = |file: &str| -> serde_json::Value {
@@ -121,7 +144,7 @@ mod tests {
     #[test]
     fn a_program_that_was_not_built_is_named() {
         let directory = std::env::temp_dir().join(format!("xtask-no-image-{}", std::process::id()));
-        let error = write(Path::new("/nonexistent/program"), &directory, "program").unwrap_err();
+        let error = write(Path::new("/nonexistent/program"), &[], &directory, "program").unwrap_err();
         assert!(format!("{error:#}").contains("/nonexistent/program"), "{error:#}");
         fs::remove_dir_all(&directory).unwrap();
     }

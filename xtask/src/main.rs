@@ -142,7 +142,7 @@ fn build(workspace: &Workspace, release: bool) -> Result<()> {
     // The loader embeds the object: it has to be there first.
     build_bpf(workspace)?;
     let mut cargo = workspace.cargo(&["build", "--locked"]);
-    for package in ["istiod-lite", "ztunnel", "waypoint", "mesh-tests"] {
+    for package in ["istiod-lite", "ztunnel", "ztunnel-cni", "waypoint", "mesh-tests"] {
         cargo.args(["--package", package]);
     }
     cargo.arg("--bins");

@@ -18,15 +18,16 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
+use ztunnel_cni::namespaces::Namespaces;
 
 use crate::config::Config;
 use crate::node::find::Finder;
 use crate::node::host::Host;
 use crate::node::manager::{self, Manager};
 use crate::node::tenure::Tenure;
-use crate::node::{Registry, enrolment, report};
+use crate::node::{Registry, enrolment, orders, report};
 use crate::worker::{Shared, Workers};
-use crate::{admin, capture, certs, privileges};
+use crate::{admin, capture, certs, cni, privileges};
 
 /// Control plane, enrolment, metrics and admin: enough that one slow task does not hold up another.
 const CONTROL_THREADS: usize = 2;
@@ -77,19 +78,22 @@ pub fn run(config: Config, log: LogHandle) -> anyhow::Result<()> {
         tasks.spawn(rotation.run(drain.clone()));
 
         let (pods, desired) = enrolment::handler();
+        let (orders, ordered) = orders::channel();
         let deps = manager::Deps {
             shared: shared.clone(),
             capture,
             host,
-            finder,
+            finder: finder.clone(),
             workers: workers.clone(),
             registry: registry.clone(),
-            desired,
+            desired: desired.clone(),
+            orders: ordered,
             tenure: tenure.clone(),
         };
         let (manager, reports, settled) = Manager::new(deps);
 
         let mut ready = vec![("pods", settled)];
+        let mut control_plane = None;
         if let Some(path) = &config.local_xds {
             let local = LocalSource::new(path, shared.store.clone(), Some(pods.clone()));
             local.load().with_context(|| format!("LOCAL_XDS_PATH={}", path.display()))?;
@@ -102,11 +106,35 @@ pub fn run(config: Config, log: LogHandle) -> anyhow::Result<()> {
             let client = XdsClient::new(xds, handlers);
             ready.push(("control plane", client.synced()));
             let channel = mesh::grpc::channel(grpc.clone()).context("XDS_ADDRESS")?;
+            control_plane = Some(channel.clone());
             tasks.spawn(report::run(channel, reports, client.connected(), enrolling.clone()));
             tasks.spawn(client.run(drain.clone()));
         }
+        if let Some(path) = &config.cni.socket {
+            let listener =
+                cni::server::Listener::bind(path).with_context(|| format!("CNI_SOCKET={}", path.display()))?;
+            let deps = cni::server::Deps {
+                orders,
+                desired,
+                registry: registry.clone(),
+                finder,
+                control_plane,
+                namespaces: Namespaces::open(&config.cni.state),
+                readiness: readiness.clone(),
+            };
+            tasks.spawn(cni::server::run(listener, deps, enrolling.clone()));
+        }
         // Pods are enrolled on top of everything that is known, so that no connection meets an empty store.
         let synced = ready.iter().find(|(name, _)| *name == "control plane").map(|(_, s)| s.clone());
+        if let Some(directories) = config.cni.install.clone() {
+            // A plugin that is new on this node asks nobody who has nothing to say yet.
+            let (synced, drain, entry) = (synced.clone(), enrolling.clone(), config.cni.entry());
+            tasks.spawn(async move {
+                if wait(synced, &drain).await {
+                    cni::install::run(directories, entry, drain).await;
+                }
+            });
+        }
         tasks.spawn(async move {
             if wait(synced, &enrolling).await {
                 manager.run(enrolling).await;

@@ -16,6 +16,9 @@ pub use mesh::settings::Mistakes;
 use mesh::telemetry::LogFormat;
 use mesh::xds::NodeInfo;
 
+use crate::cni;
+use crate::cni::install::Directories;
+
 /// Where bytes of control-plane trust come from.
 const DEFAULT_CONTROL_PLANE: &str = "istiod.istio-system.svc:15012";
 const DEFAULT_ROOT_CERT: &str = "./var/run/secrets/istio/root-cert.pem";
@@ -27,10 +30,19 @@ const DEFAULT_BPFFS_DIR: &str = "/sys/fs/bpf/ztunnel";
 /// The metadata service of cloud machines: instance credentials, reachable by link-local address only.
 const DEFAULT_EXCLUDED: &str = "169.254.169.254/32";
 
+/// The node's own pods, and the control plane's: without them nobody else's would start either.
+const DEFAULT_PASS_NAMESPACES: &str = "kube-system,istio-system";
+
 /// What the command line asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Command {
     Run,
+    /// One call of a container runtime.
+    Cni,
+    CniInstall,
+    CniUninstall,
+    /// And stay, as a DaemonSet's containers have to.
+    CniUninstallAndWait,
     Version,
     Help,
 }
@@ -40,6 +52,9 @@ pub const USAGE: &str = "\
 ztunnel: the node proxy of the mesh
 
 usage: ztunnel [proxy ztunnel]      run (settings come from the environment, see README.md)
+       ztunnel cni                  be the CNI plugin for one call (CNI_COMMAND and standard input)
+       ztunnel cni install          put the plugin into CNI_BIN_DIR and CNI_CONF_DIR, once
+       ztunnel cni uninstall [wait] take it out again; needs no running ztunnel. With `wait`: and stay until SIGTERM
        ztunnel --version            print the version and exit
        ztunnel --help               print this and exit";
 
@@ -62,7 +77,10 @@ pub fn parse_args<I: IntoIterator<Item = String>>(args: I) -> Result<Command, Mi
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     match words.as_slice() {
         [] | ["proxy" | "ztunnel"] | ["proxy", "ztunnel"] => {}
-        ["cni", ..] => mistakes.push("mode cni is not supported: pods are found by their cgroup"),
+        ["cni"] => command = Command::Cni,
+        ["cni", "install"] => command = Command::CniInstall,
+        ["cni", "uninstall"] => command = Command::CniUninstall,
+        ["cni", "uninstall", "wait"] => command = Command::CniUninstallAndWait,
         other => mistakes.push(format!("unknown argument(s) {:?}; the only form is `proxy ztunnel`", other.join(" "))),
     }
     mistakes.into_result(command)
@@ -132,6 +150,41 @@ pub struct Config {
     /// Network namespace of the node, from which the kubelet probes.
     pub host_netns: PathBuf,
     pub excluded_destinations: Vec<IpNet>,
+    pub cni: CniSettings,
+}
+
+/// What the CNI plugin has to do with us.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CniSettings {
+    /// Where plugins hand over pods; `None`: nowhere.
+    pub socket: Option<PathBuf>,
+    /// What is remembered of Kubernetes namespaces for the time when the control plane is silent.
+    pub state: PathBuf,
+    /// Kubernetes namespaces whose pods never wait for the mesh.
+    pub pass_namespaces: Vec<String>,
+    /// Where the plugin is installed to; `None`: by others, or not.
+    pub install: Option<Directories>,
+}
+
+impl CniSettings {
+    /// For `ztunnel cni install` and `uninstall`, which need the directories and have defaults for them.
+    ///
+    /// # Errors
+    /// As [`Config::from_env`].
+    pub fn from_env<I: IntoIterator<Item = (String, String)>>(vars: I) -> Result<(Self, Directories), Mistakes> {
+        let mut raw = Raw(Environment::new(vars.into_iter().collect::<Vec<_>>()));
+        let bin = PathBuf::from(raw.0.string("CNI_BIN_DIR", "/opt/cni/bin"));
+        let conf = PathBuf::from(raw.0.string("CNI_CONF_DIR", "/etc/cni/net.d"));
+        let settings = raw.cni(cni::DEFAULT_SOCKET);
+        raw.0.mistakes.into_result((settings, Directories { bin, conf }))
+    }
+
+    /// Our entry in the node's configuration.
+    #[must_use]
+    pub fn entry(&self) -> serde_json::Value {
+        let socket = self.socket.as_deref().unwrap_or(Path::new(cni::DEFAULT_SOCKET));
+        cni::install::entry(socket, &self.state, &self.pass_namespaces)
+    }
 }
 
 impl Config {
@@ -201,6 +254,13 @@ impl Config {
             "procRoot": self.proc_root,
             "hostNetns": self.host_netns,
             "excludedDestinations": self.excluded_destinations,
+            "cni": {
+                "socket": self.cni.socket,
+                "state": self.cni.state,
+                "passNamespaces": self.cni.pass_namespaces,
+                "binDir": self.cni.install.as_ref().map(|d| &d.bin),
+                "confDir": self.cni.install.as_ref().map(|d| &d.conf),
+            },
         })
     }
 }
@@ -319,7 +379,35 @@ impl Raw {
             proc_root,
             host_netns: self.0.text("HOST_NETNS").map_or(host_default, PathBuf::from),
             excluded_destinations: self.prefixes("EXCLUDED_DESTINATIONS", DEFAULT_EXCLUDED),
+            cni: self.cni(""),
         }
+    }
+
+    fn cni(&mut self, socket: &str) -> CniSettings {
+        let socket = Some(self.0.string("CNI_SOCKET", socket)).filter(|path| !path.is_empty()).map(PathBuf::from);
+        let install = match (self.0.text("CNI_BIN_DIR"), self.0.text("CNI_CONF_DIR")) {
+            (Some(bin), Some(conf)) => Some(Directories { bin: bin.into(), conf: conf.into() }),
+            _ => None,
+        };
+        if install.is_some() && socket.is_none() {
+            self.0
+                .mistakes
+                .push("CNI_BIN_DIR and CNI_CONF_DIR are set, and CNI_SOCKET is not: plugins would find nobody");
+        }
+        let mut pass_namespaces: Vec<String> = self
+            .0
+            .string("CNI_PASS_NAMESPACES", DEFAULT_PASS_NAMESPACES)
+            .split(',')
+            .map(|name| name.trim().to_owned())
+            .filter(|name| !name.is_empty())
+            .collect();
+        // Our own, or a ztunnel's pod would wait for a ztunnel.
+        let own = self.0.string("POD_NAMESPACE", "");
+        if !own.is_empty() && !pass_namespaces.contains(&own) {
+            pass_namespaces.push(own);
+        }
+        let state = PathBuf::from(self.0.string("CNI_STATE", cni::DEFAULT_STATE));
+        CniSettings { socket, state, pass_namespaces, install }
     }
 
     /// `XDS_*` or `CA_*`. An address set to "" turns the part off; one that is not set means the usual control plane,
@@ -523,6 +611,17 @@ mod tests {
     }
 
     #[test]
+    fn a_plugin_is_not_installed_for_a_socket_that_is_not_there() {
+        let node = ("NODE_NAME", "a");
+        let directories = [node, ("CNI_BIN_DIR", "/bin-dir"), ("CNI_CONF_DIR", "/conf-dir")];
+        assert!(env(&directories).unwrap_err().to_string().contains("CNI_SOCKET"));
+        let config = env(&[&directories[..], &[("CNI_SOCKET", "/s"), ("POD_NAMESPACE", "mesh")]].concat()).unwrap();
+        assert_eq!(config.cni.pass_namespaces, ["kube-system", "istio-system", "mesh"]);
+        assert_eq!(config.cni.install.unwrap().conf, Path::new("/conf-dir"));
+        assert_eq!(env(&[node]).unwrap().cni.socket, None, "off unless it is asked for");
+    }
+
+    #[test]
     fn deadline_follows_the_grace_period() {
         for (grace, expected) in [("30", 25), ("11", 6), ("10", 9), ("1", 1), ("0", 1)] {
             let config = env(&[("NODE_NAME", "a"), ("TERMINATION_GRACE_PERIOD_SECONDS", grace)]).unwrap();
@@ -561,6 +660,8 @@ mod tests {
         assert_eq!(parse(&["proxy", "ztunnel"]), Ok(Command::Run));
         assert_eq!(parse(&["--version"]), Ok(Command::Version));
         assert_eq!(parse(&["--frobnicate", "--twice"]).unwrap_err().lines().len(), 2);
-        assert!(parse(&["cni"]).unwrap_err().to_string().contains("not supported"));
+        assert_eq!(parse(&["cni"]), Ok(Command::Cni));
+        assert_eq!(parse(&["cni", "uninstall"]), Ok(Command::CniUninstall));
+        assert!(parse(&["cni", "dance"]).is_err());
     }
 }

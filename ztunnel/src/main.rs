@@ -1,16 +1,25 @@
-//! The `ztunnel` binary: reads arguments and environment, then hands over to [`ztunnel::app`].
+//! The `ztunnel` binary: reads arguments and environment, then hands over to [`ztunnel::app`], or serves one call of a
+//! container runtime, as which it is also started under the plugin's name.
 
 #![forbid(unsafe_code)]
 
+use std::path::Path;
 use std::process::ExitCode;
 
+use nix::sys::signal::{SigSet, Signal};
 use ztunnel::app;
-use ztunnel::config::{Command, Config, Mistakes, USAGE, parse_args};
+use ztunnel::cni::install;
+use ztunnel::config::{CniSettings, Command, Config, Mistakes, USAGE, parse_args};
 
 /// A mistake of whoever started us; nothing was tried.
 const BAD_SETTINGS: u8 = 2;
 
 fn main() -> ExitCode {
+    let called_as = std::env::args_os().next();
+    if called_as.is_some_and(|path| Path::new(&path).file_name().is_some_and(|name| name == ztunnel_cni::plugin::NAME))
+    {
+        return ztunnel_cni::main();
+    }
     match parse_args(std::env::args().skip(1)) {
         Ok(Command::Version) => {
             println!("ztunnel {}", env!("CARGO_PKG_VERSION"));
@@ -19,6 +28,17 @@ fn main() -> ExitCode {
         Ok(Command::Help) => {
             println!("{USAGE}");
             ExitCode::SUCCESS
+        }
+        Ok(Command::Cni) => ztunnel_cni::main(),
+        Ok(command @ (Command::CniInstall | Command::CniUninstall | Command::CniUninstallAndWait)) => {
+            match CniSettings::from_env(std::env::vars()) {
+                Ok((settings, directories)) => done(match command {
+                    Command::CniInstall => install::install(&directories, &settings.entry()),
+                    Command::CniUninstall => install::uninstall(&directories),
+                    _ => install::uninstall(&directories).and_then(|()| until_ended()),
+                }),
+                Err(mistakes) => refuse(&mistakes),
+            }
         }
         Ok(Command::Run) => match Config::from_env(std::env::vars()) {
             Ok(config) => run(config),
@@ -36,7 +56,19 @@ fn run(config: Config) -> ExitCode {
             return ExitCode::from(BAD_SETTINGS);
         }
     };
-    match app::run(config, log) {
+    done(app::run(config, log))
+}
+
+/// Waits for SIGTERM or SIGINT. As process 1 of a container we would not be ended by them unless we ask.
+fn until_ended() -> anyhow::Result<()> {
+    let ends = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
+    ends.thread_block()?;
+    ends.wait()?;
+    Ok(())
+}
+
+fn done(outcome: anyhow::Result<()>) -> ExitCode {
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("ztunnel: {error:#}");

@@ -1,23 +1,31 @@
-//! `EnrolmentService`: node proxies say what became of the pods they were told to capture.
+//! `EnrolmentService`: node proxies say what became of the pods they were told to capture, and ask about those whose
+//! network is being made.
 //!
 //! Invariant: a report speaks for the node of the caller's own pod only; what it says of pods that another node was told
-//! to enrol is dropped and counted.
+//! to enrol is dropped and counted. Nor does a node learn anything about pods of others.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use mesh_proto::enrolment::enrolment_service_server::EnrolmentService;
-use mesh_proto::enrolment::{EnrolmentReport, EnrolmentReportAck, POD_ENROLMENT_TYPE};
+use mesh_proto::enrolment::resolve_response::Verdict;
+use mesh_proto::enrolment::{EnrolmentReport, EnrolmentReportAck, POD_ENROLMENT_TYPE, ResolveRequest, ResolveResponse};
+use tokio::time::Instant;
 use tonic::{Request, Response, Status};
 
 use super::view::Scope;
 use crate::auth::Gatekeeper;
-use crate::resources::{ReportSink, ResourceStore};
+use crate::resources::{Placements, ReportSink, ResourceStore};
 
-/// Takes reports.
+/// How long a pod that is not known is waited for; a container runtime waits behind it.
+const PATIENCE: Duration = Duration::from_millis(1500);
+
+/// Takes reports and answers questions.
 pub struct Reports {
     pub gatekeeper: Gatekeeper,
     pub store: Arc<ResourceStore>,
     pub sink: Arc<dyn ReportSink>,
+    pub placements: Arc<dyn Placements>,
 }
 
 #[tonic::async_trait]
@@ -44,5 +52,26 @@ impl EnrolmentService for Reports {
         }
         self.sink.report(&node, states);
         Ok(Response::new(EnrolmentReportAck {}))
+    }
+
+    async fn resolve(&self, request: Request<ResolveRequest>) -> Result<Response<ResolveResponse>, Status> {
+        let client = self.gatekeeper.admit(request.metadata()).await?;
+        let Some(node) = client.node else {
+            return Err(Status::permission_denied("only a node proxy asks about pods"));
+        };
+        let pod = request.into_inner();
+        let end = Instant::now() + PATIENCE;
+        let mut news = self.placements.news();
+        let verdict = loop {
+            news.mark_unchanged();
+            let verdict = self.placements.resolve(&node, &pod);
+            // Ends with the wait, or with the watch itself.
+            if !matches!(verdict, Verdict::Unknown(_))
+                || !tokio::time::timeout_at(end, news.changed()).await.is_ok_and(|changed| changed.is_ok())
+            {
+                break verdict;
+            }
+        };
+        Ok(Response::new(ResolveResponse { verdict: Some(verdict) }))
     }
 }

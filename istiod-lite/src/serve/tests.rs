@@ -11,7 +11,8 @@ use mesh_proto::ads::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use mesh_proto::ca::istio_certificate_service_client::IstioCertificateServiceClient;
 use mesh_proto::ca::{IstioCertificateRequest, IstioCertificateResponse};
 use mesh_proto::enrolment::enrolment_service_client::EnrolmentServiceClient;
-use mesh_proto::enrolment::{EnrolmentReport, POD_ENROLMENT_TYPE, PodEnrolment, PodState};
+use mesh_proto::enrolment::resolve_response::Verdict;
+use mesh_proto::enrolment::{EnrolmentReport, POD_ENROLMENT_TYPE, PodEnrolment, PodState, ResolveRequest};
 use mesh_proto::security::AUTHORIZATION_TYPE;
 use mesh_proto::workload::ADDRESS_TYPE;
 use rcgen::{CertificateParams, KeyPair};
@@ -116,6 +117,7 @@ impl World {
             store: Arc::clone(&store),
             acks: Arc::clone(&acks),
             pods: pods.clone(),
+            placements: pods.clone(),
             reports: heard.clone(),
             authority,
             authenticator: tokens.clone(),
@@ -175,6 +177,13 @@ impl World {
         let pods = uids.iter().map(|uid| PodState { uid: uid.to_string(), ..PodState::default() }).collect();
         let mut client = EnrolmentServiceClient::new(self.channel().await);
         client.report(authorized(token, EnrolmentReport { pods })).await.map(drop)
+    }
+
+    async fn resolve(&self, token: &str, name: &str) -> Result<Verdict, Status> {
+        let asked = ResolveRequest { namespace: "shop".into(), name: name.into(), uid: format!("shop/{name}") };
+        let mut client = EnrolmentServiceClient::new(self.channel().await);
+        let response = timeout(PATIENCE, client.resolve(authorized(token, asked))).await.unwrap()?;
+        Ok(response.into_inner().verdict.unwrap())
     }
 
     async fn get(&self, path: &str) -> String {
@@ -583,4 +592,26 @@ async fn the_proxies_own_ca_client_gets_certificates_for_its_node_only() {
     client("shop/cart", false).fetch(&cart).await.unwrap();
     let refused = client("istio-system/zt-b", true).fetch(&cart).await.expect_err("refused");
     assert!(matches!(refused, IdentityError::Refused { .. }), "{refused}");
+}
+
+#[tokio::test]
+async fn a_node_proxy_learns_of_its_own_pods_before_anything_is_pushed() {
+    let world = World::start().await;
+    let Verdict::Enrolment(enrolment) = world.resolve("istio-system/zt-a", "cart").await.unwrap() else {
+        panic!("not enrolled")
+    };
+    assert_eq!(enrolment.uid, "shop/cart");
+    assert!(matches!(world.resolve("istio-system/zt-a", "db").await.unwrap(), Verdict::Unknown(_)), "another node's");
+    assert_eq!(world.resolve("shop/cart", "cart").await.unwrap_err().code(), tonic::Code::PermissionDenied);
+}
+
+#[tokio::test]
+async fn a_pod_that_is_not_known_yet_is_waited_for() {
+    let world = World::start().await;
+    let (verdict, ()) = tokio::join!(world.resolve("istio-system/zt-a", "late"), async {
+        // Whether it comes before or after the question makes no difference to the answer.
+        tokio::task::yield_now().await;
+        world.pods.arrive("shop", "late", "late", "node-a");
+    });
+    assert!(matches!(verdict.unwrap(), Verdict::Enrolment(_)));
 }

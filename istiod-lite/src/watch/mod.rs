@@ -13,11 +13,14 @@ use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::api::DynamicObject;
 use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Api, Client, Resource, ResourceExt};
+use mesh_proto::enrolment::ResolveRequest;
+use mesh_proto::enrolment::resolve_response::Verdict;
 use serde::de::DeserializeOwned;
-use tokio::sync::Notify;
+use tokio::sync::{self, Notify};
 use tokio::task::JoinSet;
 
-use crate::resources::{PodDirectory, PodInfo, lock};
+use crate::placement;
+use crate::resources::{Placements, PodDirectory, PodInfo, lock};
 use crate::translate::binding::MANAGED_LABEL;
 use crate::translate::workload::service_account;
 use crate::translate::world::{MeshSettings, Table, World};
@@ -35,6 +38,8 @@ pub struct Watch {
     /// Kinds whose first list is still outstanding.
     unsynced: Mutex<BTreeSet<&'static str>>,
     changed: Notify,
+    /// The same for any number of listeners.
+    news: sync::watch::Sender<u64>,
 }
 
 impl Watch {
@@ -44,6 +49,7 @@ impl Watch {
             world: Mutex::new(World { mesh: Arc::new(mesh), ..World::default() }),
             unsynced: Mutex::default(),
             changed: Notify::new(),
+            news: sync::watch::Sender::new(0),
         });
         let mut start = Start { watch: &watch, client, tasks };
         let all = watcher::Config::default;
@@ -88,6 +94,7 @@ impl Watch {
     fn update<T>(&self, table: fn(&mut World) -> &mut Table<T>, write: impl FnOnce(&mut Table<T>)) {
         write(table(&mut lock(&self.world)));
         self.changed.notify_one();
+        self.news.send_modify(|count| *count += 1);
     }
 
     fn synced_kind(&self, kind: &'static str) {
@@ -125,6 +132,17 @@ impl PodDirectory for Watch {
                 && service_account(pod) == account
                 && !matches!(phase(pod), "Failed" | "Succeeded")
         })
+    }
+}
+
+impl Placements for Watch {
+    fn resolve(&self, node: &str, pod: &ResolveRequest) -> Verdict {
+        // Without the labels of namespaces nothing can be said of a pod.
+        if self.missing().is_empty() { placement::resolve(&self.snapshot(), node, pod) } else { placement::unknown() }
+    }
+
+    fn news(&self) -> sync::watch::Receiver<u64> {
+        self.news.subscribe()
     }
 }
 

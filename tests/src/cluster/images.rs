@@ -47,11 +47,16 @@ impl Images {
     }
 
     fn built(&self, name: &str) -> Result<Image, String> {
-        let program = present(self.binaries.join(name))?;
+        let mut programs = vec![(name.to_owned(), present(self.binaries.join(name))?)];
+        // It lies beside ztunnel in the real image too, which can do without it.
+        let plugin = self.binaries.join("ztunnel-cni");
+        if name == "ztunnel" && plugin.exists() {
+            programs.push(("ztunnel-cni".to_owned(), plugin));
+        }
         Ok(Image {
             entrypoint: vec![name.to_owned()],
             arguments: Vec::new(),
-            programs: vec![(name.to_owned(), program)],
+            programs,
             binds: Vec::new(),
             directories: Vec::new(),
         })

@@ -79,6 +79,12 @@ impl Finder {
         })
     }
 
+    /// Is this the inode of a namespace that is never a pod's: the node's or our own?
+    #[must_use]
+    pub fn refuses(&self, inode: u64) -> bool {
+        self.refused.contains(&inode)
+    }
+
     /// Every namespace that holds a process of one of the `wanted` pods, in one walk over `/proc`.
     ///
     /// # Errors

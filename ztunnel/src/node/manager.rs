@@ -1,5 +1,7 @@
 //! The task that enrols pods, keeps them enrolled and lets them go. See the module above for the order of steps.
 
+mod obey;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
@@ -13,7 +15,7 @@ use mesh::drain::DrainWatcher;
 use mesh::identity::{Identity, IdentityParseError};
 use mesh::model::TunnelProtocol;
 use mesh_proto::enrolment::{PodState, pod_state::State as WireState};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::task::TaskTracker;
@@ -21,13 +23,15 @@ use tokio_util::task::TaskTracker;
 use super::enrolment::{Desired, Enrolment};
 use super::find::{Finder, Found, Process};
 use super::host::Host;
-use super::netns::Family;
+use super::netns::{Family, Netns};
+use super::orders::Order;
 use super::pod::LocalPod;
 use super::tenure::Tenure;
 use super::{EnrolError, Registry, routing};
 use crate::capture::{Phase, Reach, Slot, captures_dns, pod_capture};
 use crate::dns::{self, DnsState};
 use crate::worker::{Role, Shared, Workers};
+use obey::Handed;
 
 /// First pause before a pod's namespace is looked for again; doubles up to [`LONGEST_RETRY`].
 const FIRST_RETRY: Duration = Duration::from_millis(50);
@@ -45,13 +49,34 @@ const GONE_CHECK: Duration = Duration::from_secs(2);
 /// Connections of a pod that left end when they end; a number is needed only because timers want one.
 const AS_LONG_AS_IT_TAKES: Duration = Duration::from_secs(365 * 24 * 3600);
 
-/// One pod of the desired set.
+/// One pod that shall be in the mesh.
 struct Entry {
     wanted: Enrolment,
     state: State,
+    /// The control plane has named it: from then on it ends when it is named no longer.
+    named: bool,
+    handed: Option<Handed>,
 }
 
 impl Entry {
+    /// Takes a new description of the pod. Addresses that came with the namespace are those in it; the API may not have
+    /// them yet, or still those of the pod's last namespace.
+    async fn want(&mut self, mut wanted: Enrolment, deps: &Deps) {
+        if let Some(handed) = self.handed.as_ref().filter(|handed| !handed.addresses.is_empty()) {
+            wanted.addresses.clone_from(&handed.addresses);
+        }
+        if self.wanted == wanted {
+            return;
+        }
+        self.wanted = wanted;
+        if let State::Up(up) = &self.state
+            && let Err(error) = update(deps, up, &self.wanted).await
+        {
+            let (pod, namespace) = (&self.wanted.name, &self.wanted.namespace);
+            tracing::warn!(%pod, %namespace, %error, "updating a pod's capture");
+        }
+    }
+
     /// Enrolled, but the control plane has not told the mesh yet.
     fn is_partly_captured(&self) -> bool {
         matches!(&self.state, State::Up(up) if up.reach == Reach::NotPlaintext)
@@ -66,8 +91,22 @@ enum State {
 /// An enrolled pod and what keeps it so.
 struct Up {
     pod: Arc<LocalPod>,
-    process: Process,
+    known: Known,
     reach: Reach,
+}
+
+/// How the namespace is known to be the pod's.
+enum Known {
+    /// It was handed over, and no process was seen in it yet.
+    HandedOver,
+    /// This process of the pod is in it; when it ends, another is looked for.
+    Process(Process),
+}
+
+impl Known {
+    fn is_certain(&self) -> bool {
+        matches!(self, Self::Process(process) if process.is_alive())
+    }
 }
 
 /// What the manager needs from the rest.
@@ -79,6 +118,7 @@ pub struct Deps {
     pub workers: Arc<Workers>,
     pub registry: Arc<Registry>,
     pub desired: watch::Receiver<Desired>,
+    pub orders: mpsc::Receiver<Order>,
     pub tenure: Arc<Tenure>,
 }
 
@@ -134,6 +174,7 @@ impl Manager {
             self.take(desired.pods).await;
             self.prepare_host(desired.complete).await;
             self.enrol_waiting().await;
+            self.answer().await;
             self.promote();
             self.collect(desired.complete);
             self.publish();
@@ -151,6 +192,7 @@ impl Manager {
                     }
                     self.retry = FIRST_RETRY;
                 }
+                Some(order) = self.deps.orders.recv() => self.obey(order).await,
                 () = tokio::time::sleep(self.retry), if waiting => {
                     self.retry = (self.retry * 2).min(LONGEST_RETRY);
                 }
@@ -174,7 +216,9 @@ impl Manager {
 
     /// Compares what is wanted with what is.
     async fn take(&mut self, wanted: BTreeMap<String, Enrolment>) {
-        let gone: Vec<String> = self.entries.keys().filter(|uid| !wanted.contains_key(*uid)).cloned().collect();
+        let stays = |uid: &String, entry: &Entry| wanted.contains_key(uid) || (entry.handed.is_some() && !entry.named);
+        let gone: Vec<String> =
+            self.entries.iter().filter(|(uid, entry)| !stays(uid, entry)).map(|(uid, _)| uid.clone()).collect();
         for uid in gone {
             if let Some(Entry { state: State::Up(up), .. }) = self.entries.remove(&uid) {
                 self.leave(up).await;
@@ -182,19 +226,12 @@ impl Manager {
         }
         for (uid, wanted) in wanted {
             let Some(entry) = self.entries.get_mut(&uid) else {
-                self.entries.insert(uid, Entry { wanted, state: State::Waiting(EnrolError::NoProcess) });
+                let state = State::Waiting(EnrolError::NoProcess);
+                self.entries.insert(uid, Entry { wanted, state, named: true, handed: None });
                 continue;
             };
-            if entry.wanted == wanted {
-                continue;
-            }
-            entry.wanted = wanted;
-            if let State::Up(up) = &entry.state
-                && let Err(error) = update(&self.deps, up, &entry.wanted).await
-            {
-                let (pod, namespace) = (&entry.wanted.name, &entry.wanted.namespace);
-                tracing::warn!(%pod, %namespace, %error, "updating a pod's capture");
-            }
+            entry.named = true;
+            entry.want(wanted, &self.deps).await;
         }
     }
 
@@ -208,31 +245,32 @@ impl Manager {
         }
     }
 
-    /// One walk over `/proc` for all pods that wait, then those that were found, several at a time.
+    /// One walk over `/proc` for all pods whose namespace was not handed over, then those with one, several at a time.
     async fn enrol_waiting(&mut self) {
         let mut wanted = BTreeSet::new();
+        let mut tasks = Vec::new();
         for (uid, entry) in &mut self.entries {
             if matches!(entry.state, State::Up(_)) {
                 continue;
             }
             if entry.wanted.addresses.is_empty() {
                 entry.state = State::Waiting(EnrolError::NoAddress);
+            } else if let Some(handed) = &entry.handed {
+                let netns = handed.netns.try_clone().map_err(EnrolError::Listeners);
+                tasks.push((uid.clone(), entry.wanted.clone(), netns.map(|netns| (netns, Known::HandedOver))));
             } else {
                 wanted.insert(uid.clone());
             }
         }
         let mut found = find(&self.deps.finder, &wanted).await;
-        let tasks: Vec<_> = wanted
-            .into_iter()
-            .filter_map(|uid| {
-                let enrolment = self.entries.get(&uid)?.wanted.clone();
-                let found = found.remove(&uid).unwrap_or_default();
-                Some((uid, enrolment, found))
-            })
-            .collect();
+        tasks.extend(wanted.into_iter().filter_map(|uid| {
+            let enrolment = self.entries.get(&uid)?.wanted.clone();
+            let place = choose(found.remove(&uid).unwrap_or_default(), &enrolment);
+            Some((uid, enrolment, place.map(|Found { netns, process }| (netns, Known::Process(process)))))
+        }));
         let this = &*self;
         let tried: Vec<_> = stream::iter(tasks)
-            .map(|(uid, enrolment, found)| async move { (uid, this.try_enrol(&enrolment, found).await) })
+            .map(|(uid, enrolment, place)| async move { (uid, this.try_enrol(&enrolment, place).await) })
             .buffer_unordered(ENROL_AT_ONCE)
             .collect()
             .await;
@@ -244,11 +282,19 @@ impl Manager {
     }
 
     /// One attempt, told in the log.
-    async fn try_enrol(&self, wanted: &Enrolment, found: Vec<Found>) -> State {
+    async fn try_enrol(&self, wanted: &Enrolment, place: Result<(Netns, Known), EnrolError>) -> State {
         let (pod, namespace) = (&wanted.name, &wanted.namespace);
-        match self.enrol(wanted, found).await {
+        let enrolled = match place {
+            Ok((netns, known)) => self.enrol(wanted, netns, known).await,
+            Err(error) => Err(error),
+        };
+        match enrolled {
             Ok(up) => {
-                tracing::info!(%pod, %namespace, pid = up.process.pid, reach = ?up.reach, "enrolled");
+                let pid = match &up.known {
+                    Known::Process(process) => Some(process.pid),
+                    Known::HandedOver => None,
+                };
+                tracing::info!(%pod, %namespace, pid, reach = ?up.reach, "enrolled");
                 State::Up(up)
             }
             Err(error) => {
@@ -260,8 +306,7 @@ impl Manager {
         }
     }
 
-    async fn enrol(&self, wanted: &Enrolment, found: Vec<Found>) -> Result<Up, EnrolError> {
-        let Found { netns, process } = choose(found, wanted)?;
+    async fn enrol(&self, wanted: &Enrolment, netns: Netns, known: Known) -> Result<Up, EnrolError> {
         let config = &self.deps.shared.config;
         let workers = self.deps.workers.count();
         let mut own_addresses: Vec<SocketAddr> = Vec::new();
@@ -308,6 +353,9 @@ impl Manager {
         self.deps.workers.assign(&pod, shares).await;
         if let Err(error) = enrolled.await {
             pod.drain(Duration::ZERO).await;
+            if matches!(known, Known::HandedOver) {
+                self.undo(&pod).await;
+            }
             return Err(error);
         }
         for (_, socket) in dns_sockets {
@@ -317,7 +365,7 @@ impl Manager {
         if let Ok(identity) = self.identity_of(&pod) {
             self.deps.shared.certs.prefetch(identity);
         }
-        Ok(Up { pod, process, reach })
+        Ok(Up { pod, known, reach })
     }
 
     /// Plaintext to the pod is captured once the control plane tells the mesh that this workload speaks HBONE; before
@@ -341,7 +389,7 @@ impl Manager {
             })
             .collect();
         for uid in ready {
-            let Some(Entry { wanted, state: State::Up(up) }) = self.entries.get_mut(&uid) else { continue };
+            let Some(Entry { wanted, state: State::Up(up), .. }) = self.entries.get_mut(&uid) else { continue };
             let capture = pod_capture(wanted, Reach::Full, up.pod.dns.is_captured());
             match self.deps.capture.enrol(up.pod.cookie, &capture, Phase::Captured) {
                 Ok(()) => {
@@ -368,7 +416,7 @@ impl Manager {
             let State::Up(up) = &entry.state else { continue };
             if !attached.contains(&up.pod.cookie) {
                 lost.insert(uid.clone());
-            } else if !up.process.is_alive() {
+            } else if !up.known.is_certain() {
                 orphaned.insert(uid.clone());
             }
             let (proc_root, dns) = (&self.deps.shared.config.proc_root, routed(up.pod.dns.is_captured()));
@@ -377,11 +425,14 @@ impl Manager {
             }
         }
         for (uid, found) in find(&self.deps.finder, &orphaned).await {
-            let Some(Entry { state: State::Up(up), .. }) = self.entries.get_mut(&uid) else { continue };
+            let Some(entry) = self.entries.get_mut(&uid) else { continue };
+            let State::Up(up) = &mut entry.state else { continue };
             let inode = up.pod.netns.inode();
             match found.into_iter().find(|f| f.netns.inode() == inode) {
-                Some(same) => up.process = same.process,
+                Some(same) => up.known = Known::Process(same.process),
                 None => {
+                    // The pod's processes are all elsewhere: whoever handed this one over did not say that it ended.
+                    entry.handed = None;
                     lost.insert(uid);
                 }
             }

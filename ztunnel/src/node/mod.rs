@@ -3,13 +3,15 @@
 //! One task owns all of it: pods join side by side, the steps of one pod never interleave. Order when a pod joins: listeners, steering,
 //! listener slots, rules and route, HBONE; then, once the control plane calls the workload an HBONE one, everything.
 //! Order when it leaves: no new capture, HBONE still answered; steering away; open connections live on; rules and
-//! route; listeners. A namespace is never touched that was not found by the pod's UID (see [`find`]).
+//! route; listeners. A namespace is never touched that was neither handed over for the pod (see [`orders`])
+//! nor found by its UID (see [`find`]).
 
 pub mod enrolment;
 pub mod find;
 pub mod host;
 pub mod manager;
 pub mod netns;
+pub mod orders;
 pub mod pod;
 pub mod report;
 pub mod routing;
@@ -34,6 +36,8 @@ pub enum EnrolError {
     NoProcess,
     #[error("{0} network namespaces have processes of this pod and not exactly one holds its address; not enrolled")]
     Ambiguous(usize),
+    #[error("the network namespace handed over is that of pod {0}; not enrolled")]
+    Taken(String),
     #[error("opening listeners in the pod's network namespace: {0}")]
     Listeners(#[source] std::io::Error),
     #[error(transparent)]
@@ -48,7 +52,9 @@ impl EnrolError {
     pub const fn state(&self) -> WireState {
         match self {
             Self::NoAddress | Self::NoProcess => WireState::Pending,
-            Self::Ambiguous(_) | Self::Listeners(_) | Self::Capture(_) | Self::Routing(_) => WireState::Failed,
+            Self::Ambiguous(_) | Self::Taken(_) | Self::Listeners(_) | Self::Capture(_) | Self::Routing(_) => {
+                WireState::Failed
+            }
         }
     }
 }

@@ -68,6 +68,14 @@ impl Netns {
         Ok(Self { file, inode, home: File::open("/proc/thread-self/ns/net")? })
     }
 
+    /// The same namespace, held a second time.
+    ///
+    /// # Errors
+    /// When there are too many open files.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self { file: self.file.try_clone()?, inode: self.inode, home: self.home.try_clone()? })
+    }
+
     #[must_use]
     pub const fn inode(&self) -> u64 {
         self.inode
