@@ -47,6 +47,42 @@ pub struct Prefix {
     #[prost(uint32, tag = "2")]
     pub length: u32,
 }
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ResolveRequest {
+    /// As the container runtime knows it: for static pods that is not the UID of their object.
+    #[prost(string, tag = "1")]
+    pub uid: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub name: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ResolveResponse {
+    #[prost(oneof = "resolve_response::Verdict", tags = "1, 2, 3")]
+    pub verdict: ::core::option::Option<resolve_response::Verdict>,
+}
+/// Nested message and enum types in `ResolveResponse`.
+pub mod resolve_response {
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum Verdict {
+        #[prost(message, tag = "1")]
+        Enrolment(super::PodEnrolment),
+        #[prost(message, tag = "2")]
+        Outside(super::OutsideMesh),
+        #[prost(message, tag = "3")]
+        Unknown(super::UnknownPod),
+    }
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct OutsideMesh {
+    /// No pod of its namespace is in the mesh unless it asks for it itself.
+    #[prost(bool, tag = "1")]
+    pub namespace_outside: bool,
+}
+/// Not heard of, or not placed on the caller's node.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UnknownPod {}
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct EnrolmentReport {
     #[prost(message, repeated, tag = "1")]
@@ -255,6 +291,34 @@ pub mod enrolment_service_client {
                 .insert(GrpcMethod::new("mesh.enrolment.v1.EnrolmentService", "Report"));
             self.inner.unary(req, path, codec).await
         }
+        /// Is this pod of the caller's node to be in the mesh? Asked while the pod's network is being made, before its enrolment
+        /// has been pushed. Waits a moment for a pod that is not known yet.
+        pub async fn resolve(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ResolveRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ResolveResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/mesh.enrolment.v1.EnrolmentService/Resolve",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new("mesh.enrolment.v1.EnrolmentService", "Resolve"),
+                );
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -279,6 +343,12 @@ pub mod enrolment_service_server {
             tonic::Response<super::EnrolmentReportAck>,
             tonic::Status,
         >;
+        /// Is this pod of the caller's node to be in the mesh? Asked while the pod's network is being made, before its enrolment
+        /// has been pushed. Waits a moment for a pod that is not known yet.
+        async fn resolve(
+            &self,
+            request: tonic::Request<super::ResolveRequest>,
+        ) -> std::result::Result<tonic::Response<super::ResolveResponse>, tonic::Status>;
     }
     #[derive(Debug)]
     pub struct EnrolmentServiceServer<T> {
@@ -386,6 +456,51 @@ pub mod enrolment_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = ReportSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/mesh.enrolment.v1.EnrolmentService/Resolve" => {
+                    #[allow(non_camel_case_types)]
+                    struct ResolveSvc<T: EnrolmentService>(pub Arc<T>);
+                    impl<
+                        T: EnrolmentService,
+                    > tonic::server::UnaryService<super::ResolveRequest>
+                    for ResolveSvc<T> {
+                        type Response = super::ResolveResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ResolveRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as EnrolmentService>::resolve(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ResolveSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -5,6 +5,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::Duration;
 
@@ -123,23 +124,16 @@ pub fn connect(path: &Path, patience: Duration) -> io::Result<OwnedFd> {
 ///
 /// # Errors
 /// When the path is taken or cannot be written.
-pub fn listen(path: &Path) -> io::Result<OwnedFd> {
+pub fn listen(path: &Path) -> io::Result<UnixListener> {
     let socket = socket(SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?;
     rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
     rustix::net::listen(&socket, 128)?;
-    Ok(socket)
+    // The standard library's type asks nothing of a socket but that it accepts.
+    Ok(socket.into())
 }
 
 fn socket(flags: SocketFlags) -> io::Result<OwnedFd> {
     Ok(rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?)
-}
-
-/// Takes a connection; it does not block either.
-///
-/// # Errors
-/// `WouldBlock` when there is none.
-pub fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    Ok(rustix::net::accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?)
 }
 
 /// Sends one packet.
@@ -238,7 +232,7 @@ mod tests {
         let path = dir.path().join("s");
         let listener = listen(&path).unwrap();
         let client = connect(&path, Duration::from_secs(5)).unwrap();
-        let server = accept(listener.as_fd()).unwrap();
+        let (server, _) = listener.accept().unwrap();
         let file = std::fs::File::open("/proc/self/ns/net").unwrap();
         send(client.as_fd(), b"with", Some(file.as_fd())).unwrap();
         send(client.as_fd(), b"without", None).unwrap();

@@ -231,6 +231,7 @@ fn copy_program(directory: &Path) -> anyhow::Result<()> {
 }
 
 /// Watches a directory for anything that changes what a runtime would take.
+#[expect(deprecated, reason = "its successor is unsafe for the sake of odd types; this one owns its descriptor")]
 fn watch(directory: &Path) -> io::Result<AsyncFd<OwnedFd>> {
     let descriptor = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
     let events = WatchFlags::CLOSE_WRITE

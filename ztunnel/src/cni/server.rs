@@ -20,9 +20,8 @@ use mesh::serve::Readiness;
 use mesh_proto::enrolment::enrolment_service_client::EnrolmentServiceClient;
 use mesh_proto::enrolment::resolve_response::Verdict;
 use mesh_proto::enrolment::{OutsideMesh, ResolveRequest};
-use nix::sys::socket::{getsockopt, sockopt};
 use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
+use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior};
@@ -49,7 +48,7 @@ const UNNAMED: Duration = Duration::from_secs(30);
 /// The socket, under its name.
 #[derive(Debug)]
 pub struct Listener {
-    socket: AsyncFd<OwnedFd>,
+    socket: UnixListener,
     path: PathBuf,
     inode: u64,
 }
@@ -69,11 +68,11 @@ impl Listener {
         fs::set_permissions(&fresh, fs::Permissions::from_mode(0o600))?;
         let inode = fs::metadata(&fresh)?.ino();
         fs::rename(&fresh, path)?;
-        Ok(Self { socket: AsyncFd::with_interest(socket, Interest::READABLE)?, path: path.to_owned(), inode })
+        Ok(Self { socket: UnixListener::from_std(socket)?, path: path.to_owned(), inode })
     }
 
-    async fn accept(&self) -> io::Result<OwnedFd> {
-        self.socket.async_io(Interest::READABLE, |socket| wire::accept(socket.as_fd())).await
+    async fn accept(&self) -> io::Result<UnixStream> {
+        self.socket.accept().await.map(|(connection, _)| connection)
     }
 }
 
@@ -147,8 +146,7 @@ pub async fn run(listener: Listener, deps: Deps, drain: DrainWatcher) {
 }
 
 /// One plugin's connection: a request, an answer.
-async fn serve(server: Arc<Server>, connection: OwnedFd) {
-    let Ok(connection) = AsyncFd::new(connection) else { return };
+async fn serve(server: Arc<Server>, connection: UnixStream) {
     match tokio::time::timeout(REQUEST, receive(&connection)).await {
         Ok(Ok((request, file))) => {
             let (answer, added) = tokio::select! {
@@ -158,7 +156,7 @@ async fn serve(server: Arc<Server>, connection: OwnedFd) {
             };
             let sent = async {
                 let packet = wire::encode(&answer)?;
-                connection.async_io(Interest::WRITABLE, |socket| wire::send(socket.as_fd(), &packet, None)).await
+                connection.async_io(Interest::WRITABLE, || wire::send(connection.as_fd(), &packet, None)).await
             };
             if let (Err(error), Some(added)) = (sent.await, added) {
                 tracing::warn!(pod = %added.pod.name, namespace = %added.pod.namespace, %error, "the plugin is gone");
@@ -170,19 +168,19 @@ async fn serve(server: Arc<Server>, connection: OwnedFd) {
     }
 }
 
-async fn receive(connection: &AsyncFd<OwnedFd>) -> io::Result<(Request, Option<OwnedFd>)> {
-    let peer = getsockopt(connection.get_ref(), sockopt::PeerCredentials)?;
+async fn receive(connection: &UnixStream) -> io::Result<(Request, Option<OwnedFd>)> {
+    let peer = connection.peer_cred()?;
     if peer.uid() != 0 {
         let text = format!("from user {}: only root may hand over namespaces", peer.uid());
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
     }
-    let (bytes, file) = connection.async_io(Interest::READABLE, |socket| wire::receive(socket.as_fd())).await?;
+    let (bytes, file) = connection.async_io(Interest::READABLE, || wire::receive(connection.as_fd())).await?;
     Ok((wire::decode(&bytes)?, file))
 }
 
-async fn hung_up(connection: &AsyncFd<OwnedFd>) {
+async fn hung_up(connection: &UnixStream) {
     // A second packet is against the protocol and ends the connection like an end of file.
-    let _ = connection.async_io(Interest::READABLE, |socket| wire::receive(socket.as_fd())).await;
+    let _ = connection.async_io(Interest::READABLE, || wire::receive(connection.as_fd())).await;
 }
 
 /// What the control plane says of a pod.

@@ -1,4 +1,4 @@
-use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 
@@ -31,8 +31,8 @@ impl Node {
         let (tell, asked) = mpsc::channel();
         let thread = std::thread::spawn(move || {
             for answer in answers {
-                let connection = waiting(|| wire::accept(listener.as_fd()));
-                let (bytes, file) = waiting(|| wire::receive(connection.as_fd()));
+                let connection = accept(&listener);
+                let (bytes, file) = wire::receive(connection.as_fd()).unwrap();
                 tell.send((wire::decode(&bytes).unwrap(), file.is_some())).unwrap();
                 wire::send(connection.as_fd(), &wire::encode(answer).unwrap(), None).unwrap();
             }
@@ -92,13 +92,16 @@ fn environment(command: &str, arguments: &str) -> BTreeMap<String, String> {
     variables.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
 }
 
-/// The sockets of a server do not block.
-fn waiting<T>(mut attempt: impl FnMut() -> io::Result<T>) -> T {
+/// The listener does not block.
+fn accept(listener: &UnixListener) -> UnixStream {
     let end = Instant::now() + Duration::from_secs(10);
     loop {
-        match attempt() {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < end => std::thread::yield_now(),
-            done => return done.unwrap(),
+        match listener.accept() {
+            Ok((connection, _)) => return connection,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Err(error) => panic!("nobody came: {error}"),
         }
     }
 }
@@ -163,11 +166,11 @@ fn without_a_ztunnel_the_last_word_on_the_namespace_decides() {
 #[test]
 fn a_ztunnel_that_is_just_being_replaced_is_waited_for() {
     let node = Node::new();
-    let listener: OwnedFd = wire::listen(&node.socket()).unwrap();
+    let listener = wire::listen(&node.socket()).unwrap();
     let plugin = std::thread::scope(|scope| {
         let call = scope.spawn(|| node.call("ADD", "shop"));
         // Takes the connection and ends without an answer.
-        drop(waiting(|| wire::accept(listener.as_fd())));
+        drop(accept(&listener));
         drop(listener);
         std::fs::remove_file(node.socket()).unwrap();
         let successor = node.ztunnel(vec![Answer::Enrolled]);
