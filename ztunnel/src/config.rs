@@ -16,6 +16,8 @@ pub use mesh::settings::Mistakes;
 use mesh::telemetry::LogFormat;
 use mesh::xds::NodeInfo;
 
+use crate::handover::supervisor::SUPERVISOR;
+
 /// Where bytes of control-plane trust come from.
 const DEFAULT_CONTROL_PLANE: &str = "istiod.istio-system.svc:15012";
 const DEFAULT_ROOT_CERT: &str = "./var/run/secrets/istio/root-cert.pem";
@@ -23,6 +25,9 @@ const DEFAULT_TOKEN: &str = "./var/run/secrets/tokens/istio-token";
 const DEFAULT_CGROUP_ROOT: &str = "/sys/fs/cgroup";
 /// Hybrid nodes mount the v2 hierarchy here; the programs attach to v2 only.
 const HYBRID_CGROUP_ROOT: &str = "/sys/fs/cgroup/unified";
+const DEFAULT_RUN_DIR: &str = "/var/run/ztunnel";
+/// Enough for a pod to be replaced on a slow node; policy cannot be asked in the meantime.
+const DEFAULT_ORPHANED_DRAIN: Duration = Duration::from_secs(60);
 const DEFAULT_BPFFS_DIR: &str = "/sys/fs/bpf/ztunnel";
 /// The metadata service of cloud machines: instance credentials, reachable by link-local address only.
 const DEFAULT_EXCLUDED: &str = "169.254.169.254/32";
@@ -132,6 +137,15 @@ pub struct Config {
     /// Network namespace of the node, from which the kubelet probes.
     pub host_netns: PathBuf,
     pub excluded_destinations: Vec<IpNet>,
+
+    /// How long a draining ztunnel may live on without its container; zero: connections end with the container.
+    pub detached_drain: Duration,
+    /// How long of that without a successor.
+    pub orphaned_drain: Duration,
+    /// Of the node and for root alone: where draining ztunnels and their successors meet.
+    pub run_dir: PathBuf,
+    /// The process that waits for this one on behalf of the container's runtime.
+    pub supervisor: Option<u32>,
 }
 
 impl Config {
@@ -201,6 +215,9 @@ impl Config {
             "procRoot": self.proc_root,
             "hostNetns": self.host_netns,
             "excludedDestinations": self.excluded_destinations,
+            "detachedDrain": seconds(self.detached_drain),
+            "orphanedDrain": seconds(self.orphaned_drain),
+            "runDir": self.run_dir,
         })
     }
 }
@@ -319,6 +336,10 @@ impl Raw {
             proc_root,
             host_netns: self.0.text("HOST_NETNS").map_or(host_default, PathBuf::from),
             excluded_destinations: self.prefixes("EXCLUDED_DESTINATIONS", DEFAULT_EXCLUDED),
+            detached_drain: self.0.duration("DETACHED_DRAIN", Duration::ZERO),
+            orphaned_drain: self.0.duration("ORPHANED_DRAIN", DEFAULT_ORPHANED_DRAIN),
+            run_dir: PathBuf::from(self.0.string("RUN_DIR", DEFAULT_RUN_DIR)),
+            supervisor: self.0.parse(SUPERVISOR, None, "a process", |v| v.parse().ok().map(Some)),
         }
     }
 

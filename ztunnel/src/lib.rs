@@ -16,6 +16,7 @@ pub mod certs;
 pub mod config;
 pub mod dns;
 pub mod ending;
+pub mod handover;
 pub mod inbound;
 pub mod node;
 pub mod outbound;
