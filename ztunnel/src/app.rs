@@ -5,10 +5,13 @@
 //! for a successor may still be starting; pods drain; what is left at the deadline is cut, or lives on without the
 //! container where the settings say so ([`crate::handover`]).
 
+use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use ebpf_loader::Capture;
 use futures_util::FutureExt;
 use futures_util::future::join_all;
 use mesh::drain::{self, DrainWatcher};
@@ -16,24 +19,28 @@ use mesh::serve::Readiness;
 use mesh::store::Store;
 use mesh::telemetry::{self, LogHandle};
 use mesh::xds::local::LocalSource;
-use mesh::xds::{NodeInfo, NodeRole, XdsClient, XdsConfig, address_handler, authorization_handler};
+use mesh::xds::{NodeInfo, NodeRole, ResourceHandler, XdsClient, XdsConfig, address_handler, authorization_handler};
+use mesh_proto::enrolment::PodState;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::config::Config;
+use crate::dns::resolv;
 use crate::handover::cgroup::Shelter;
 use crate::handover::drainer::Drainer;
 use crate::handover::follow::{Follower, Generations};
 use crate::handover::supervisor::Leash;
 use crate::handover::{self, live_on};
+use crate::node::backend::redirect;
 use crate::node::find::Finder;
 use crate::node::host::Host;
 use crate::node::manager::{self, Manager};
 use crate::node::tenure::Tenure;
 use crate::node::{Registry, enrolment, report};
 use crate::worker::{Shared, Workers};
+use crate::zds::{self, agent::Agent, pods::Pods};
 use crate::{admin, capture, certs, privileges};
 
 /// Control plane, enrolment, metrics and admin: enough that one slow task does not hold up another.
@@ -41,6 +48,9 @@ const CONTROL_THREADS: usize = 2;
 
 /// For tasks on the control runtime that do not end by themselves, such as a name that is being resolved.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// Names the servers that are asked where a pod's own cannot be told.
+const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 /// How often a draining ztunnel looks for its successor, and how long it still accepts once there is one.
 const SUCCESSOR_POLL: Duration = Duration::from_millis(100);
@@ -60,16 +70,9 @@ pub fn run(config: Config, log: LogHandle) -> anyhow::Result<()> {
     let leash = config.supervisor.map(Leash::tie).transpose().context("ZTUNNEL_SUPERVISOR")?;
     let metrics = telemetry::metrics_handle();
     telemetry::record_build("ztunnel", &config.version_tag);
-    privileges::check()?;
+    privileges::check(config.agent.is_some())?;
     privileges::lift_file_limit();
-    let capture =
-        capture::open(&config.bpffs_dir, &config.cgroup_root, &config.excluded_destinations, config.dns_capture)
-            .context("setting up capture")?;
-    let host = Host::open(&config.host_netns)
-        .with_context(|| format!("opening the node's network namespace {}", config.host_netns.display()))?;
-    capture.set_host(host.file())?;
-    let finder = Finder::new(&config.proc_root, &config.cgroup_root, host.inode())
-        .with_context(|| format!("reading {} and {}", config.proc_root.display(), config.cgroup_root.display()))?;
+    let source = Source::open(&config)?;
     let control = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(CONTROL_THREADS)
         .thread_name("control")
@@ -89,41 +92,39 @@ pub fn run(config: Config, log: LogHandle) -> anyhow::Result<()> {
         let shared = Shared { config: config.clone(), store: Store::new(), certs: certs.clone() };
         let workers = Arc::new(Workers::start(&shared).context("starting workers")?);
         let readiness = Readiness::default();
-        let tenure = Arc::new(Tenure::new(&config.bpffs_dir));
         let mut tasks = JoinSet::new();
         tasks.spawn(rotation.run(drain.clone()));
 
-        let (pods, desired) = enrolment::handler();
-        let deps = manager::Deps {
-            shared: shared.clone(),
-            capture,
-            host,
-            finder: finder.clone(),
-            workers: workers.clone(),
-            registry: registry.clone(),
-            desired,
-            tenure: tenure.clone(),
+        let finder = match &source {
+            Source::ControlPlane { finder, .. } => Some(finder.clone()),
+            Source::Agent { .. } => None,
         };
-        let (manager, reports, settled) = Manager::new(deps);
-
-        let mut ready = vec![("pods", settled)];
+        let PodSource { runner, handler: pods, reports, settled, successor } =
+            source.into_pods(&shared, &workers, &registry, &enrolling);
+        let mut ready: Vec<_> = settled.into_iter().map(|sign| ("pods", sign)).collect();
         if let Some(path) = &config.local_xds {
-            let local = LocalSource::new(path, shared.store.clone(), Some(pods.clone()));
+            let local = LocalSource::new(path, shared.store.clone(), pods.clone());
             local.load().with_context(|| format!("LOCAL_XDS_PATH={}", path.display()))?;
             tasks.spawn(local.run(drain.clone()));
         }
         if let Some(grpc) = &config.xds {
             let store = &shared.store;
-            let handlers = vec![address_handler(store.clone()), authorization_handler(store.clone()), pods];
+            let mut handlers = vec![address_handler(store.clone()), authorization_handler(store.clone())];
+            handlers.extend(pods);
             let xds = XdsConfig { grpc: grpc.clone(), node: node_info(&config), on_demand: false };
             let client = XdsClient::new(xds, handlers);
             ready.push(("control plane", client.synced()));
-            let channel = mesh::grpc::channel(grpc.clone()).context("XDS_ADDRESS")?;
-            tasks.spawn(report::run(channel, reports, client.connected(), enrolling.clone()));
+            if let Some(reports) = reports {
+                let channel = mesh::grpc::channel(grpc.clone()).context("XDS_ADDRESS")?;
+                tasks.spawn(report::run(channel, reports, client.connected(), enrolling.clone()));
+            }
             tasks.spawn(client.run(drain.clone()));
         }
         let synced = ready.iter().find(|(name, _)| *name == "control plane").map(|(_, s)| s.clone());
-        if leash.is_some() {
+        if let Runner::Agent(_, sign) = &runner {
+            tasks.spawn(follow(sign.clone(), readiness.clone()));
+        }
+        if let Some(finder) = finder.filter(|_| leash.is_some()) {
             let sockets = handover::prepare_run_dir(&config.run_dir)
                 .with_context(|| format!("making RUN_DIR {}", config.run_dir.display()))?;
             handover::remove_marker(&config.run_dir);
@@ -142,7 +143,10 @@ pub fn run(config: Config, log: LogHandle) -> anyhow::Result<()> {
         // Pods are enrolled on top of everything that is known, so that no connection meets an empty store.
         tasks.spawn(async move {
             if wait(synced, &enrolling).await {
-                manager.run(enrolling).await;
+                match runner {
+                    Runner::Manager(manager) => manager.run(enrolling).await,
+                    Runner::Agent(agent, _) => agent.run().await,
+                }
             }
         });
         tasks.spawn(policy_changes(shared.clone(), registry.clone(), drain.clone()));
@@ -174,7 +178,7 @@ pub fn run(config: Config, log: LogHandle) -> anyhow::Result<()> {
         until_asked_to_end(quit_asked).await?;
         readiness.shutting_down();
         enrolment_end.drain(Duration::ZERO).await;
-        let shelter = drain_pods(&config, &registry, &tenure, leash.as_ref().map(|_| &*generation)).await;
+        let shelter = drain_pods(&config, &registry, &successor, leash.as_ref().map(|_| &*generation)).await;
         feeds_end.drain(Duration::ZERO).await;
         admin_end.drain(Duration::ZERO).await;
         tasks.shutdown().await;
@@ -203,6 +207,121 @@ pub fn run(config: Config, log: LogHandle) -> anyhow::Result<()> {
         workers.stop();
     }
     outcome
+}
+
+/// Where pods come from, opened.
+enum Source {
+    /// The control plane names them; capture is ours.
+    ControlPlane { capture: Arc<Capture>, host: Host, finder: Finder },
+    /// A CNI agent hands them over, and captures.
+    Agent { path: PathBuf, dns_servers: Vec<SocketAddr> },
+}
+
+/// Who runs the pods, and what the rest needs to know of it.
+struct PodSource {
+    runner: Runner,
+    /// Takes the control plane's enrolments, where those count.
+    handler: Option<Arc<dyn ResourceHandler>>,
+    reports: Option<watch::Receiver<Vec<PodState>>>,
+    settled: Option<watch::Receiver<bool>>,
+    successor: Successor,
+}
+
+enum Runner {
+    Manager(Box<Manager>),
+    /// With its readiness, which may be lost again.
+    Agent(Box<Agent>, watch::Receiver<bool>),
+}
+
+impl Source {
+    fn open(config: &Config) -> anyhow::Result<Self> {
+        if let Some(path) = &config.agent {
+            let text = std::fs::read_to_string(RESOLV_CONF).with_context(|| format!("reading {RESOLV_CONF}"))?;
+            return Ok(Self::Agent { path: path.clone(), dns_servers: resolv::servers(&text) });
+        }
+        let capture =
+            capture::open(&config.bpffs_dir, &config.cgroup_root, &config.excluded_destinations, config.dns_capture)
+                .context("setting up capture")?;
+        let host = Host::open(&config.host_netns)
+            .with_context(|| format!("opening the node's network namespace {}", config.host_netns.display()))?;
+        capture.set_host(host.file())?;
+        let finder = Finder::new(&config.proc_root, &config.cgroup_root, host.inode())
+            .with_context(|| format!("reading {} and {}", config.proc_root.display(), config.cgroup_root.display()))?;
+        Ok(Self::ControlPlane { capture, host, finder })
+    }
+
+    fn into_pods(
+        self,
+        shared: &Shared,
+        workers: &Arc<Workers>,
+        registry: &Arc<Registry>,
+        enrolling: &DrainWatcher,
+    ) -> PodSource {
+        let (shared, workers, registry) = (shared.clone(), workers.clone(), registry.clone());
+        match self {
+            Self::ControlPlane { capture, host, finder } => {
+                let tenure = Arc::new(Tenure::new(&shared.config.bpffs_dir));
+                let (handler, desired) = enrolment::handler();
+                let successor = Successor::Tenure(tenure.clone());
+                let deps = manager::Deps { shared, capture, host, finder, workers, registry, desired, tenure };
+                let (manager, reports, settled) = Manager::new(deps);
+                let (reports, settled) = (Some(reports), Some(settled));
+                PodSource {
+                    runner: Runner::Manager(Box::new(manager)),
+                    handler: Some(handler),
+                    reports,
+                    settled,
+                    successor,
+                }
+            }
+            Self::Agent { path, dns_servers } => {
+                let successor = Successor::Listeners { own: workers.count() };
+                let pods = Pods::new(zds::pods::Deps { shared, workers, registry, dns_servers: dns_servers.into() });
+                let (agent, ready) = Agent::new(&path, pods, enrolling.clone());
+                let runner = Runner::Agent(Box::new(agent), ready);
+                PodSource { runner, handler: None, reports: None, settled: None, successor }
+            }
+        }
+    }
+}
+
+/// How a ztunnel that ends learns that another has taken over.
+enum Successor {
+    /// By the claim beside the pins.
+    Tenure(Arc<Tenure>),
+    /// By listeners on a pod's ports that are not our own.
+    Listeners { own: usize },
+}
+
+impl Successor {
+    fn serves_all(&self, registry: &Registry) -> bool {
+        match self {
+            Self::Tenure(tenure) => tenure.is_lost(),
+            Self::Listeners { own } => {
+                registry.pods().iter().all(|pod| redirect::serving(&pod.netns).is_ok_and(|all| all > *own))
+            }
+        }
+    }
+}
+
+/// Keeps readiness as `sign` says.
+fn follow(mut sign: watch::Receiver<bool>, readiness: Readiness) -> impl Future<Output = ()> {
+    let name = "pods of the CNI agent";
+    // Before the first question can come.
+    let mut pending = Some(readiness.pending(name));
+    async move {
+        loop {
+            if *sign.borrow_and_update() {
+                pending = None;
+            } else if pending.is_none() {
+                pending = Some(readiness.pending(name));
+            }
+            if sign.changed().await.is_err() {
+                // The end; readiness as a whole is down by then.
+                return;
+            }
+        }
+    }
 }
 
 /// False when the drain began first.
@@ -264,7 +383,7 @@ async fn until_asked_to_end(mut quit: watch::Receiver<bool>) -> anyhow::Result<(
 async fn drain_pods(
     config: &Config,
     registry: &Registry,
-    tenure: &Tenure,
+    successor: &Successor,
     generation: Option<&str>,
 ) -> Option<Shelter> {
     let deadline = Instant::now() + config.termination_deadline;
@@ -273,13 +392,14 @@ async fn drain_pods(
     if !registry.pods().is_empty() {
         tracing::info!(seconds = accepting.as_secs_f64(), "accepting until a successor has taken over");
         let taken_over = async {
-            while !tenure.is_lost() {
+            while !successor.serves_all(registry) {
                 tokio::time::sleep(SUCCESSOR_POLL).await;
             }
             // What is new goes to the successor's listeners; handshakes that were half done are still ours.
             tokio::time::sleep(HALF_DONE).await;
         };
         let _ = tokio::time::timeout(accepting, taken_over).await;
+        tracing::info!("no longer accepting");
     }
     let left = || deadline.saturating_duration_since(Instant::now());
     if let Some(generation) = generation
