@@ -20,6 +20,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::config::Config;
+use crate::names::{Names, Servers};
 use crate::node::find::Finder;
 use crate::node::host::Host;
 use crate::node::manager::{self, Manager};
@@ -30,6 +31,9 @@ use crate::{admin, capture, certs, privileges};
 
 /// Control plane, enrolment, metrics and admin: enough that one slow task does not hold up another.
 const CONTROL_THREADS: usize = 2;
+
+/// Where the servers for names of endpoints are found.
+const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 /// For tasks on the control runtime that do not end by themselves, such as a name that is being resolved.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -68,7 +72,8 @@ pub fn run(config: Config, log: LogHandle) -> anyhow::Result<()> {
         let (enrolment_end, enrolling) = drain::channel();
         let (feeds_end, drain) = drain::channel();
         let (certs, rotation) = certs::open(&config)?;
-        let shared = Shared { config: config.clone(), store: Store::new(), certs };
+        let names = Names::new(Servers::File(RESOLV_CONF.into()), config.ipv6);
+        let shared = Shared { config: config.clone(), store: Store::new(), certs, names };
         let workers = Arc::new(Workers::start(&shared).context("starting workers")?);
         let registry = Arc::new(Registry::default());
         let readiness = Readiness::default();

@@ -17,6 +17,7 @@ pub mod config;
 pub mod dns;
 pub mod ending;
 pub mod inbound;
+pub mod names;
 pub mod node;
 pub mod outbound;
 pub mod passthrough;

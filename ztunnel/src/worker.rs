@@ -21,6 +21,7 @@ use tokio::task::JoinSet;
 
 use crate::config::Config;
 use crate::ending::Ending;
+use crate::names::Names;
 use crate::node::netns::Family;
 use crate::node::pod::{LocalPod, Tracked};
 use crate::{inbound, outbound, passthrough};
@@ -38,6 +39,7 @@ pub struct Shared {
     pub config: Arc<Config>,
     pub store: Arc<Store>,
     pub certs: CertificateManager,
+    pub names: Names,
 }
 
 impl Shared {

@@ -80,6 +80,7 @@ fn render_verdict(verdict: &Verdict) -> String {
     };
     match &verdict.report {
         Report::Conditions { wanted, .. } => lines("", wanted),
+        Report::Addressed { wanted, addresses, .. } => lines(&format!(" addresses {addresses:?}"), wanted),
         Report::Gateway { conditions, addresses, listeners } => {
             lines(&format!(" addresses {addresses:?}"), conditions);
             for listener in listeners {
@@ -128,4 +129,14 @@ fn routes_are_resolved_and_what_is_wrong_is_answered_500() {
 #[test]
 fn pods_are_enrolled_by_label_and_only_on_their_node() {
     golden("enrolment");
+}
+
+#[test]
+fn service_entries_become_services_with_endpoints_and_addresses() {
+    golden("service-entries");
+}
+
+#[test]
+fn workload_entries_become_workloads_behind_what_selects_them() {
+    golden("workload-entries");
 }

@@ -15,7 +15,7 @@ use tokio::task::JoinSet;
 use super::forward::{self, NoAnswer};
 use super::message::Transport;
 use super::packet;
-use super::{Verdict, decide, forwarded};
+use super::{Verdict, decide, forwarded, with_scratch};
 use crate::node::pod::LocalPod;
 use crate::worker::{Place, Shared};
 
@@ -42,12 +42,11 @@ pub async fn udp(shared: Shared, pod: Arc<LocalPod>, socket: DnsSocket) {
         Err(error) => return tracing::error!(%error, pod = %pod.name, "the DNS socket cannot be registered"),
     };
     let answers = Arc::new(socket.answers);
-    let mut buffer = vec![0; LONGEST_QUERY];
     // Bounded by the pod's permits; each ends with the time a server may take.
     let mut tasks = JoinSet::new();
     loop {
         let received = tokio::select! {
-            received = queries.async_io(Interest::READABLE, || receive(&queries, &mut buffer)) => received,
+            received = queries.async_io(Interest::READABLE, || receive(&queries)) => received,
             Some(_) = tasks.join_next() => continue,
             () = pod.drain.draining() => break,
         };
@@ -59,14 +58,13 @@ pub async fn udp(shared: Shared, pod: Arc<LocalPod>, socket: DnsSocket) {
                 continue;
             }
         };
-        let Some(Datagram { length, client, server }) = received else { continue };
+        let Some(Datagram { bytes, client, server }) = received else { continue };
         // Dropped like by any server that is too busy: resolvers ask again.
         let Some(permit) = pod.dns.permit() else {
             metrics::counter!("ztunnel_dns_dropped_total").increment(1);
             continue;
         };
         let (shared, pod, answers) = (shared.clone(), pod.clone(), answers.clone());
-        let bytes = buffer[..length].to_vec();
         tasks.spawn(async move {
             let reply = match decide(&shared, &pod, server, Transport::Udp, &bytes).await {
                 Verdict::Reply(reply) => Some(reply),
@@ -88,13 +86,17 @@ pub async fn udp(shared: Shared, pod: Arc<LocalPod>, socket: DnsSocket) {
 
 /// A query, from whom, and whom it was meant for.
 struct Datagram {
-    length: usize,
+    bytes: Vec<u8>,
     client: SocketAddr,
     server: SocketAddr,
 }
 
 /// `None` for a datagram that is too long.
-fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<Option<Datagram>> {
+fn receive(socket: &UdpSocket) -> io::Result<Option<Datagram>> {
+    with_scratch(|buffer| receive_into(socket, &mut buffer[..LONGEST_QUERY]))
+}
+
+fn receive_into(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<Option<Datagram>> {
     let mut slices = [IoSliceMut::new(buffer)];
     let mut control = nix::cmsg_space!(libc::sockaddr_in6);
     let message =
@@ -108,7 +110,8 @@ fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<Option<Datagram>
         _ => None,
     });
     let client = message.address.as_ref().and_then(address);
-    Ok(server.zip(client).map(|(server, client)| Datagram { length: message.bytes, client, server }))
+    let (length, both) = (message.bytes, server.zip(client));
+    Ok(both.map(|(server, client)| Datagram { bytes: buffer[..length].to_vec(), client, server }))
 }
 
 fn address(from: &SockaddrStorage) -> Option<SocketAddr> {
