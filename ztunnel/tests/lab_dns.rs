@@ -805,6 +805,23 @@ fn dns_capture_flips_on_a_live_pod_without_losing_a_query() {
         said.display()
     );
     let mut asking = lab.in_pod("client", &script).spawn().expect("it runs");
+    // And by one socket that lives on, which keeps whatever mark it got. A query that is lost ends the loop.
+    let (bytes, kept) = (lab.dir.path().join("bytes"), lab.dir.path().join("kept"));
+    fs::write(&bytes, query("api.shop.", RecordType::A).to_vec().expect("encoded")).expect("written");
+    let script = format!(
+        "exec 3<>/dev/udp/{}/53
+         until [ -e {} ] || [ $SECONDS -gt 90 ]; do
+           cat {} >&3; timeout 4 dd bs=65535 count=1 status=none <&3 | od -An -tx1 -j3 -N1
+         done > {}",
+        SERVERS[0],
+        stop.display(),
+        bytes.display(),
+        kept.display()
+    );
+    let mut asking_by_one = lab.in_pod("client", &script).spawn().expect("it runs");
+    let codes = || -> Vec<String> {
+        fs::read_to_string(&kept).unwrap_or_default().lines().map(|l| l.trim().to_owned()).collect()
+    };
     let rule = || run(&format!("ip -n {}-client rule", lab.name)).contains("dport 53");
     let answered = |status: &str| fs::read_to_string(&said).unwrap_or_default().matches(status).count();
     for _ in 0..FLIPS {
@@ -813,6 +830,8 @@ fn dns_capture_flips_on_a_live_pod_without_losing_a_query() {
             eventually("the rule follows", || rule() == captures.contains(&"client"));
             let before = answered(status);
             eventually("queries are answered that way", || answered(status) > before + 10);
+            let before = codes().len();
+            eventually("those of the kept socket too", || codes().len() > before + 10);
         }
     }
     fs::write(&stop, "").expect("written");
@@ -823,7 +842,13 @@ fn dns_capture_flips_on_a_live_pod_without_losing_a_query() {
         text.matches("status: ").count(),
         text.matches("status: NXDOMAIN").count() + text.matches("status: NOERROR").count()
     );
-    println!("{} queries over {FLIPS} flips each way, none lost", text.matches("status: ").count());
+    assert!(asking_by_one.wait().expect("it ends").success(), "after {} answers", codes().len());
+    assert!(["80", "03"].iter().all(|code| codes().iter().any(|c| c == code)), "both ways: {:?}", codes());
+    println!(
+        "{} and {} queries over {FLIPS} flips each way, none lost",
+        text.matches("status: ").count(),
+        codes().len()
+    );
 }
 
 #[test]

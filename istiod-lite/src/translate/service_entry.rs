@@ -67,6 +67,9 @@ pub struct Entries<'a> {
 
 impl<'a> Entries<'a> {
     pub fn new(world: &'a World) -> Self {
+        if world.service_entries.is_empty() {
+            return Self::default();
+        }
         let mut objects: Vec<_> = world.service_entries.iter().collect();
         objects.sort_by_cached_key(|(_, object)| object.age());
         let services: HashMap<String, &str> =
@@ -108,17 +111,13 @@ impl<'a> Entries<'a> {
     }
 
     /// Those that select what has these labels.
-    pub fn selecting(
-        &self,
+    fn selecting<'s>(
+        &'s self,
         namespace: &str,
-        labels: &BTreeMap<String, String>,
-    ) -> impl Iterator<Item = &Entry<'a>> + use<'_, 'a> {
-        let labels = labels.clone();
-        self.by_namespace
-            .get(namespace)
-            .into_iter()
-            .flatten()
-            .filter(move |entry| entry.selector().is_some_and(|wanted| matches_labels(wanted, Some(&labels))))
+        labels: Option<&'s BTreeMap<String, String>>,
+    ) -> impl Iterator<Item = &'s Entry<'a>> {
+        let entries = self.by_namespace.get(namespace).into_iter().flatten();
+        entries.filter(move |entry| entry.selector().is_some_and(|wanted| matches_labels(wanted, labels)))
     }
 }
 
@@ -239,7 +238,7 @@ impl<'a> Entry<'a> {
 pub fn services_selecting(
     entries: &Entries<'_>,
     namespace: &str,
-    labels: &BTreeMap<String, String>,
+    labels: Option<&BTreeMap<String, String>>,
     named: &BTreeMap<String, u16>,
 ) -> BTreeMap<String, PortList> {
     entries.selecting(namespace, labels).flat_map(|entry| entry.services(&entry.hosts, named)).collect()

@@ -144,8 +144,8 @@ pub fn services(view: &View<'_>, pod: &Pod) -> BTreeMap<String, PortList> {
         };
         services.insert(world.service_name(&Key::of(&service.metadata)), PortList { ports });
     }
-    let labels = pod.metadata.labels.clone().unwrap_or_default();
-    services.extend(services_selecting(&view.entries, &key.namespace, &labels, &BTreeMap::new()));
+    let labels = pod.metadata.labels.as_ref();
+    services.extend(services_selecting(&view.entries, &key.namespace, labels, &BTreeMap::new()));
     services
 }
 

@@ -47,7 +47,8 @@ pub fn services(view: &View<'_>, object: &Object<WorkloadEntrySpec>) -> BTreeMap
     let Ok(spec) = &object.spec else { return BTreeMap::new() };
     let labels = labels(object);
     let mut services = workload::services_of_labels(view, object.namespace(), &labels, &spec.ports);
-    services.extend(service_entry::services_selecting(&view.entries, object.namespace(), &labels, &spec.ports));
+    let selecting = service_entry::services_selecting(&view.entries, object.namespace(), Some(&labels), &spec.ports);
+    services.extend(selecting);
     services
 }
 
