@@ -38,7 +38,8 @@ pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, dst: S
             return access::refused(Direction::Outbound, client, dst, ending.flag(), &ending);
         }
     };
-    let route = match resolve::outbound(&source.world, &source.workload, OriginalDst(dst), &mut rand::rng()) {
+    let decided = resolve::outbound(&source.world, &source.workload, OriginalDst(dst), &mut rand::rng());
+    let route = match decided {
         // A name outside the mesh; rare, so the wait for it does not make every connection larger.
         Err(NoRoute::ByName(lacking)) => Box::pin(look_up(&at, &source, *lacking)).await,
         decided => decided,

@@ -49,7 +49,7 @@ pub async fn udp(pod: &LocalPod, server: SocketAddr, query: &Query, bytes: &[u8]
     let answered = async {
         loop {
             socket.readable().await?;
-            let answer = with_scratch(|buffer| {
+            let answer: io::Result<Option<Vec<u8>>> = with_scratch(|buffer| {
                 let length = socket.try_recv(buffer)?;
                 // What does not match was guessed by somebody else; the server's own may still come.
                 let answer = &buffer[..length];
