@@ -178,7 +178,7 @@ mod tests {
     #[test]
     fn every_host_gets_one_address_of_each_family_and_no_two_the_same() {
         let mut yaml = String::new();
-        for n in 0..2000 {
+        for n in 0..300 {
             let hosts = [format!("a{n}.example.com"), format!("b{n}.example.com")];
             let _ = write!(yaml, "{}", entry(&format!("e{n}"), &[&hosts[0], &hosts[1]], "", ""));
         }
@@ -190,7 +190,7 @@ mod tests {
             assert!(v6.to_string().starts_with("2001:2::"), "{v6}");
             assert!(seen.insert(v4) && seen.insert(v6), "{host}: {addresses:?} twice");
         }
-        assert_eq!(seen.len(), 8000);
+        assert_eq!(seen.len(), 1200);
         assert_eq!(all, allocated(&yaml), "the same again");
     }
 

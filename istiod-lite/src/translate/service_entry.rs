@@ -84,6 +84,8 @@ impl<'a> Entries<'a> {
                     Some(namespace) if *namespace == &*key.namespace => "a Service".to_owned(),
                     _ => match had.insert((&key.namespace, host.clone()), key) {
                         None => return true,
+                        // Listed twice.
+                        Some(other) if other == key => return false,
                         Some(other) => {
                             had.insert((&key.namespace, host.clone()), other);
                             format!("ServiceEntry {}", other.name)
@@ -285,7 +287,7 @@ pub fn translate(world: &World, entries: &Entries<'_>, out: &mut Translation) ->
             // No Service has such a name.
             bindings.insert(name, (Key::new(&*entry.key.namespace, format!("ServiceEntry/{host}")), binding.clone()));
         }
-        if entry.visibility.is_some() {
+        if entry.visibility.is_some() && !entry.hosts.is_empty() {
             endpoints(world, entry, out, &mut problems);
         }
         out.verdicts.push(verdict(entry, problems, &binding, addresses));
