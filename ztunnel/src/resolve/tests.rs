@@ -276,11 +276,6 @@ fn other_networks_are_refused_by_name() {
     let world = World::new().service(service("api", "10.96.0.1")).workload(web);
     let error = world.route(&client(), "10.96.0.1:80").unwrap_err();
     assert!(error.to_string().contains("not supported yet"), "{error}");
-    let mut web = serves(workload("web", "10.0.0.2"), "api", &[(80, 80)]);
-    (web.addresses, web.hostname) = (Vec::new(), "example.com".into());
-    let world = World::new().service(service("api", "10.96.0.1")).workload(web);
-    let error = world.route(&client(), "10.96.0.1:80").unwrap_err();
-    assert!(error.to_string().contains("not supported yet"), "{error}");
 }
 
 /// Three endpoints: same node; same zone; elsewhere.
