@@ -16,6 +16,7 @@ use thiserror::Error;
 use tokio::runtime::Handle;
 use tokio::time::Instant;
 
+use crate::dns::resolv;
 use cache::{Cache, Known};
 
 /// How long all servers together may take.
@@ -27,8 +28,6 @@ const SHORTEST_TTL: Duration = Duration::from_secs(1);
 const LONGEST_TTL: Duration = Duration::from_secs(3600);
 /// Where DNS servers listen.
 const PORT: u16 = 53;
-/// As many servers as the C library would ask.
-const SERVERS: usize = 3;
 
 /// What a name came to: addresses of both families (never none), or why there are none.
 pub type Outcome = Result<Arc<[IpAddr]>, NameError>;
@@ -143,11 +142,7 @@ fn is_usable(ip: &IpAddr) -> bool {
 
 /// The servers of a `resolv.conf`; the local one where it names none.
 fn servers(text: &str) -> Vec<SocketAddr> {
-    let named = text.lines().filter_map(|line| {
-        let mut words = line.split_whitespace();
-        (words.next() == Some("nameserver")).then(|| words.next()?.parse::<IpAddr>().ok()).flatten()
-    });
-    let found: Vec<SocketAddr> = named.take(SERVERS).map(|ip| SocketAddr::new(ip, PORT)).collect();
+    let found = resolv::servers(text);
     if found.is_empty() { vec![SocketAddr::from(([127, 0, 0, 1], PORT))] } else { found }
 }
 

@@ -205,7 +205,7 @@ impl Lab {
         writeln!(
             text,
             r#"services:
-- {{name: any, namespace: shop, hostname: any.shop.svc.cluster.local, vips: [], ports: {{80: 8080}}, loadBalancing: {{healthPolicy: AllowAll}}}}
+- {{name: any, namespace: shop, hostname: any.shop.svc.cluster.local, vips: [], ports: {{80: 8080}}, loadBalancer: {{healthPolicy: AllowAll}}}}
 - {{name: crowd, namespace: shop, hostname: crowd.shop.svc.cluster.local, vips: [], ports: {{80: 8080}}}}
 - {{name: ext, namespace: shop, hostname: ext.example.com, vips: ["/{ext}", "/{ext6}"], ports: {{80: 8080}}}}
 - {{name: guarded, namespace: shop, hostname: guarded.example.com, vips: ["/{guarded}"], ports: {{80: 8080}}}}
