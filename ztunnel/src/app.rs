@@ -54,7 +54,6 @@ const RESOLV_CONF: &str = "/etc/resolv.conf";
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Names the servers that are asked where a pod's own cannot be told.
-const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 /// How often a draining ztunnel looks for its successor, and how long it still accepts once there is one.
 const SUCCESSOR_POLL: Duration = Duration::from_millis(100);
