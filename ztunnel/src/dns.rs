@@ -96,7 +96,7 @@ impl DnsState {
     }
 
     /// Notes a socket of ours, so that what it sends is known when it comes back.
-    fn asking(&self, from: SocketAddr) -> Asking<'_> {
+    fn note_query(&self, from: SocketAddr) -> Asking<'_> {
         self.asking.lock().unwrap_or_else(PoisonError::into_inner).insert(from);
         Asking { state: self, from }
     }
