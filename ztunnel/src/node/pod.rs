@@ -15,7 +15,8 @@ use serde::Serialize;
 use tokio::sync::Notify;
 
 use super::enrolment::Enrolment;
-use super::netns::Netns;
+use super::keep::Kept;
+use super::netns::{Family, Netns};
 use crate::dns::DnsState;
 
 /// One enrolled pod. Shared by the workers; lives until its last connection has ended.
@@ -32,21 +33,16 @@ pub struct LocalPod {
     pub drain: DrainWatcher,
     /// The same namespace was enrolled again while this one was leaving: the steering belongs to the other now.
     pub superseded: AtomicBool,
+    pub kept: Kept,
     addresses: ArcSwap<Vec<IpAddr>>,
     /// Addresses of our own listeners; whoever dials those talks to nobody.
-    listeners: Vec<SocketAddr>,
+    listeners: ArcSwap<Vec<SocketAddr>>,
     trigger: Mutex<Option<DrainTrigger>>,
 }
 
 impl LocalPod {
     #[must_use]
-    pub fn new(
-        enrolment: &Enrolment,
-        netns: Netns,
-        cookie: NetnsCookie,
-        listeners: Vec<SocketAddr>,
-        dns: DnsState,
-    ) -> Self {
+    pub fn new(enrolment: &Enrolment, netns: Netns, cookie: NetnsCookie, dns: DnsState) -> Self {
         let (trigger, drain) = mesh::drain::channel();
         Self {
             uid: enrolment.uid.clone(),
@@ -60,8 +56,9 @@ impl LocalPod {
             dns,
             drain,
             superseded: AtomicBool::new(false),
+            kept: Kept::default(),
             addresses: ArcSwap::from_pointee(enrolment.addresses.clone()),
-            listeners,
+            listeners: ArcSwap::default(),
             trigger: Mutex::new(Some(trigger)),
         }
     }
@@ -84,12 +81,24 @@ impl LocalPod {
     /// Did somebody in the pod dial one of our loopback ports? Answering would make ztunnel dial itself without end.
     #[must_use]
     pub fn is_own_listener(&self, destination: SocketAddr) -> bool {
-        self.listeners.contains(&destination)
+        self.listeners.load().contains(&destination)
+    }
+
+    /// Listeners that were opened for it, before anybody can dial them.
+    pub fn add_listeners(&self, opened: &[SocketAddr]) {
+        self.listeners.rcu(|known| [known.as_slice(), opened].concat());
+    }
+
+    /// Are there listeners for that family?
+    #[must_use]
+    pub fn listens(&self, family: Family) -> bool {
+        self.listeners.load().iter().any(|address| Family::of(address.ip()) == family)
     }
 
     /// Stops accepting, lets connections end until `deadline`, then cuts them. Where a drain is under way already,
     /// waits for its end, as long.
     pub async fn drain(&self, deadline: Duration) {
+        self.kept.close_listeners();
         let trigger = self.trigger.lock().unwrap_or_else(PoisonError::into_inner).take();
         match trigger {
             Some(trigger) => {

@@ -5,5 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod life;
+mod repair;
 mod support;
 mod two_nodes;
