@@ -26,10 +26,12 @@ use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior};
 
+use super::backend::Backend;
 use super::netns::Netns;
 use super::pod::LocalPod;
 use super::routing::{self, Dns, Part};
 use super::sysctl::Sysctls;
+use super::tenure::Tenure;
 use super::{EnrolError, Registry};
 
 /// How often what the kernel does not tell is looked at. A repair shall come within a second.
@@ -91,12 +93,13 @@ impl Drop for Keeping {
 pub struct Keeper {
     capture: Arc<Capture>,
     proc_root: PathBuf,
+    tenure: Arc<Tenure>,
 }
 
 impl Keeper {
     #[must_use]
-    pub const fn new(capture: Arc<Capture>, proc_root: PathBuf) -> Self {
-        Self { capture, proc_root }
+    pub const fn new(capture: Arc<Capture>, proc_root: PathBuf, tenure: Arc<Tenure>) -> Self {
+        Self { capture, proc_root, tenure }
     }
 
     /// Makes the pod's marked packets go to lo, for the first time or after its addresses or options have changed.
@@ -155,6 +158,10 @@ impl Keeper {
                 () = News::next(news.as_ref()) => {}
                 () = pod.kept.doubt.notified() => {}
                 () = tokio::time::sleep(if failing { RETRY } else { DISTRUST }) => {}
+            }
+            // Two that repair would fight with each other.
+            if self.tenure.is_lost() {
+                return;
             }
             // Whatever comes from now on is seen by the next turn.
             if let Some(news) = &news {
@@ -218,12 +225,13 @@ impl Keeper {
     }
 
     fn doubt(&self, registry: &Registry) -> Result<(), LoadError> {
-        let pods = registry.pods();
-        if pods.is_empty() {
+        let is_kept = |pod: &Arc<LocalPod>| pod.backend == Backend::Ebpf && !pod.superseded.load(Ordering::Relaxed);
+        let pods: Vec<_> = registry.pods().into_iter().filter(is_kept).collect();
+        if pods.is_empty() || self.tenure.is_lost() {
             return Ok(());
         }
         let listening = self.capture.listening()?;
-        for pod in pods.iter().filter(|pod| !pod.superseded.load(Ordering::Relaxed)) {
+        for pod in pods {
             let kept = &pod.kept;
             let heard = kept.listeners().iter().all(|(slot, _)| listening.contains(&(pod.cookie, *slot)));
             let set = kept.sysctls.get().is_none_or(Sysctls::are_set);
@@ -282,7 +290,7 @@ impl News {
             socket.bind(&SocketAddr::new(0, GROUPS))?;
             Ok(socket)
         })?;
-        AsyncFd::register(socket).map(Self)
+        Ok(Self(AsyncFd::register(socket)?))
     }
 
     /// Returns when there is some. Without a socket there never is.

@@ -43,6 +43,8 @@ const TAKEOVER: Duration = Duration::from_secs(60);
 const HBONE_ONLY: Duration = Duration::from_secs(5);
 /// How often a pod that left is looked at for being gone altogether.
 const GONE_CHECK: Duration = Duration::from_secs(2);
+/// How long a pod that a predecessor serves stays with it while we wait for the pod's certificate.
+const CERTIFICATE_WAIT: Duration = Duration::from_secs(5);
 /// Connections of a pod that left end when they end; a number is needed only because timers want one.
 const AS_LONG_AS_IT_TAKES: Duration = Duration::from_secs(365 * 24 * 3600);
 
@@ -147,7 +149,7 @@ impl Manager {
             tracing::warn!(%error, "reading what a predecessor captured");
             Vec::new()
         });
-        let keeper = Keeper::new(deps.capture.clone(), deps.shared.config.proc_root.clone());
+        let keeper = Keeper::new(deps.capture.clone(), deps.shared.config.proc_root.clone(), deps.tenure.clone());
         let manager = Self {
             deps,
             keeper: Arc::new(keeper),
@@ -175,7 +177,10 @@ impl Manager {
             let desired = self.deps.desired.borrow_and_update().clone();
             self.take(desired.pods).await;
             self.prepare_host(desired.complete).await;
-            self.enrol_waiting().await;
+            // A successor enrols what is new; two would take the listeners' places from each other.
+            if !self.deps.tenure.is_lost() {
+                self.enrol_waiting().await;
+            }
             self.promote();
             self.collect(desired.complete);
             self.publish();
@@ -322,6 +327,9 @@ impl Manager {
             let capture = pod_capture(wanted, reach, dns, &config.excluded_ports);
             Ok(self.deps.capture.enrol(cookie, &capture, Phase::Captured)?)
         };
+        if self.inherited.contains(&cookie) {
+            self.await_certificate(&pod).await;
+        }
         if let Err(error) = enrolled.await {
             pod.drain(Duration::ZERO).await;
             return Err(error);
@@ -331,6 +339,17 @@ impl Manager {
             self.deps.shared.certs.prefetch(identity);
         }
         Ok(Up { keeping: self.keeper.keep(&pod), pod, process, reach })
+    }
+
+    /// A predecessor serves this pod and has its certificate; taking over without one would make connections wait, or
+    /// fail where the authority does. Where it does not come, the predecessor may be dead: then waiting helps nobody.
+    async fn await_certificate(&self, pod: &LocalPod) {
+        let Ok(identity) = self.identity_of(pod) else { return };
+        match tokio::time::timeout(CERTIFICATE_WAIT, self.deps.shared.certs.get(&identity)).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => tracing::warn!(%identity, %error, "taking over a pod without its certificate"),
+            Err(_) => tracing::warn!(%identity, "taking over a pod whose certificate takes long"),
+        }
     }
 
     /// Plaintext to the pod is captured once the control plane tells the mesh that this workload speaks HBONE; before
@@ -372,6 +391,9 @@ impl Manager {
     /// Follows a pod whose namespace was made anew, and clears away what dead namespaces left. What was changed inside
     /// one is the keeper's.
     async fn look_after(&mut self) {
+        if self.deps.tenure.is_lost() {
+            return;
+        }
         self.deps.host.doubt();
         match self.deps.capture.collect_dead() {
             Ok(dead) if dead.is_empty() => {}
@@ -437,11 +459,11 @@ impl Manager {
             {
                 tracing::warn!(pod = %pod.name, namespace = %pod.namespace, %error, "detaching a pod");
             }
-            // A pod that is gone has nobody left to talk to: dropping the drain cuts what is open.
+            // A pod that is gone has nobody left to talk to.
             let patience = if is_gone { Duration::ZERO } else { AS_LONG_AS_IT_TAKES };
             tokio::select! {
                 () = pod.drain(patience) => {}
-                () = &mut gone, if !is_gone => {}
+                () = &mut gone, if !is_gone => pod.cut(),
             }
             if !pod.superseded.load(Ordering::SeqCst)
                 && let Err(error) = keeper.unroute(&pod).await
