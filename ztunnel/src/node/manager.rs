@@ -567,11 +567,18 @@ async fn update(
         }
     }
     up.pod.set_addresses(wanted.addresses.clone());
-    let dns = captures_dns(wanted, config.dns_capture);
-    up.pod.dns.set_captured(dns);
+    let (dns, before) = (captures_dns(wanted, config.dns_capture), up.pod.dns.is_captured());
+    // Sockets that were marked once keep their mark, and the rule leads them to the steering: it stands only while that
+    // does, or their queries would come to nobody.
+    up.pod.dns.set_captured(dns && before);
     keeper.route(&up.pod).await?;
     let capture = pod_capture(wanted, up.reach, dns, &config.excluded_ports);
-    Ok(deps.capture.enrol(up.pod.cookie, &capture, Phase::Captured)?)
+    deps.capture.enrol(up.pod.cookie, &capture, Phase::Captured)?;
+    if dns && !before {
+        up.pod.dns.set_captured(true);
+        keeper.route(&up.pod).await?;
+    }
+    Ok(())
 }
 
 /// The one namespace that is the pod's: the only one, or the only one that holds an address of it.
