@@ -204,6 +204,8 @@ fn enrolment(info: &PodInfo, cluster: &str) -> Enrolment {
         inbound: Inbound::Capture,
         dns: Dns::Capture,
         excluded: Vec::new(),
+        excluded_ports_to: Vec::new(),
+        excluded_ports_at: Vec::new(),
         probe_ports: Vec::new(),
     }
 }
