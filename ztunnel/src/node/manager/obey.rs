@@ -6,10 +6,10 @@ use ebpf_loader::NetnsCookie;
 use tokio::sync::oneshot;
 
 use super::{Entry, Manager, State};
+use crate::node::EnrolError;
 use crate::node::netns::Netns;
 use crate::node::orders::{HandedOver, Order};
 use crate::node::pod::LocalPod;
-use crate::node::{EnrolError, routing};
 
 /// A namespace that was handed over, kept to enrol the pod again where that becomes necessary.
 pub(super) struct Handed {
@@ -59,7 +59,7 @@ impl Manager {
         let wanted = if entry.named { entry.wanted.clone() } else { enrolment };
         let moved = matches!(&entry.state, State::Up(up) if up.pod.cookie != cookie);
         let old = moved.then(|| std::mem::replace(&mut entry.state, State::Waiting(EnrolError::NoProcess)));
-        entry.want(wanted, &self.deps).await;
+        self.want(&uid, wanted).await;
         if let Some(State::Up(up)) = old {
             tracing::info!(pod = %up.pod.name, namespace = %up.pod.namespace, "the pod has got a new namespace");
             self.leave(up).await;
@@ -110,8 +110,7 @@ impl Manager {
         if let Err(error) = self.deps.capture.detach(pod.cookie) {
             tracing::warn!(pod = %name, %namespace, %error, "undoing a pod's capture");
         }
-        let proc_root = &self.deps.shared.config.proc_root;
-        if let Err(error) = routing::remove(&pod.netns, proc_root, &pod.addresses()).await {
+        if let Err(error) = self.keeper.unroute(pod).await {
             tracing::debug!(pod = %name, %namespace, %error, "undoing a pod's routing");
         }
     }
