@@ -291,22 +291,20 @@ impl News {
         Ok(Self(socket))
     }
 
-    /// Returns when there is some, which is gone then. Without a socket there never is.
+    /// Returns when there is some. Without a socket there never is.
     async fn next(news: Option<&Self>) {
         let Some(news) = news else { return std::future::pending().await };
-        // Truncated: what it says does not matter, a look at everything follows. Neither does an error: ENOBUFS means
-        // that the kernel had more to tell than fits.
-        let mut message = [0_u8; 16];
-        let _ = std::future::poll_fn(|cx| news.0.poll_recv(cx, &mut &mut message[..])).await;
+        // What the message says does not matter, nor that the kernel had more to tell than fits (ENOBUFS).
+        let _ = std::future::poll_fn(|context| news.0.poll_recv(context, &mut &mut [0_u8; 16][..])).await;
     }
 
-    /// Throws away what else has come.
+    /// Throws away what has come: a look at everything follows. Too much of it is no error either.
     fn drain(&self) {
         for _ in 0..HANDFUL {
-            let mut message = [0_u8; 16];
-            let read = self.0.socket_ref().recv(&mut &mut message[..], 0);
-            if read.is_err_and(|error| error.raw_os_error() != Some(libc::ENOBUFS)) {
-                return;
+            match self.0.socket_ref().recv(&mut &mut [0_u8; 16][..], 0) {
+                Ok(_) => {}
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
+                Err(_) => return,
             }
         }
     }
