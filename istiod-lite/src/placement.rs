@@ -19,7 +19,7 @@ pub fn unknown() -> Verdict {
 
 /// What is decided about `asked`, if it is placed on `node`.
 pub fn resolve(world: &World, node: &str, asked: &ResolveRequest) -> Verdict {
-    let Some(pod) = world.pods.get(&Key::new(&asked.namespace, &asked.name)) else { return unknown() };
+    let Some(pod) = world.pods.get(&Key::new(&*asked.namespace, &*asked.name)) else { return unknown() };
     let placed = pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()) == Some(node) && !node.is_empty();
     let uids = [pod.metadata.uid.as_deref(), annotation(&pod.metadata, STATIC_POD_UID)];
     // Another UID: a pod of that name is gone, or not known yet.

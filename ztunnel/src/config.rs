@@ -207,6 +207,16 @@ impl CniTask {
 }
 
 impl CniSettings {
+    fn dump(&self) -> serde_json::Value {
+        serde_json::json!({
+            "socket": self.socket,
+            "state": self.state,
+            "passNamespaces": self.pass_namespaces,
+            "binDir": self.install.as_ref().map(|d| &d.bin),
+            "confDir": self.install.as_ref().map(|d| &d.conf),
+        })
+    }
+
     /// Our entry in the node's configuration.
     #[must_use]
     pub fn entry(&self) -> serde_json::Value {
@@ -283,13 +293,7 @@ impl Config {
             "procRoot": self.proc_root,
             "hostNetns": self.host_netns,
             "excludedDestinations": self.excluded_destinations,
-            "cni": {
-                "socket": self.cni.socket,
-                "state": self.cni.state,
-                "passNamespaces": self.cni.pass_namespaces,
-                "binDir": self.cni.install.as_ref().map(|d| &d.bin),
-                "confDir": self.cni.install.as_ref().map(|d| &d.conf),
-            },
+            "cni": self.cni.dump(),
             "excludedPorts": self.excluded_ports,
             "detachedDrain": seconds(self.detached_drain),
             "orphanedDrain": seconds(self.orphaned_drain),
