@@ -47,7 +47,7 @@ use crate::{admin, capture, certs, privileges};
 /// Control plane, enrolment, metrics and admin: enough that one slow task does not hold up another.
 const CONTROL_THREADS: usize = 2;
 
-/// Names the servers for names of endpoints, and those asked where a pod's own cannot be told.
+/// Names the servers for names of endpoints, and those that are asked where a pod's own cannot be told.
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 /// For tasks on the control runtime that do not end by themselves, such as a name that is being resolved.
