@@ -140,6 +140,8 @@ pub struct Config {
     /// Network namespace of the node, from which the kubelet probes.
     pub host_netns: PathBuf,
     pub excluded_destinations: Vec<IpNet>,
+    /// TCP ports that no pod's connections are captured to.
+    pub excluded_ports: Vec<u16>,
 
     /// How long a draining ztunnel may live on without its container; zero: connections end with the container.
     pub detached_drain: Duration,
@@ -219,6 +221,7 @@ impl Config {
             "procRoot": self.proc_root,
             "hostNetns": self.host_netns,
             "excludedDestinations": self.excluded_destinations,
+            "excludedPorts": self.excluded_ports,
             "detachedDrain": seconds(self.detached_drain),
             "orphanedDrain": seconds(self.orphaned_drain),
             "runDir": self.run_dir,
@@ -345,6 +348,7 @@ impl Raw {
             proc_root,
             host_netns: self.0.text("HOST_NETNS").map_or(host_default, PathBuf::from),
             excluded_destinations: self.prefixes("EXCLUDED_DESTINATIONS", DEFAULT_EXCLUDED),
+            excluded_ports: self.ports("EXCLUDED_PORTS"),
             detached_drain: self.0.duration("DETACHED_DRAIN", Duration::ZERO),
             orphaned_drain: self.0.duration("ORPHANED_DRAIN", DEFAULT_ORPHANED_DRAIN),
             run_dir: PathBuf::from(self.0.string("RUN_DIR", DEFAULT_RUN_DIR)),
@@ -433,6 +437,18 @@ impl Raw {
         })
     }
 
+    fn ports(&mut self, name: &str) -> Vec<u16> {
+        let text = self.verbatim(name).unwrap_or_default().to_owned();
+        let mut ports = Vec::new();
+        for item in text.split(',').map(str::trim).filter(|i| !i.is_empty()) {
+            match item.parse() {
+                Ok(port) if port > 0 => ports.push(port),
+                _ => self.0.mistakes.push(format!("{name}: {item:?} is not a port")),
+            }
+        }
+        ports
+    }
+
     fn prefixes(&mut self, name: &str, default: &str) -> Vec<IpNet> {
         // Set but empty means: exclude nothing.
         let text = self.verbatim(name).unwrap_or(default).to_owned();
@@ -502,6 +518,7 @@ mod tests {
             ("SECRET_TTL", "soon"),
             ("IPV6_ENABLED", "perhaps"),
             ("EXCLUDED_DESTINATIONS", "10.0.0.0/8,ten"),
+            ("EXCLUDED_PORTS", "22,0"),
             ("ZTUNNEL_WORKER_THREADS", "200%"),
         ])
         .unwrap_err();
@@ -511,11 +528,12 @@ mod tests {
             "SECRET_TTL",
             "IPV6_ENABLED",
             "EXCLUDED_DESTINATIONS",
+            "EXCLUDED_PORTS",
             "ZTUNNEL_WORKER_THREADS",
         ] {
             assert!(mistakes.lines().iter().any(|m| m.contains(name)), "{name} missing in {mistakes}");
         }
-        assert_eq!(mistakes.lines().len(), 6);
+        assert_eq!(mistakes.lines().len(), 7);
     }
 
     #[test]
