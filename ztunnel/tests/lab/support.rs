@@ -185,7 +185,7 @@ impl Lab {
             )
             .expect(told);
         }
-        text.push_str("]\n");
+        text.push_str("  ]\n");
         let next = self.dir.path().join(format!("{node}.next"));
         fs::write(&next, text).expect("written");
         fs::rename(next, self.dir.path().join(format!("{node}.yaml"))).expect("renamed");
