@@ -4,7 +4,7 @@ use mesh_proto::enrolment::resolve_response::Verdict;
 use mesh_proto::enrolment::{OutsideMesh, PodEnrolment, ResolveRequest, UnknownPod};
 use prost::Message as _;
 
-use crate::enrol::DATAPLANE_MODE;
+use crate::enrol::rules::DATAPLANE_MODE;
 use crate::translate::enrolment;
 use crate::translate::world::World;
 use crate::types::{Key, annotation};

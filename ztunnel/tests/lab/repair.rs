@@ -1,5 +1,6 @@
 //! A pod with NET_ADMIN breaks its own capture: what is put back, how soon, and what got out meanwhile.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use crate::support::*;
@@ -85,13 +86,9 @@ fn what_a_pod_breaks_of_its_capture_is_put_back_and_counted() {
     assert!(!marker && ports.iter().all(|port| *port == 15008), "{ports:?}");
 
     // Our own repairs are no reason for more.
-    let repairs = || {
+    let repairs = || -> BTreeSet<String> {
         let metrics = lab.http('a', 15020, "/metrics");
-        metrics
-            .lines()
-            .filter(|l| l.starts_with("ztunnel_capture_repairs_total"))
-            .map(str::to_owned)
-            .collect::<Vec<_>>()
+        metrics.lines().filter(|l| l.starts_with("ztunnel_capture_repairs_total")).map(str::to_owned).collect()
     };
     let before = repairs();
     let looked = Instant::now();
@@ -122,11 +119,11 @@ fn a_pod_that_fights_against_its_capture_harms_itself_alone() {
     lab.start_ztunnel('a');
     lab.start_ztunnel('b');
     let [server, _] = lab.addresses("server");
-    for _ in 0..15 {
+    eventually("the fight is told", || {
         run(&format!("ip -n {}-client rule del pref 100 || true", lab.name));
         let _ = lab.call("client", &server, APP_PORT);
-    }
-    eventually("the fight is told", || lab.log('a').contains("again and again"));
+        lab.log('a').contains("again and again")
+    });
     assert_eq!(lab.log('a').matches("again and again").count(), 1);
     // The other side is no party to it: plaintext that got out is captured there and judged without an identity.
     eventually("the pod is whole again", || lab.call("client", &server, APP_PORT).is_ok());
