@@ -22,6 +22,7 @@ use tokio::sync::Notify;
 
 use crate::resources::{ReportSink, lock};
 use crate::translate::binding::MANAGED_LABEL;
+use crate::translate::workload::has_native_tunnel;
 use crate::translate::world::World;
 use crate::types::{annotation, label};
 
@@ -47,7 +48,8 @@ pub fn is_wanted(world: &World, pod: &Pod) -> bool {
     asked && !ended && may_be_captured(world, pod)
 }
 
-/// Never: the host's network, sidecars, system namespaces, the mesh's own proxies.
+/// Never: the host's network, sidecars (those of ztunnel's dedicated mode too: the pod answers HBONE itself), system
+/// namespaces, the mesh's own proxies.
 pub fn may_be_captured(world: &World, pod: &Pod) -> bool {
     let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
     let host_network = pod.spec.as_ref().and_then(|spec| spec.host_network) == Some(true);
@@ -56,6 +58,7 @@ pub fn may_be_captured(world: &World, pod: &Pod) -> bool {
         && !node_proxy
         && !EXCLUDED_NAMESPACES.contains(&namespace)
         && annotation(&pod.metadata, SIDECAR_STATUS).is_none()
+        && !has_native_tunnel(&pod.metadata)
         && label(&pod.metadata, MANAGED_LABEL).is_none()
 }
 

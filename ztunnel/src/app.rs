@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use ebpf_loader::Capture;
 use mesh::drain::{self, DrainWatcher};
 use mesh::serve::Readiness;
 use mesh::store::Store;
@@ -19,14 +20,15 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use crate::config::Config;
+use crate::config::{CaSource, Config, Mode};
+use crate::node::enrolment::Desired;
 use crate::node::find::Finder;
 use crate::node::host::Host;
 use crate::node::manager::{self, Manager};
 use crate::node::tenure::Tenure;
 use crate::node::{Registry, enrolment, report};
 use crate::worker::{Shared, Workers};
-use crate::{admin, capture, certs, privileges};
+use crate::{admin, capture, certs, dedicated, privileges};
 
 /// Control plane, enrolment, metrics and admin: enough that one slow task does not hold up another.
 const CONTROL_THREADS: usize = 2;
@@ -42,19 +44,22 @@ const HALF_DONE: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// What kept it from starting.
-pub fn run(config: Config, log: LogHandle) -> anyhow::Result<()> {
+pub fn run(mut config: Config, log: LogHandle) -> anyhow::Result<()> {
     let metrics = telemetry::metrics_handle();
     telemetry::record_build("ztunnel", &config.version_tag);
-    privileges::check()?;
+    privileges::check(&config.mode)?;
     privileges::lift_file_limit();
+    if config.mode.dedicated().is_some() {
+        dedicated::release::refuse_foreign_pins(&config)?;
+    }
     let capture =
         capture::open(&config.bpffs_dir, &config.cgroup_root, &config.excluded_destinations, config.dns_capture)
             .context("setting up capture")?;
-    let host = Host::open(&config.host_netns)
-        .with_context(|| format!("opening the node's network namespace {}", config.host_netns.display()))?;
-    capture.set_host(host.file())?;
-    let finder = Finder::new(&config.proc_root, &config.cgroup_root, host.inode())
-        .with_context(|| format!("reading {} and {}", config.proc_root.display(), config.cgroup_root.display()))?;
+    let (host, finder) = surroundings(&config, &capture)?;
+    if config.mode.dedicated().is_some() {
+        let ca = if let CaSource::Remote(ca) = &mut config.ca { Some(ca) } else { None };
+        config.xds.iter_mut().chain(ca).for_each(|plane| plane.dialer = dedicated::control::dialer());
+    }
     let control = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(CONTROL_THREADS)
         .thread_name("control")
@@ -76,7 +81,19 @@ pub fn run(config: Config, log: LogHandle) -> anyhow::Result<()> {
         let mut tasks = JoinSet::new();
         tasks.spawn(rotation.run(drain.clone()));
 
-        let (pods, desired) = enrolment::handler();
+        // In dedicated mode the one pod is no enrolment of the control plane's.
+        let (pods, desired) = match &config.mode {
+            Mode::Shared => {
+                let (pods, desired) = enrolment::handler();
+                (Some(pods), desired)
+            }
+            Mode::Dedicated(settings) => {
+                let (publish, desired) = watch::channel(Desired::default());
+                let (settings, store) = (settings.clone(), shared.store.clone());
+                tasks.spawn(dedicated::follow(config.clone(), settings, store, publish, enrolling.clone()));
+                (None, desired)
+            }
+        };
         let deps = manager::Deps {
             shared: shared.clone(),
             capture,
@@ -91,18 +108,22 @@ pub fn run(config: Config, log: LogHandle) -> anyhow::Result<()> {
 
         let mut ready = vec![("pods", settled)];
         if let Some(path) = &config.local_xds {
-            let local = LocalSource::new(path, shared.store.clone(), Some(pods.clone()));
+            let local = LocalSource::new(path, shared.store.clone(), pods.clone());
             local.load().with_context(|| format!("LOCAL_XDS_PATH={}", path.display()))?;
             tasks.spawn(local.run(drain.clone()));
         }
         if let Some(grpc) = &config.xds {
             let store = &shared.store;
-            let handlers = vec![address_handler(store.clone()), authorization_handler(store.clone()), pods];
+            let mut handlers = vec![address_handler(store.clone()), authorization_handler(store.clone())];
+            let reporting = pods.is_some();
+            handlers.extend(pods);
             let xds = XdsConfig { grpc: grpc.clone(), node: node_info(&config), on_demand: false };
             let client = XdsClient::new(xds, handlers);
             ready.push(("control plane", client.synced()));
-            let channel = mesh::grpc::channel(grpc.clone()).context("XDS_ADDRESS")?;
-            tasks.spawn(report::run(channel, reports, client.connected(), enrolling.clone()));
+            if reporting {
+                let channel = mesh::grpc::channel(grpc.clone()).context("XDS_ADDRESS")?;
+                tasks.spawn(report::run(channel, reports, client.connected(), enrolling.clone()));
+            }
             tasks.spawn(client.run(drain.clone()));
         }
         // Pods are enrolled on top of everything that is known, so that no connection meets an empty store.
@@ -135,6 +156,10 @@ pub fn run(config: Config, log: LogHandle) -> anyhow::Result<()> {
         enrolment_end.drain(Duration::ZERO).await;
         drain_pods(&config, &registry, &tenure).await;
         feeds_end.drain(Duration::ZERO).await;
+        if config.mode.dedicated().is_some_and(|d| d.release_on_exit) && !tenure.is_lost() {
+            dedicated::release::take_away(&config).await.context("releasing this network namespace")?;
+            tracing::info!("released: nothing is captured any more");
+        }
         admin_end.drain(Duration::ZERO).await;
         tasks.shutdown().await;
         anyhow::Ok(workers)
@@ -144,6 +169,22 @@ pub fn run(config: Config, log: LogHandle) -> anyhow::Result<()> {
     }
     control.shutdown_timeout(LAST_WORDS);
     Ok(())
+}
+
+/// Where pods are looked for, and the namespace their probes come from.
+fn surroundings(config: &Config, capture: &Capture) -> anyhow::Result<(Host, Finder)> {
+    if config.mode.dedicated().is_some() {
+        return Ok((Host::none(), Finder::own()));
+    }
+    let netns = &config.host_netns;
+    let opening = || format!("opening the node's network namespace {}", netns.display());
+    let host = Host::open(netns).with_context(opening)?;
+    if let Some(file) = host.file() {
+        capture.set_host(file)?;
+    }
+    let finder = Finder::new(&config.proc_root, &config.cgroup_root, host.inode())
+        .with_context(|| format!("reading {} and {}", config.proc_root.display(), config.cgroup_root.display()))?;
+    Ok((host, finder))
 }
 
 /// False when the drain began first.

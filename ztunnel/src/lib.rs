@@ -4,7 +4,7 @@
 //! from the control plane or from a file. One connection's path is one file read from top to bottom: [`outbound`],
 //! [`inbound`] or [`passthrough`]. What to do is decided in [`resolve`], which touches nothing.
 //!
-//! Left out, with an error where it is asked for: the modes `cni` and `dedicated`, pods handed over by a
+//! Left out, with an error where it is asked for: the mode `cni`, pods handed over by a
 //! CNI agent (ZDS), gateways between networks, application tunnels.
 
 #![forbid(unsafe_code)]
@@ -14,6 +14,7 @@ pub mod app;
 pub mod capture;
 pub mod certs;
 pub mod config;
+pub mod dedicated;
 pub mod dns;
 pub mod ending;
 pub mod inbound;

@@ -6,11 +6,22 @@ use std::io;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
+use crate::config::Mode;
+
 /// 250 pods with their listeners, and some thousand connections.
 const FEW_FILES: u64 = 16_384;
 
+type Capability = (&'static str, u32, &'static str);
+
+/// What is needed in one namespace, our own.
+const NEEDED_DEDICATED: [Capability; 3] = [
+    ("CAP_BPF", 39, "load the capture programs"),
+    ("CAP_NET_ADMIN", 12, "attach them, set rules, routes and socket marks"),
+    ("CAP_NET_RAW", 13, "answer DNS in the name of the server that was asked"),
+];
+
 /// A capability ztunnel needs, its bit in `CapEff`, and what for.
-const NEEDED: [(&str, u32, &str); 5] = [
+const NEEDED: [Capability; 5] = [
     ("CAP_BPF", 39, "load the capture programs"),
     ("CAP_NET_ADMIN", 12, "attach them, set rules, routes and socket marks in pods"),
     ("CAP_SYS_ADMIN", 21, "enter pods' network namespaces"),
@@ -28,7 +39,7 @@ impl fmt::Display for Missing {
         for (name, purpose) in &self.0 {
             write!(f, "\n  - {name} to {purpose}")?;
         }
-        write!(f, "\nrun as root, or add them under securityContext.capabilities.add of the ztunnel DaemonSet")
+        write!(f, "\nrun as root, or add them under securityContext.capabilities.add of the ztunnel container")
     }
 }
 
@@ -38,9 +49,13 @@ impl std::error::Error for Missing {}
 ///
 /// # Errors
 /// The ones that are missing, all of them.
-pub fn check() -> anyhow::Result<()> {
+pub fn check(mode: &Mode) -> anyhow::Result<()> {
     let status = fs::read_to_string("/proc/self/status")?;
-    Ok(check_status(effective(&status).ok_or_else(|| io::Error::other("no CapEff in /proc/self/status"))?)?)
+    let needed = match mode {
+        Mode::Shared => &NEEDED[..],
+        Mode::Dedicated(_) => &NEEDED_DEDICATED[..],
+    };
+    Ok(check_status(effective(&status).ok_or_else(|| io::Error::other("no CapEff in /proc/self/status"))?, needed)?)
 }
 
 /// Lifts the limit of open files as far as this process may: each pod takes a dozen and each connection two, and what
@@ -60,8 +75,8 @@ fn effective(status: &str) -> Option<u64> {
     u64::from_str_radix(line.trim(), 16).ok()
 }
 
-fn check_status(capabilities: u64) -> Result<(), Missing> {
-    let missing: Vec<_> = NEEDED
+fn check_status(capabilities: u64, needed: &[Capability]) -> Result<(), Missing> {
+    let missing: Vec<_> = needed
         .iter()
         .filter(|(_, bit, _)| capabilities & (1 << bit) == 0)
         .map(|(name, _, purpose)| (*name, *purpose))
@@ -76,12 +91,15 @@ mod tests {
     #[test]
     fn names_every_missing_capability_and_the_cure() {
         let all = effective("Name:\tx\nCapEff:\t000001ffffffffff\n").unwrap();
-        assert_eq!(check_status(all), Ok(()));
-        let text = check_status(all & !(1 << 39) & !(1 << 19)).unwrap_err().to_string();
+        assert_eq!(check_status(all, &NEEDED), Ok(()));
+        let some = all & !(1 << 39) & !(1 << 19);
+        let text = check_status(some, &NEEDED).unwrap_err().to_string();
         assert!(
             text.contains("CAP_BPF") && text.contains("CAP_SYS_PTRACE") && text.contains("securityContext"),
             "{text}"
         );
         assert!(!text.contains("CAP_NET_RAW"), "{text}");
+        let text = check_status(some, &NEEDED_DEDICATED).unwrap_err().to_string();
+        assert!(text.contains("CAP_BPF") && !text.contains("CAP_SYS_PTRACE"), "no other process is looked at: {text}");
     }
 }

@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use mesh::drain::Guard;
-use mesh::hbone::{H2Settings, Pool, PoolSettings};
+use mesh::hbone::{Authority, H2Settings, Pool, PoolSettings};
 use mesh::identity::{CertificateManager, Identity, WorkloadCertificate};
 use mesh::model::Workload;
 use mesh::net::{PeerAddr, canonical};
@@ -23,6 +23,7 @@ use crate::config::Config;
 use crate::ending::Ending;
 use crate::node::netns::Family;
 use crate::node::pod::{LocalPod, Tracked};
+use crate::resolve::{self, BadTarget};
 use crate::{inbound, outbound, passthrough};
 
 /// How long a connection waits for its own workload to arrive from the control plane.
@@ -41,6 +42,13 @@ pub struct Shared {
 }
 
 impl Shared {
+    /// In dedicated mode metrics and readiness listen in the workload's own namespace.
+    #[must_use]
+    pub fn serves_beside_workload(&self, port: u16) -> bool {
+        let Config { mode, stats_port, readiness_port, .. } = &*self.config;
+        mode.dedicated().is_some() && [*stats_port, *readiness_port].contains(&port)
+    }
+
     /// The pod's workload as the control plane describes it.
     ///
     /// # Errors
@@ -244,9 +252,30 @@ impl Place {
     pub fn is_self_call(&self, here: SocketAddr) -> bool {
         let own = self.pod.is_own_listener(here);
         if own {
-            metrics::counter!("ztunnel_self_connections_total").increment(1);
+            count_self_connection();
         }
         own
+    }
+
+    /// [`resolve::inbound`], which must not lead to a port of this process either: in dedicated mode metrics and
+    /// readiness listen in the pod's namespace.
+    ///
+    /// # Errors
+    /// [`BadTarget`]; a way back into ourselves is counted.
+    pub fn target(
+        &self,
+        local: &Local,
+        here: std::net::IpAddr,
+        authority: &Authority,
+    ) -> Result<SocketAddr, BadTarget> {
+        let target = resolve::inbound(&local.world, &local.workload, here, authority).and_then(|app| {
+            let own = self.shared.serves_beside_workload(app.port());
+            if own { Err(BadTarget::OwnPort(app.port())) } else { Ok(app) }
+        });
+        if let Err(BadTarget::OwnPort(_)) = &target {
+            count_self_connection();
+        }
+        target
     }
 
     /// The pod's workload as the control plane describes it.
@@ -293,6 +322,11 @@ impl Place {
         let leg = async { connect(self.pod.netns.app_leg(client)?, to).await };
         in_time(to, leg).await
     }
+}
+
+/// Somebody in the pod dialled the proxy's own sockets, and nothing came of it.
+pub fn count_self_connection() {
+    metrics::counter!("ztunnel_self_connections_total").increment(1);
 }
 
 async fn in_time(to: SocketAddr, dial: impl Future<Output = io::Result<TcpStream>>) -> Result<TcpStream, Ending> {

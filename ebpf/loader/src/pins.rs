@@ -9,6 +9,7 @@
 use std::{
     fs,
     io::{self, ErrorKind},
+    os::fd::AsFd,
     path::{Path, PathBuf},
 };
 
@@ -17,7 +18,7 @@ use nix::{
     sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, FsType, statfs},
 };
 
-use crate::{LoadError, NetnsCookie};
+use crate::{LoadError, NetnsCookie, kernel};
 
 #[derive(Debug)]
 pub(crate) struct Pins {
@@ -79,6 +80,43 @@ impl Pins {
     pub(crate) fn remove_all(&self) -> Result<(), LoadError> {
         remove(&self.root)
     }
+}
+
+/// Network namespaces, by inode, that programs pinned below `directory` are attached to, whatever build pinned them.
+///
+/// # Errors
+/// When the pins cannot be read (CAP_BPF).
+pub fn attached_netns(directory: &Path) -> Result<Vec<u64>, LoadError> {
+    let mut inodes = Vec::new();
+    for layout in list_or_none(directory)? {
+        for pin in list_or_none(&layout.join("netns"))? {
+            let opening = |source| LoadError::io(format!("opening {}", pin.display()), source);
+            let Some(link) = kernel::open_pin(&pin).map_err(opening)? else { continue };
+            inodes.extend(kernel::link_info(link.as_fd()).map_err(opening)?.netns().map(u64::from));
+        }
+    }
+    Ok(inodes)
+}
+
+/// Takes away everything pinned below `directory`, and with it all that it captures. New connections then go direct.
+///
+/// # Errors
+/// A pin that cannot be removed.
+pub fn remove_pins(directory: &Path) -> Result<(), LoadError> {
+    if !directory.exists() {
+        return Ok(());
+    }
+    if !stands_on(directory, BPF_FS_MAGIC)? {
+        return Err(LoadError::NotBpffs { path: directory.to_owned() });
+    }
+    list(directory)?.iter().try_for_each(|path| remove(path))?;
+    // It stays where it is a mount of its own.
+    let _ = fs::remove_dir(directory);
+    Ok(())
+}
+
+fn list_or_none(directory: &Path) -> Result<Vec<PathBuf>, LoadError> {
+    if directory.is_dir() { list(directory) } else { Ok(Vec::new()) }
 }
 
 /// Removes one pin; fine when there is none.

@@ -6,6 +6,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ebpf_loader::abi::DNS_PORT;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, SockaddrIn, SockaddrIn6, SockaddrStorage, recvmsg};
 use socket2::Socket;
 use tokio::io::Interest;
@@ -17,7 +18,7 @@ use super::message::Transport;
 use super::packet;
 use super::{Verdict, decide, forwarded};
 use crate::node::pod::LocalPod;
-use crate::worker::{Place, Shared};
+use crate::worker::{Place, Shared, count_self_connection};
 
 /// How long a connection may be silent between queries.
 const TCP_IDLE: Duration = Duration::from_secs(5);
@@ -60,6 +61,11 @@ pub async fn udp(shared: Shared, pod: Arc<LocalPod>, socket: DnsSocket) {
             }
         };
         let Some(Datagram { length, client, server }) = received else { continue };
+        // The steering brings port 53 alone; whoever came to our own port would be forwarded to ourselves.
+        if server.port() != DNS_PORT {
+            count_self_connection();
+            continue;
+        }
         // Dropped like by any server that is too busy: resolvers ask again.
         let Some(permit) = pod.dns.permit() else {
             metrics::counter!("ztunnel_dns_dropped_total").increment(1);

@@ -59,14 +59,16 @@ pub struct Finder {
     /// Path of `CGROUP_ROOT` inside the v2 hierarchy as `/proc/PID/cgroup` spells it; "" for the whole.
     v2_prefix: String,
     refused: BTreeSet<u64>,
+    /// There is one workload and it lives where we do: nothing is searched.
+    own: bool,
 }
 
 impl Finder {
-    /// `host` is the inode of the node's own network namespace.
+    /// `host` is the inode of the node's own network namespace, where it is known.
     ///
     /// # Errors
     /// When this process' own mounts or namespace cannot be read.
-    pub fn new(proc_root: &Path, cgroup_root: &Path, host: u64) -> io::Result<Self> {
+    pub fn new(proc_root: &Path, cgroup_root: &Path, host: Option<u64>) -> io::Result<Self> {
         let mounts = fs::read_to_string("/proc/self/mountinfo")?;
         let root = fs::canonicalize(cgroup_root)?;
         // Neither the host's namespace nor ours is ever a pod's. Process 1 may be hidden from us; we are not.
@@ -75,8 +77,15 @@ impl Finder {
         Ok(Self {
             proc_root: proc_root.to_owned(),
             v2_prefix: v2_prefix(&mounts, &root).unwrap_or_default(),
-            refused: init.into_iter().chain([own, host]).collect(),
+            refused: init.into_iter().chain([own]).chain(host).collect(),
+            own: false,
         })
+    }
+
+    /// For a ztunnel in the namespace of its only workload: whoever is wanted is here.
+    #[must_use]
+    pub fn own() -> Self {
+        Self { proc_root: PathBuf::from("/proc"), v2_prefix: String::new(), refused: BTreeSet::new(), own: true }
     }
 
     /// Every namespace that holds a process of one of the `wanted` pods, in one walk over `/proc`.
@@ -87,6 +96,9 @@ impl Finder {
         let mut found: BTreeMap<String, Vec<Found>> = BTreeMap::new();
         if wanted.is_empty() {
             return Ok(found);
+        }
+        if self.own {
+            return wanted.iter().map(|uid| Ok((uid.clone(), vec![own()?]))).collect();
         }
         for entry in fs::read_dir(&self.proc_root)? {
             let Ok(entry) = entry else { continue };
@@ -124,6 +136,13 @@ impl Finder {
     fn pod_uid(&self, cgroups: &str) -> Option<String> {
         pod_uid(cgroups, &self.v2_prefix)
     }
+}
+
+/// This process, in its namespace.
+fn own() -> io::Result<Found> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let directory = nix::fcntl::open("/proc/self", flags, Mode::empty())?;
+    Ok(Found { netns: Netns::own()?, process: Process { directory, pid: std::process::id() } })
 }
 
 fn inode(file: std::os::fd::BorrowedFd<'_>) -> io::Result<u64> {
