@@ -19,6 +19,8 @@ const PACKAGES: &[(&str, &str)] = &[
     ("/usr/bin/git", "git"),
     ("/usr/sbin/ip", "iproute2"),
     ("/usr/sbin/nft", "nftables"),
+    ("/usr/sbin/iptables-restore", "iptables"),
+    ("/usr/sbin/ipset", "ipset"),
     ("/usr/bin/tcpdump", "tcpdump"),
     ("/usr/bin/curl", "curl"),
     ("/usr/bin/h2load", "nghttp2-client"),

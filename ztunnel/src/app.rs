@@ -4,6 +4,8 @@
 //! plane's first answers are in and every pod of the first list was tried. End: readiness drops; accepting goes on,
 //! for a successor may still be starting; pods drain; what is left at the deadline is cut.
 
+use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,20 +16,24 @@ use mesh::serve::Readiness;
 use mesh::store::Store;
 use mesh::telemetry::{self, LogHandle};
 use mesh::xds::local::LocalSource;
-use mesh::xds::{NodeInfo, NodeRole, XdsClient, XdsConfig, address_handler, authorization_handler};
+use mesh::xds::{NodeInfo, NodeRole, ResourceHandler, XdsClient, XdsConfig, address_handler, authorization_handler};
+use mesh_proto::enrolment::PodState;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use crate::config::{CaSource, Config, Mode};
+use crate::config::{CaSource, Config, Dedicated, Mode};
 use crate::node::enrolment::Desired;
+use crate::dns::resolv;
+use crate::node::backend::redirect;
 use crate::node::find::Finder;
 use crate::node::host::Host;
 use crate::node::manager::{self, Manager};
 use crate::node::tenure::Tenure;
 use crate::node::{Registry, enrolment, report};
 use crate::worker::{Shared, Workers};
+use crate::zds::{self, agent::Agent, pods::Pods};
 use crate::{admin, capture, certs, dedicated, privileges};
 
 /// Control plane, enrolment, metrics and admin: enough that one slow task does not hold up another.
@@ -35,6 +41,9 @@ const CONTROL_THREADS: usize = 2;
 
 /// For tasks on the control runtime that do not end by themselves, such as a name that is being resolved.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// Names the servers that are asked where a pod's own cannot be told.
+const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 /// How often a draining ztunnel looks for its successor, and how long it still accepts once there is one.
 const SUCCESSOR_POLL: Duration = Duration::from_millis(100);
@@ -47,15 +56,9 @@ const HALF_DONE: Duration = Duration::from_secs(1);
 pub fn run(mut config: Config, log: LogHandle) -> anyhow::Result<()> {
     let metrics = telemetry::metrics_handle();
     telemetry::record_build("ztunnel", &config.version_tag);
-    privileges::check(&config.mode)?;
+    privileges::check(&config)?;
     privileges::lift_file_limit();
-    if config.mode.dedicated().is_some() {
-        dedicated::release::refuse_foreign_pins(&config)?;
-    }
-    let capture =
-        capture::open(&config.bpffs_dir, &config.cgroup_root, &config.excluded_destinations, config.dns_capture)
-            .context("setting up capture")?;
-    let (host, finder) = surroundings(&config, &capture)?;
+    let source = Source::open(&config)?;
     if config.mode.dedicated().is_some() {
         let ca = if let CaSource::Remote(ca) = &mut config.ca { Some(ca) } else { None };
         config.xds.iter_mut().chain(ca).for_each(|plane| plane.dialer = dedicated::control::dialer());
@@ -77,36 +80,16 @@ pub fn run(mut config: Config, log: LogHandle) -> anyhow::Result<()> {
         let workers = Arc::new(Workers::start(&shared).context("starting workers")?);
         let registry = Arc::new(Registry::default());
         let readiness = Readiness::default();
-        let tenure = Arc::new(Tenure::new(&config.bpffs_dir));
         let mut tasks = JoinSet::new();
         tasks.spawn(rotation.run(drain.clone()));
 
-        // In dedicated mode the one pod is no enrolment of the control plane's.
-        let (pods, desired) = match &config.mode {
-            Mode::Shared => {
-                let (pods, desired) = enrolment::handler();
-                (Some(pods), desired)
-            }
-            Mode::Dedicated(settings) => {
-                let (publish, desired) = watch::channel(Desired::default());
-                let (settings, store) = (settings.clone(), shared.store.clone());
-                tasks.spawn(dedicated::follow(config.clone(), settings, store, publish, enrolling.clone()));
-                (None, desired)
-            }
-        };
-        let deps = manager::Deps {
-            shared: shared.clone(),
-            capture,
-            host,
-            finder,
-            workers: workers.clone(),
-            registry: registry.clone(),
-            desired,
-            tenure: tenure.clone(),
-        };
-        let (manager, reports, settled) = Manager::new(deps);
-
-        let mut ready = vec![("pods", settled)];
+        let PodSource { runner, handler: pods, reports, settled, successor, search } =
+            source.into_pods(&shared, &workers, &registry, &enrolling);
+        if let Some(Search { settings, publish }) = search {
+            let store = shared.store.clone();
+            tasks.spawn(dedicated::follow(config.clone(), settings, store, publish, enrolling.clone()));
+        }
+        let mut ready: Vec<_> = settled.into_iter().map(|sign| ("pods", sign)).collect();
         if let Some(path) = &config.local_xds {
             let local = LocalSource::new(path, shared.store.clone(), pods.clone());
             local.load().with_context(|| format!("LOCAL_XDS_PATH={}", path.display()))?;
@@ -115,12 +98,11 @@ pub fn run(mut config: Config, log: LogHandle) -> anyhow::Result<()> {
         if let Some(grpc) = &config.xds {
             let store = &shared.store;
             let mut handlers = vec![address_handler(store.clone()), authorization_handler(store.clone())];
-            let reporting = pods.is_some();
             handlers.extend(pods);
             let xds = XdsConfig { grpc: grpc.clone(), node: node_info(&config), on_demand: false };
             let client = XdsClient::new(xds, handlers);
             ready.push(("control plane", client.synced()));
-            if reporting {
+            if let Some(reports) = reports {
                 let channel = mesh::grpc::channel(grpc.clone()).context("XDS_ADDRESS")?;
                 tasks.spawn(report::run(channel, reports, client.connected(), enrolling.clone()));
             }
@@ -128,9 +110,15 @@ pub fn run(mut config: Config, log: LogHandle) -> anyhow::Result<()> {
         }
         // Pods are enrolled on top of everything that is known, so that no connection meets an empty store.
         let synced = ready.iter().find(|(name, _)| *name == "control plane").map(|(_, s)| s.clone());
+        if let Runner::Agent(_, sign) = &runner {
+            tasks.spawn(follow(sign.clone(), readiness.clone()));
+        }
         tasks.spawn(async move {
             if wait(synced, &enrolling).await {
-                manager.run(enrolling).await;
+                match runner {
+                    Runner::Manager(manager) => manager.run(enrolling).await,
+                    Runner::Agent(agent, _) => agent.run().await,
+                }
             }
         });
         tasks.spawn(policy_changes(shared.clone(), registry.clone(), drain.clone()));
@@ -154,9 +142,9 @@ pub fn run(mut config: Config, log: LogHandle) -> anyhow::Result<()> {
         until_asked_to_end(quit_asked).await?;
         readiness.shutting_down();
         enrolment_end.drain(Duration::ZERO).await;
-        drain_pods(&config, &registry, &tenure).await;
+        drain_pods(&config, &registry, &successor).await;
         feeds_end.drain(Duration::ZERO).await;
-        if config.mode.dedicated().is_some_and(|d| d.release_on_exit) && !tenure.is_lost() {
+        if config.mode.dedicated().is_some_and(|d| d.release_on_exit) && !successor.serves_all(&registry) {
             dedicated::release::take_away(&config).await.context("releasing this network namespace")?;
             tracing::info!("released: nothing is captured any more");
         }
@@ -185,6 +173,137 @@ fn surroundings(config: &Config, capture: &Capture) -> anyhow::Result<(Host, Fin
     let finder = Finder::new(&config.proc_root, &config.cgroup_root, host.inode())
         .with_context(|| format!("reading {} and {}", config.proc_root.display(), config.cgroup_root.display()))?;
     Ok((host, finder))
+}
+
+/// Where pods come from, opened.
+enum Source {
+    /// The control plane names them; capture is ours.
+    ControlPlane { capture: Arc<Capture>, host: Host, finder: Finder },
+    /// A CNI agent hands them over, and captures.
+    Agent { path: PathBuf, dns_servers: Vec<SocketAddr> },
+}
+
+/// Who runs the pods, and what the rest needs to know of it.
+struct PodSource {
+    runner: Runner,
+    /// Takes the control plane's enrolments, where those count.
+    handler: Option<Arc<dyn ResourceHandler>>,
+    reports: Option<watch::Receiver<Vec<PodState>>>,
+    settled: Option<watch::Receiver<bool>>,
+    successor: Successor,
+    search: Option<Search>,
+}
+
+/// In dedicated mode: how the one workload is told, once it is found.
+struct Search {
+    settings: Dedicated,
+    publish: watch::Sender<Desired>,
+}
+
+enum Runner {
+    Manager(Box<Manager>),
+    /// With its readiness, which may be lost again.
+    Agent(Box<Agent>, watch::Receiver<bool>),
+}
+
+impl Source {
+    fn open(config: &Config) -> anyhow::Result<Self> {
+        if let Some(path) = &config.agent {
+            let text = std::fs::read_to_string(RESOLV_CONF).with_context(|| format!("reading {RESOLV_CONF}"))?;
+            return Ok(Self::Agent { path: path.clone(), dns_servers: resolv::servers(&text) });
+        }
+        if config.mode.dedicated().is_some() {
+            dedicated::release::refuse_foreign_pins(config)?;
+        }
+        let capture =
+            capture::open(&config.bpffs_dir, &config.cgroup_root, &config.excluded_destinations, config.dns_capture)
+                .context("setting up capture")?;
+        let (host, finder) = surroundings(config, &capture)?;
+        Ok(Self::ControlPlane { capture, host, finder })
+    }
+
+    fn into_pods(
+        self,
+        shared: &Shared,
+        workers: &Arc<Workers>,
+        registry: &Arc<Registry>,
+        enrolling: &DrainWatcher,
+    ) -> PodSource {
+        let (shared, workers, registry) = (shared.clone(), workers.clone(), registry.clone());
+        match self {
+            Self::ControlPlane { capture, host, finder } => {
+                let tenure = Arc::new(Tenure::new(&shared.config.bpffs_dir));
+                let (handler, desired, search) = match &shared.config.mode {
+                    Mode::Shared => {
+                        let (handler, desired) = enrolment::handler();
+                        (Some(handler), desired, None)
+                    }
+                    // The one pod is no enrolment of the control plane's.
+                    Mode::Dedicated(settings) => {
+                        let (publish, desired) = watch::channel(Desired::default());
+                        (None, desired, Some(Search { settings: settings.clone(), publish }))
+                    }
+                };
+                let successor = Successor::Tenure(tenure.clone());
+                let deps = manager::Deps { shared, capture, host, finder, workers, registry, desired, tenure };
+                let (manager, reports, settled) = Manager::new(deps);
+                PodSource {
+                    runner: Runner::Manager(Box::new(manager)),
+                    reports: handler.is_some().then_some(reports),
+                    handler,
+                    settled: Some(settled),
+                    successor,
+                    search,
+                }
+            }
+            Self::Agent { path, dns_servers } => {
+                let successor = Successor::Listeners { own: workers.count() };
+                let pods = Pods::new(zds::pods::Deps { shared, workers, registry, dns_servers: dns_servers.into() });
+                let (agent, ready) = Agent::new(&path, pods, enrolling.clone());
+                let runner = Runner::Agent(Box::new(agent), ready);
+                PodSource { runner, handler: None, reports: None, settled: None, successor, search: None }
+            }
+        }
+    }
+}
+
+/// How a ztunnel that ends learns that another has taken over.
+enum Successor {
+    /// By the claim beside the pins.
+    Tenure(Arc<Tenure>),
+    /// By listeners on a pod's ports that are not our own.
+    Listeners { own: usize },
+}
+
+impl Successor {
+    fn serves_all(&self, registry: &Registry) -> bool {
+        match self {
+            Self::Tenure(tenure) => tenure.is_lost(),
+            Self::Listeners { own } => {
+                registry.pods().iter().all(|pod| redirect::serving(&pod.netns).is_ok_and(|all| all > *own))
+            }
+        }
+    }
+}
+
+/// Keeps readiness as `sign` says.
+fn follow(mut sign: watch::Receiver<bool>, readiness: Readiness) -> impl Future<Output = ()> {
+    let name = "pods of the CNI agent";
+    // Before the first question can come.
+    let mut pending = Some(readiness.pending(name));
+    async move {
+        loop {
+            if *sign.borrow_and_update() {
+                pending = None;
+            } else if pending.is_none() {
+                pending = Some(readiness.pending(name));
+            }
+            if sign.changed().await.is_err() {
+                // The end; readiness as a whole is down by then.
+                return;
+            }
+        }
+    }
 }
 
 /// False when the drain began first.
@@ -241,20 +360,21 @@ async fn until_asked_to_end(mut quit: watch::Receiver<bool>) -> anyhow::Result<(
 }
 
 /// The drain. Pins stay: whoever comes next takes over from them, and until then the pods' new connections are refused.
-async fn drain_pods(config: &Config, registry: &Registry, tenure: &Tenure) {
+async fn drain_pods(config: &Config, registry: &Registry, successor: &Successor) {
     let deadline = Instant::now() + config.termination_deadline;
     // Without a successor we are still better than nobody, until the time that open connections need to end.
     let accepting = config.termination_deadline.saturating_sub(config.drain_deadline);
     if !registry.pods().is_empty() {
         tracing::info!(seconds = accepting.as_secs_f64(), "accepting until a successor has taken over");
         let taken_over = async {
-            while !tenure.is_lost() {
+            while !successor.serves_all(registry) {
                 tokio::time::sleep(SUCCESSOR_POLL).await;
             }
             // What is new goes to the successor's listeners; handshakes that were half done are still ours.
             tokio::time::sleep(HALF_DONE).await;
         };
         let _ = tokio::time::timeout(accepting, taken_over).await;
+        tracing::info!("no longer accepting");
     }
     let left = deadline.saturating_duration_since(Instant::now());
     let mut pods = JoinSet::new();

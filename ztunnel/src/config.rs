@@ -33,7 +33,8 @@ const DEFAULT_ADMIN_SOCKET: &str = "/var/run/ztunnel/admin.sock";
 const DEFAULT_EXCLUDED: &str = "169.254.169.254/32";
 
 /// Known variables that make no sense in dedicated mode, and why.
-const NOT_DEDICATED: [(&str, &str); 2] = [
+const NOT_DEDICATED: [(&str, &str); 3] = [
+    ("INPOD_UDS", "a ztunnel of dedicated mode captures its workload by itself"),
     ("ADMIN_PORT", "in dedicated mode the admin server is on a unix socket; ADMIN_SOCKET says where"),
     ("HOST_NETNS", "a ztunnel of dedicated mode knows no namespace but its own"),
 ];
@@ -172,6 +173,9 @@ pub struct Config {
     pub log_filter: String,
     pub log_format: LogFormat,
 
+    /// Socket of Istio's CNI agent, from which pods come then, and which captures them; the settings below mean nothing
+    /// in that case.
+    pub agent: Option<PathBuf>,
     pub cgroup_root: PathBuf,
     pub bpffs_dir: PathBuf,
     pub proc_root: PathBuf,
@@ -260,6 +264,7 @@ impl Config {
             "adminPort": self.admin_port,
             "statsPort": self.stats_port,
             "readinessPort": self.readiness_port,
+            "inpodUds": self.agent,
             "cgroupRoot": self.cgroup_root,
             "bpffsDir": self.bpffs_dir,
             "procRoot": self.proc_root,
@@ -298,14 +303,17 @@ impl Raw {
         self.0.only("PROXY_CONFIG", &[], "set the environment variables themselves");
         self.0.only("ENABLE_PROXY", yes, "a ztunnel without a data plane has no purpose");
         self.0.only("INPOD_ENABLED", yes, "pods are always captured in their own network namespace");
-        self.0.only("INPOD_UDS", &[], "pods come from the control plane, not from a CNI agent (ZDS)");
         self.0.only("INPOD_PORT_REUSE", yes, "listeners always share their port");
-        self.0.only(
-            "ISTIO_META_DNS_PROXY_ADDR",
-            &[],
-            "queries are taken by the steering; there is no address to choose",
-        );
-        self.0.only("DNS_PROXY_ADDR", &[], "queries are taken by the steering; there is no address to choose");
+        let agent = self.0.text("INPOD_UDS").is_some();
+        for name in ["ISTIO_META_DNS_PROXY_ADDR", "DNS_PROXY_ADDR"] {
+            let allowed: &[&str] = if agent { &["localhost:15053", "127.0.0.1:15053"] } else { &[] };
+            self.0.only(name, allowed, "there is no address to choose");
+        }
+        if agent {
+            for name in ["CGROUP_ROOT", "BPFFS_DIR", "HOST_NETNS", "PROC_ROOT", "EXCLUDED_DESTINATIONS"] {
+                self.0.only(name, &[], "with INPOD_UDS pods are found and captured by the CNI agent");
+            }
+        }
         self.0.only("XDS_ON_DEMAND", no, "workloads are always subscribed to as a whole");
         self.0.only("LOCAL_XDS", &[], "name a file with LOCAL_XDS_PATH");
         self.0.only("TLS12_ENABLED", no, "HBONE is TLS 1.3 only");
@@ -390,6 +398,7 @@ impl Raw {
             readiness_port: self.0.value("READINESS_PORT", 15021, "a port"),
             log_filter: self.0.string("RUST_LOG", "info"),
             log_format: self.0.value("LOG_FORMAT", LogFormat::Plain, "plain or json"),
+            agent: self.0.text("INPOD_UDS").map(PathBuf::from),
             cgroup_root: self.0.text("CGROUP_ROOT").map_or(cgroup_default, PathBuf::from),
             bpffs_dir: PathBuf::from(
                 self.0.string("BPFFS_DIR", if dedicated { DEDICATED_BPFFS_DIR } else { DEFAULT_BPFFS_DIR }),
@@ -625,13 +634,23 @@ mod tests {
         for (name, value) in [
             ("PROXY_MODE", "dedicated"),
             ("ISTIO_META_DNS_PROXY_ADDR", "localhost:15053"),
-            ("INPOD_UDS", "/var/run/ztunnel/ztunnel.sock"),
             ("CRL_PATH", "/crl"),
             ("TLS12_ENABLED", "true"),
             ("XDS_ON_DEMAND", "true"),
             ("PACKET_MARK", "7"),
         ] {
             let mistakes = env(&[("NODE_NAME", "a"), (name, value)]).unwrap_err();
+            assert!(mistakes.to_string().contains(name), "{mistakes}");
+        }
+    }
+
+    #[test]
+    fn an_agent_brings_the_pods_and_takes_the_settings_of_capture() {
+        let uds = ("INPOD_UDS", "/var/run/ztunnel/ztunnel.sock");
+        let config = env(&[("NODE_NAME", "a"), uds, ("ISTIO_META_DNS_PROXY_ADDR", "localhost:15053")]).unwrap();
+        assert_eq!(config.agent.as_deref(), Some(Path::new(uds.1)));
+        for name in ["BPFFS_DIR", "CGROUP_ROOT", "EXCLUDED_DESTINATIONS", "HOST_NETNS", "PROC_ROOT"] {
+            let mistakes = env(&[("NODE_NAME", "a"), uds, (name, "/x")]).unwrap_err();
             assert!(mistakes.to_string().contains(name), "{mistakes}");
         }
     }

@@ -9,6 +9,7 @@ pub mod answer;
 pub mod forward;
 pub mod message;
 pub mod packet;
+pub mod resolv;
 pub mod serve;
 
 use std::net::SocketAddr;
@@ -33,12 +34,27 @@ const IN_FLIGHT: usize = 256;
 pub struct DnsState {
     captured: AtomicBool,
     in_flight: Arc<Semaphore>,
+    /// Asked in place of the server the pod asks, where that cannot be told.
+    servers: Arc<[SocketAddr]>,
 }
 
 impl DnsState {
     #[must_use]
     pub fn new(captured: bool) -> Self {
-        Self { captured: AtomicBool::new(captured), in_flight: Arc::new(Semaphore::new(IN_FLIGHT)) }
+        let in_flight = Arc::new(Semaphore::new(IN_FLIGHT));
+        Self { captured: AtomicBool::new(captured), in_flight, servers: Arc::new([]) }
+    }
+
+    /// For a pod whose queries come without the address of the server: names outside the mesh are asked of `servers`.
+    #[must_use]
+    pub fn asking(servers: Arc<[SocketAddr]>) -> Self {
+        Self { servers, ..Self::new(false) }
+    }
+
+    /// Who is asked about names outside the mesh, the first one first, when the pod asked `asked`.
+    #[must_use]
+    pub fn servers(&self, asked: Option<SocketAddr>) -> Vec<SocketAddr> {
+        if self.servers.is_empty() { asked.into_iter().collect() } else { self.servers.to_vec() }
     }
 
     #[must_use]
@@ -98,7 +114,13 @@ impl Labels {
 }
 
 /// Decides on one message of `pod` on the newest snapshot. Waits only for the pod's own workload to become known.
-async fn decide(shared: &Shared, pod: &LocalPod, server: SocketAddr, transport: Transport, bytes: &[u8]) -> Verdict {
+async fn decide(
+    shared: &Shared,
+    pod: &LocalPod,
+    server: Option<SocketAddr>,
+    transport: Transport,
+    bytes: &[u8],
+) -> Verdict {
     let query = match message::read(bytes, transport) {
         Asked::Query(query) => query,
         Asked::Refused(reply) => return Verdict::Reply(reply),
@@ -112,7 +134,7 @@ async fn decide(shared: &Shared, pod: &LocalPod, server: SocketAddr, transport: 
     let source = match local {
         Ok(source) => source,
         Err(error) => {
-            tracing::debug!(target: "dns", %pod, %namespace, %name, r#type = labels.kind, %server, %error, "not answered");
+            tracing::debug!(target: "dns", %pod, %namespace, %name, r#type = labels.kind, ?server, %error, "not answered");
             return reply(query.fail());
         }
     };
@@ -127,11 +149,11 @@ async fn decide(shared: &Shared, pod: &LocalPod, server: SocketAddr, transport: 
     match found {
         Some(found) => {
             let addresses = found.addresses.len();
-            tracing::debug!(target: "dns", %pod, %namespace, %name, r#type = labels.kind, %server, addresses, "answered");
+            tracing::debug!(target: "dns", %pod, %namespace, %name, r#type = labels.kind, ?server, addresses, "answered");
             reply(query.answer(shuffled(found)))
         }
         None => {
-            tracing::debug!(target: "dns", %pod, %namespace, %name, r#type = labels.kind, %server, "forwarded");
+            tracing::debug!(target: "dns", %pod, %namespace, %name, r#type = labels.kind, ?server, "forwarded");
             Verdict::Forward(query, labels)
         }
     }

@@ -14,18 +14,12 @@ use tokio::net::TcpStream;
 use crate::ending::Ending;
 use crate::node::pod::{Facts, Tracked, Transport, Way};
 use crate::resolve;
-use crate::worker::{Local, Place, copy, h2_settings};
+use crate::worker::{Local, Place, SELF_CALL, copy, h2_settings};
 
 /// Serves one connection to port 15008 of the pod at `here`.
 pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, here: SocketAddr) {
     if at.is_self_call(here) {
-        return access::refused(
-            Direction::Inbound,
-            client,
-            here,
-            ResponseFlag::BadRequest,
-            &"the proxy's own listener was dialled",
-        );
+        return access::refused(Direction::Inbound, client, here, ResponseFlag::BadRequest, &SELF_CALL);
     }
     let cert = async {
         let local = at.local().await?;

@@ -4,8 +4,8 @@
 //! from the control plane or from a file. One connection's path is one file read from top to bottom: [`outbound`],
 //! [`inbound`] or [`passthrough`]. What to do is decided in [`resolve`], which touches nothing.
 //!
-//! Left out, with an error where it is asked for: the mode `cni`, pods handed over by a
-//! CNI agent (ZDS), gateways between networks, application tunnels.
+//! Left out, with an error where it is asked for: the mode `cni`, gateways between
+//! networks, application tunnels.
 
 #![forbid(unsafe_code)]
 
@@ -24,3 +24,4 @@ pub mod passthrough;
 pub mod privileges;
 pub mod resolve;
 pub mod worker;
+pub mod zds;

@@ -15,18 +15,12 @@ use crate::dns;
 use crate::ending::Ending;
 use crate::node::pod::{Facts, Tracked, Transport, Way};
 use crate::resolve::{self, NoRoute, Route, Tunnel, Via};
-use crate::worker::{Local, Place, copy, reset};
+use crate::worker::{Local, Place, SELF_CALL, copy, reset};
 
 /// Serves what the pod's application sent to `dst`.
 pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, dst: SocketAddr) {
     if at.is_self_call(dst) {
-        return access::refused(
-            Direction::Outbound,
-            client,
-            dst,
-            ResponseFlag::BadRequest,
-            &"the proxy's own listener was dialled",
-        );
+        return access::refused(Direction::Outbound, client, dst, ResponseFlag::BadRequest, &SELF_CALL);
     }
     if dst.port() == DNS_PORT && at.pod.dns.is_captured() {
         return Box::pin(dns::serve::tcp(&at, stream, dst)).await;

@@ -13,18 +13,12 @@ use crate::ending::Ending;
 use crate::inbound::log_decision;
 use crate::node::pod::{Facts, Tracked, Transport, Way};
 use crate::resolve;
-use crate::worker::{Local, Place, copy, reset};
+use crate::worker::{Local, Place, SELF_CALL, copy, reset};
 
 /// Serves one plain connection to the pod's application at `app`.
 pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, app: SocketAddr) {
     if at.is_self_call(app) {
-        return access::refused(
-            Direction::Inbound,
-            client,
-            app,
-            ResponseFlag::BadRequest,
-            &"the proxy's own listener was dialled",
-        );
+        return access::refused(Direction::Inbound, client, app, ResponseFlag::BadRequest, &SELF_CALL);
     }
     let Local { world, workload: local, .. } = match at.local().await {
         Ok(local) => local,

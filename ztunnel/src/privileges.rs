@@ -6,28 +6,30 @@ use std::io;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use crate::config::Mode;
+use crate::config::Config;
 
 /// 250 pods with their listeners, and some thousand connections.
 const FEW_FILES: u64 = 16_384;
 
-type Capability = (&'static str, u32, &'static str);
-
 /// What is needed in one namespace, our own.
-const NEEDED_DEDICATED: [Capability; 3] = [
+const DEDICATED: [Capability; 3] = [
     ("CAP_BPF", 39, "load the capture programs"),
     ("CAP_NET_ADMIN", 12, "attach them, set rules, routes and socket marks"),
     ("CAP_NET_RAW", 13, "answer DNS in the name of the server that was asked"),
 ];
 
 /// A capability ztunnel needs, its bit in `CapEff`, and what for.
-const NEEDED: [Capability; 5] = [
-    ("CAP_BPF", 39, "load the capture programs"),
-    ("CAP_NET_ADMIN", 12, "attach them, set rules, routes and socket marks in pods"),
+type Capability = (&'static str, u32, &'static str);
+
+/// Whoever captures.
+const ALWAYS: [Capability; 3] = [
+    ("CAP_NET_ADMIN", 12, "set socket marks, rules and routes in pods"),
     ("CAP_SYS_ADMIN", 21, "enter pods' network namespaces"),
-    ("CAP_SYS_PTRACE", 19, "find pods' network namespaces under /proc"),
     ("CAP_NET_RAW", 13, "open transparent sockets"),
 ];
+/// Where that is ztunnel.
+const CAPTURE: [Capability; 2] =
+    [("CAP_BPF", 39, "load the capture programs"), ("CAP_SYS_PTRACE", 19, "find pods' network namespaces under /proc")];
 
 /// The capabilities this process lacks.
 #[derive(Debug, PartialEq, Eq)]
@@ -45,17 +47,23 @@ impl fmt::Display for Missing {
 
 impl std::error::Error for Missing {}
 
-/// Looks at this process' effective capabilities.
+/// Looks at this process' effective capabilities. With an agent that hands pods over and captures them, few are needed.
 ///
 /// # Errors
 /// The ones that are missing, all of them.
-pub fn check(mode: &Mode) -> anyhow::Result<()> {
+pub fn check(config: &Config) -> anyhow::Result<()> {
     let status = fs::read_to_string("/proc/self/status")?;
-    let needed = match mode {
-        Mode::Shared => &NEEDED[..],
-        Mode::Dedicated(_) => &NEEDED_DEDICATED[..],
-    };
-    Ok(check_status(effective(&status).ok_or_else(|| io::Error::other("no CapEff in /proc/self/status"))?, needed)?)
+    let capabilities = effective(&status).ok_or_else(|| io::Error::other("no CapEff in /proc/self/status"))?;
+    Ok(check_status(capabilities, &needed(config.mode.dedicated().is_some(), config.agent.is_some()))?)
+}
+
+fn needed(dedicated: bool, agent: bool) -> Vec<Capability> {
+    match (dedicated, agent) {
+        (true, _) => DEDICATED.to_vec(),
+        (false, true) => ALWAYS.to_vec(),
+        (false, false) => [&ALWAYS[..], &CAPTURE].concat(),
+    }
+}
 }
 
 /// Lifts the limit of open files as far as this process may: each pod takes a dozen and each connection two, and what
@@ -91,15 +99,18 @@ mod tests {
     #[test]
     fn names_every_missing_capability_and_the_cure() {
         let all = effective("Name:\tx\nCapEff:\t000001ffffffffff\n").unwrap();
-        assert_eq!(check_status(all, &NEEDED), Ok(()));
+        let shared = needed(false, false);
+        assert_eq!(check_status(all, &shared), Ok(()));
         let some = all & !(1 << 39) & !(1 << 19);
-        let text = check_status(some, &NEEDED).unwrap_err().to_string();
+        let text = check_status(some, &shared).unwrap_err().to_string();
         assert!(
             text.contains("CAP_BPF") && text.contains("CAP_SYS_PTRACE") && text.contains("securityContext"),
             "{text}"
         );
         assert!(!text.contains("CAP_NET_RAW"), "{text}");
-        let text = check_status(some, &NEEDED_DEDICATED).unwrap_err().to_string();
+        let text = check_status(some, &needed(true, false)).unwrap_err().to_string();
         assert!(text.contains("CAP_BPF") && !text.contains("CAP_SYS_PTRACE"), "no other process is looked at: {text}");
+        let chart = (1 << 12) | (1 << 21) | (1 << 13);
+        assert_eq!(check_status(chart, &needed(false, true)), Ok(()), "what Istio's chart gives");
     }
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use futures_util::future::{Either, Ready, ready};
 use mesh::drain::Guard;
 use mesh::hbone::{Authority, H2Settings, Pool, PoolSettings};
 use mesh::identity::{CertificateManager, Identity, WorkloadCertificate};
@@ -14,7 +15,8 @@ use mesh::model::Workload;
 use mesh::net::{PeerAddr, canonical};
 use mesh::serve::{accept_loop, copy_bidirectional};
 use mesh::store::{Snapshot, Store};
-use mesh::telemetry::ByteCounts;
+use mesh::telemetry::access::{self, Direction};
+use mesh::telemetry::{ByteCounts, ResponseFlag};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -24,7 +26,7 @@ use crate::ending::Ending;
 use crate::node::netns::Family;
 use crate::node::pod::{LocalPod, Tracked};
 use crate::resolve::{self, BadTarget};
-use crate::{inbound, outbound, passthrough};
+use crate::{dns, inbound, outbound, passthrough};
 
 /// How long a connection waits for its own workload to arrive from the control plane.
 const WORKLOAD_WAIT: Duration = Duration::from_secs(5);
@@ -85,6 +87,7 @@ impl Shared {
                 enrolled: format!("{}/{}", pod.namespace, pod.service_account),
             });
         }
+        pod.learn_addresses(&workload.addresses);
         let identity =
             workload.identity().map_err(|source| Ending::BadIdentity { workload: workload.uid.to_string(), source })?;
         Ok(Local { world, workload, identity })
@@ -97,6 +100,17 @@ pub enum Role {
     Outbound,
     Passthrough,
     Hbone,
+    /// Connections to a DNS server, where a port of its own takes them.
+    Dns,
+}
+
+impl Role {
+    const fn direction(self) -> Direction {
+        match self {
+            Self::Outbound | Self::Dns => Direction::Outbound,
+            Self::Passthrough | Self::Hbone => Direction::Inbound,
+        }
+    }
 }
 
 /// A pod's listeners for one worker.
@@ -195,9 +209,10 @@ async fn serve_pod(shared: Shared, job: Assignment) {
         };
         let drain = at.pod.drain.clone();
         match role {
-            Role::Outbound => loops.spawn(accept_loop(listener, drain, handler(&at, outbound::serve))),
-            Role::Passthrough => loops.spawn(accept_loop(listener, drain, handler(&at, passthrough::serve))),
-            Role::Hbone => loops.spawn(accept_loop(listener, drain, handler(&at, inbound::serve))),
+            Role::Outbound => loops.spawn(accept_loop(listener, drain, handler(&at, role, outbound::serve))),
+            Role::Passthrough => loops.spawn(accept_loop(listener, drain, handler(&at, role, passthrough::serve))),
+            Role::Hbone => loops.spawn(accept_loop(listener, drain, handler(&at, role, inbound::serve))),
+            Role::Dns => loops.spawn(accept_loop(listener, drain, handler(&at, role, dns::serve::captured))),
         };
     }
     // The loops own the connections, so this is the end of the last one.
@@ -207,17 +222,37 @@ async fn serve_pod(shared: Shared, job: Assignment) {
 }
 
 /// Turns a path function into what the accept loop calls.
-fn handler<F, Fut>(at: &Arc<Place>, serve: F) -> impl Fn(TcpStream, PeerAddr) -> Fut + use<F, Fut>
+fn handler<F, Fut>(
+    at: &Arc<Place>,
+    role: Role,
+    serve: F,
+) -> impl Fn(TcpStream, PeerAddr) -> Either<Fut, Ready<()>> + use<F, Fut>
 where
     F: Fn(Arc<Place>, TcpStream, SocketAddr, SocketAddr) -> Fut,
     Fut: Future<Output = ()> + Send + 'static,
 {
     let at = at.clone();
     move |stream, peer| {
-        // A socket that cannot name its own end is closed already; the unspecified address has no route.
-        let here = stream.local_addr().map_or_else(|_| SocketAddr::from(([0, 0, 0, 0], 0)), canonical);
-        serve(at.clone(), stream, canonical(peer.0), here)
+        let client = canonical(peer.0);
+        match at.pod.backend.destination(role, &stream) {
+            Some(destination) => Either::Left(serve(at.clone(), stream, client, destination)),
+            None => {
+                count_self_call();
+                // A socket that cannot name its own end is closed already.
+                let here = stream.local_addr().map_or(client, canonical);
+                access::refused(role.direction(), client, here, ResponseFlag::BadRequest, &SELF_CALL);
+                Either::Right(ready(()))
+            }
+        }
     }
+}
+
+/// Told of a connection to one of our own listeners.
+pub const SELF_CALL: &str = "the proxy's own listener was dialled";
+
+/// Somebody in the pod dialled the proxy's own sockets, and nothing came of it.
+pub fn count_self_call() {
+    metrics::counter!("ztunnel_self_connections_total").increment(1);
 }
 
 /// HTTP/2 as configured.
@@ -247,12 +282,12 @@ pub struct Place {
 }
 
 impl Place {
-    /// Was one of our own loopback listeners dialled from inside the pod? Then the connection is to be closed.
+    /// Was one of our own listeners dialled? Then the connection is to be closed.
     #[must_use]
     pub fn is_self_call(&self, here: SocketAddr) -> bool {
         let own = self.pod.is_own_listener(here);
         if own {
-            count_self_connection();
+            count_self_call();
         }
         own
     }
@@ -273,7 +308,7 @@ impl Place {
             if own { Err(BadTarget::OwnPort(app.port())) } else { Ok(app) }
         });
         if let Err(BadTarget::OwnPort(_)) = &target {
-            count_self_connection();
+            count_self_call();
         }
         target
     }
@@ -319,14 +354,9 @@ impl Place {
         if !keep_source {
             return self.dial_plain(to).await;
         }
-        let leg = async { connect(self.pod.netns.app_leg(client)?, to).await };
+        let leg = async { connect(self.pod.backend.app_leg(&self.pod.netns, client)?, to).await };
         in_time(to, leg).await
     }
-}
-
-/// Somebody in the pod dialled the proxy's own sockets, and nothing came of it.
-pub fn count_self_connection() {
-    metrics::counter!("ztunnel_self_connections_total").increment(1);
 }
 
 async fn in_time(to: SocketAddr, dial: impl Future<Output = io::Result<TcpStream>>) -> Result<TcpStream, Ending> {

@@ -30,10 +30,30 @@ pub enum NoAnswer {
     Timeout(SocketAddr),
     #[error("{0} answered something else")]
     Mismatch(SocketAddr),
+    #[error("there is no server to ask: ztunnel's /etc/resolv.conf names none")]
+    NoServer,
     #[error(transparent)]
     Connect(#[from] Ending),
     #[error("more queries are under way than one pod may have")]
     Overloaded,
+}
+
+/// Asks one server after the other until one answers, as resolvers do.
+///
+/// # Errors
+/// What kept the last one's answer away.
+pub async fn first(pod: &LocalPod, servers: &[SocketAddr], query: &Query, bytes: &[u8]) -> Result<Vec<u8>, NoAnswer> {
+    let mut last = NoAnswer::NoServer;
+    // Together they may take as long as one: the client will not wait for more.
+    let each = TIMEOUT / u32::try_from(servers.len().max(1)).unwrap_or(1);
+    for server in servers {
+        match tokio::time::timeout(each, udp(pod, *server, query, bytes)).await {
+            Ok(Ok(answer)) => return Ok(answer),
+            Ok(Err(error)) => last = error,
+            Err(_) => last = NoAnswer::Timeout(*server),
+        }
+    }
+    Err(last)
 }
 
 /// Asks `server` by UDP. An answer that is truncated is handed on as it is: the client then comes by TCP.

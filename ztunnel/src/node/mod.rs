@@ -5,6 +5,7 @@
 //! Order when it leaves: no new capture, HBONE still answered; steering away; open connections live on; rules and
 //! route; listeners. A namespace is never touched that was not found by the pod's UID (see [`find`]).
 
+pub mod backend;
 pub mod enrolment;
 pub mod find;
 pub mod host;
@@ -58,11 +59,11 @@ impl EnrolError {
 pub struct Registry(RwLock<BTreeMap<u64, Arc<LocalPod>>>);
 
 impl Registry {
-    fn insert(&self, pod: &Arc<LocalPod>) {
+    pub(crate) fn insert(&self, pod: &Arc<LocalPod>) {
         self.0.write().unwrap_or_else(PoisonError::into_inner).insert(Self::key(pod), pod.clone());
     }
 
-    fn remove(&self, pod: &Arc<LocalPod>) {
+    pub(crate) fn remove(&self, pod: &Arc<LocalPod>) {
         self.0.write().unwrap_or_else(PoisonError::into_inner).remove(&Self::key(pod));
     }
 

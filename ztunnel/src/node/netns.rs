@@ -15,7 +15,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::stat::fstat;
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::dns::serve::DnsSocket;
+use crate::dns::serve::{Answers, DnsSocket};
 
 /// Pending handshakes per listener; bounded again by net.core.somaxconn.
 const BACKLOG: i32 = 4096;
@@ -88,6 +88,14 @@ impl Netns {
     #[must_use]
     pub fn file(&self) -> std::os::fd::BorrowedFd<'_> {
         self.file.as_fd()
+    }
+
+    /// Is it the one this process lives in?
+    ///
+    /// # Errors
+    /// Those of `fstat`.
+    pub fn is_own(&self) -> io::Result<bool> {
+        Ok(nix::sys::stat::fstat(&self.home)?.st_ino == self.inode)
     }
 
     /// Runs `make` with the thread inside the namespace. It must not block for long: a data path thread may run it.
@@ -170,7 +178,7 @@ impl Netns {
             // Of this protocol the sender writes the IP header.
             let answers = Socket::new(family.domain(), Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW)))?;
             answers.set_nonblocking(true)?;
-            Ok(DnsSocket { queries: queries.into(), answers })
+            Ok(DnsSocket { queries: queries.into(), answers: Answers::InTheServersName(answers) })
         })
     }
 
@@ -191,6 +199,21 @@ impl Netns {
         })?;
         transparent(&socket, family)?;
         socket.set_mark(MARK_LEG)?;
+        setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
+        socket.bind(&SocketAddr::new(client, 0).into())?;
+        Ok(socket)
+    }
+
+    /// As [`Self::outgoing`], from an address that need not be the pod's: how the application is called in its
+    /// client's name where rules of others bring the answers back.
+    ///
+    /// # Errors
+    /// Those of the socket calls; CAP_NET_ADMIN or CAP_NET_RAW is needed for a transparent socket.
+    pub fn outgoing_as(&self, client: IpAddr) -> io::Result<Socket> {
+        let family = Family::of(client);
+        let socket = self.enter(|| tcp(family))?;
+        transparent(&socket, family)?;
+        socket.set_mark(MARK_BYPASS)?;
         setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
         socket.bind(&SocketAddr::new(client, 0).into())?;
         Ok(socket)

@@ -14,6 +14,7 @@ use mesh::store::Snapshot;
 use serde::Serialize;
 use tokio::sync::Notify;
 
+use super::backend::{Backend, redirect};
 use super::enrolment::Enrolment;
 use super::netns::Netns;
 use crate::dns::DnsState;
@@ -26,6 +27,7 @@ pub struct LocalPod {
     pub namespace: Arc<str>,
     pub service_account: Arc<str>,
     pub netns: Netns,
+    pub backend: Backend,
     pub cookie: NetnsCookie,
     pub connections: Connections,
     pub dns: DnsState,
@@ -55,6 +57,7 @@ impl LocalPod {
             namespace: enrolment.namespace.clone(),
             service_account: enrolment.service_account.clone(),
             netns,
+            backend: Backend::Ebpf,
             cookie,
             connections: Connections::default(),
             dns,
@@ -63,6 +66,21 @@ impl LocalPod {
             addresses: ArcSwap::from_pointee(enrolment.addresses.clone()),
             listeners,
             trigger: Mutex::new(Some(trigger)),
+        }
+    }
+
+    /// The same pod with connections that come by redirection. Its addresses are those of its workload, which may be
+    /// known late.
+    #[must_use]
+    pub fn redirected(mut self) -> Self {
+        self.backend = Backend::Redirect;
+        self
+    }
+
+    /// Takes the addresses the control plane gives for the pod, where nobody else tells them.
+    pub fn learn_addresses(&self, known: &[IpAddr]) {
+        if self.backend == Backend::Redirect && **self.addresses.load() != *known {
+            self.set_addresses(known.to_vec());
         }
     }
 
@@ -81,10 +99,17 @@ impl LocalPod {
         self.addresses.load().iter().find(|a| a.is_ipv4() == like.is_ipv4()).copied()
     }
 
-    /// Did somebody in the pod dial one of our loopback ports? Answering would make ztunnel dial itself without end.
+    /// Did somebody dial one of our own ports? Answering would make ztunnel dial itself without end.
     #[must_use]
     pub fn is_own_listener(&self, destination: SocketAddr) -> bool {
-        self.listeners.contains(&destination)
+        match self.backend {
+            Backend::Ebpf => self.listeners.contains(&destination),
+            // Dialled from outside, the port is redirected like any other.
+            Backend::Redirect => {
+                redirect::is_own_port(destination.port())
+                    && (destination.ip().is_loopback() || self.addresses.load().contains(&destination.ip()))
+            }
+        }
     }
 
     /// Stops accepting, lets connections end until `deadline`, then cuts them. Where a drain is under way already,
