@@ -24,9 +24,9 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::config::{CaSource, Config, Dedicated, Mode};
-use crate::node::enrolment::Desired;
 use crate::dns::resolv;
 use crate::node::backend::redirect;
+use crate::node::enrolment::Desired;
 use crate::node::find::Finder;
 use crate::node::host::Host;
 use crate::node::manager::{self, Manager};

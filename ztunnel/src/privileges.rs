@@ -64,7 +64,6 @@ fn needed(dedicated: bool, agent: bool) -> Vec<Capability> {
         (false, false) => [&ALWAYS[..], &CAPTURE].concat(),
     }
 }
-}
 
 /// Lifts the limit of open files as far as this process may: each pod takes a dozen and each connection two, and what
 /// systemd and shells hand out is meant for programs that call `select`.
