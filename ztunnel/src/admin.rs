@@ -17,6 +17,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::config::{Config, Mode};
+use crate::handover::follow::Generations;
 use crate::node::Registry;
 use crate::worker::Shared;
 
@@ -27,6 +28,7 @@ pub struct Deps {
     pub readiness: Readiness,
     pub metrics: MetricsHandle,
     pub log: LogHandle,
+    pub generations: Generations,
     /// Set to true by `/quitquitquit`.
     pub quit: watch::Sender<bool>,
 }
@@ -78,9 +80,9 @@ impl Ports {
 /// Starts the three servers into `tasks`. They go on during the drain of the pods, so that it can be watched.
 pub fn start(ports: Ports, deps: Deps, tasks: &mut JoinSet<()>, drain: &DrainWatcher) {
     let dump = {
-        let (shared, registry) = (deps.shared.clone(), deps.registry.clone());
+        let (shared, registry, generations) = (deps.shared.clone(), deps.registry.clone(), deps.generations.clone());
         move |_| {
-            let dump = config_dump(&shared, &registry);
+            let dump = config_dump(&shared, &registry, &generations);
             async move { json(&dump) }
         }
     };
@@ -144,11 +146,12 @@ pub fn is_answered(socket: &Path) -> bool {
     std::os::unix::net::UnixStream::connect(socket).is_ok()
 }
 
-fn config_dump(shared: &Shared, registry: &Registry) -> serde_json::Value {
+fn config_dump(shared: &Shared, registry: &Registry, generations: &Generations) -> serde_json::Value {
     let mut dump = shared.store.snapshot().config_dump();
     dump.insert("certificates".into(), serde_json::json!(shared.certs.snapshot()));
     dump.insert("config".into(), shared.config.dump());
     dump.insert("workloadState".into(), registry.dump());
+    dump.insert("generations".into(), serde_json::json!(generations.list()));
     dump.insert("version".into(), serde_json::json!({ "version": env!("CARGO_PKG_VERSION") }));
     serde_json::Value::Object(dump)
 }

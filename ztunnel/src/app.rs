@@ -2,7 +2,8 @@
 //!
 //! Start: settings, privileges, programs, certificates, workers, configuration, pods, servers; ready once the control
 //! plane's first answers are in and every pod of the first list was tried. End: readiness drops; accepting goes on,
-//! for a successor may still be starting; pods drain; what is left at the deadline is cut.
+//! for a successor may still be starting; pods drain; what is left at the deadline is cut, or lives on without the
+//! container where the settings say so ([`crate::handover`]).
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -11,6 +12,8 @@ use std::time::Duration;
 
 use anyhow::Context;
 use ebpf_loader::Capture;
+use futures_util::FutureExt;
+use futures_util::future::join_all;
 use mesh::drain::{self, DrainWatcher};
 use mesh::serve::Readiness;
 use mesh::store::Store;
@@ -25,6 +28,11 @@ use tokio::time::Instant;
 
 use crate::config::{CaSource, Config, Dedicated, Mode};
 use crate::dns::resolv;
+use crate::handover::cgroup::Shelter;
+use crate::handover::drainer::Drainer;
+use crate::handover::follow::{Follower, Generations};
+use crate::handover::supervisor::Leash;
+use crate::handover::{self, live_on};
 use crate::node::backend::redirect;
 use crate::node::enrolment::Desired;
 use crate::node::find::Finder;
@@ -48,12 +56,19 @@ const RESOLV_CONF: &str = "/etc/resolv.conf";
 /// How often a draining ztunnel looks for its successor, and how long it still accepts once there is one.
 const SUCCESSOR_POLL: Duration = Duration::from_millis(100);
 const HALF_DONE: Duration = Duration::from_secs(1);
+/// For peers to hear that they shall open no more tunnels, and for short connections to end.
+const GOODBYE: Duration = Duration::from_secs(1);
+/// For connections and tunnels that are being opened; those that take longer fail.
+const SETTLE: Duration = Duration::from_secs(10);
+const SETTLE_POLL: Duration = Duration::from_millis(20);
 
 /// Runs until SIGTERM, SIGINT or `/quitquitquit`, and through the drain that follows.
 ///
 /// # Errors
 /// What kept it from starting.
 pub fn run(mut config: Config, log: LogHandle) -> anyhow::Result<()> {
+    // Before there is a second thread.
+    let leash = config.supervisor.map(Leash::tie).transpose().context("ZTUNNEL_SUPERVISOR")?;
     let metrics = telemetry::metrics_handle();
     telemetry::record_build("ztunnel", &config.version_tag);
     privileges::check(&config)?;
@@ -70,19 +85,25 @@ pub fn run(mut config: Config, log: LogHandle) -> anyhow::Result<()> {
         .build()
         .context("making the control runtime")?;
     let config = Arc::new(config);
-    let workers = control.block_on(async {
+    let generation = handover::generation();
+    let registry = Arc::new(Registry::default());
+    let generations = Generations::new(&generation, &config.version_tag, &registry);
+    let (workers, certs, shelter) = control.block_on(async {
         let ports = admin::Ports::bind(&config).await?;
         // Enrolment ends first; what feeds open connections (policy, certificates) when they have ended.
         let (enrolment_end, enrolling) = drain::channel();
         let (feeds_end, drain) = drain::channel();
         let (certs, rotation) = certs::open(&config)?;
-        let shared = Shared { config: config.clone(), store: Store::new(), certs };
+        let shared = Shared { config: config.clone(), store: Store::new(), certs: certs.clone() };
         let workers = Arc::new(Workers::start(&shared).context("starting workers")?);
-        let registry = Arc::new(Registry::default());
         let readiness = Readiness::default();
         let mut tasks = JoinSet::new();
         tasks.spawn(rotation.run(drain.clone()));
 
+        let finder = match &source {
+            Source::ControlPlane { finder, .. } => Some(finder.clone()),
+            Source::Agent { .. } => None,
+        };
         let PodSource { runner, handler: pods, reports, settled, successor, search } =
             source.into_pods(&shared, &workers, &registry, &enrolling);
         if let Some(Search { settings, publish }) = search {
@@ -108,11 +129,27 @@ pub fn run(mut config: Config, log: LogHandle) -> anyhow::Result<()> {
             }
             tasks.spawn(client.run(drain.clone()));
         }
-        // Pods are enrolled on top of everything that is known, so that no connection meets an empty store.
         let synced = ready.iter().find(|(name, _)| *name == "control plane").map(|(_, s)| s.clone());
         if let Runner::Agent(_, sign) = &runner {
             tasks.spawn(follow(sign.clone(), readiness.clone()));
         }
+        if let Some(finder) = finder.filter(|_| leash.is_some()) {
+            let sockets = handover::prepare_run_dir(&config.run_dir)
+                .with_context(|| format!("making RUN_DIR {}", config.run_dir.display()))?;
+            handover::remove_marker(&config.run_dir);
+            let follower = Follower {
+                sockets,
+                cgroup_root: config.cgroup_root.clone(),
+                store: shared.store.clone(),
+                synced: synced.clone(),
+                registry: registry.clone(),
+                finder,
+                log: log.clone(),
+                generations: generations.clone(),
+            };
+            tasks.spawn(follower.run(enrolling.clone()));
+        }
+        // Pods are enrolled on top of everything that is known, so that no connection meets an empty store.
         tasks.spawn(async move {
             if wait(synced, &enrolling).await {
                 match runner {
@@ -134,7 +171,15 @@ pub fn run(mut config: Config, log: LogHandle) -> anyhow::Result<()> {
         // These outlast the drain: it can be watched to its end.
         let (admin_end, admin_drain) = drain::channel();
         let (shown, ready) = (registry.clone(), readiness.clone());
-        let admin = admin::Deps { shared, registry: shown, readiness: ready, metrics, log, quit };
+        let admin = admin::Deps {
+            shared,
+            registry: shown,
+            readiness: ready,
+            metrics: metrics.clone(),
+            log: log.clone(),
+            generations,
+            quit,
+        };
         admin::start(ports, admin, &mut tasks, &admin_drain);
 
         let version = env!("CARGO_PKG_VERSION");
@@ -142,7 +187,7 @@ pub fn run(mut config: Config, log: LogHandle) -> anyhow::Result<()> {
         until_asked_to_end(quit_asked).await?;
         readiness.shutting_down();
         enrolment_end.drain(Duration::ZERO).await;
-        drain_pods(&config, &registry, &successor).await;
+        let shelter = drain_pods(&config, &registry, &successor, leash.as_ref().map(|_| &*generation)).await;
         feeds_end.drain(Duration::ZERO).await;
         if config.mode.dedicated().is_some_and(|d| d.release_on_exit) && !successor.serves_all(&registry) {
             dedicated::release::take_away(&config).await.context("releasing this network namespace")?;
@@ -150,13 +195,31 @@ pub fn run(mut config: Config, log: LogHandle) -> anyhow::Result<()> {
         }
         admin_end.drain(Duration::ZERO).await;
         tasks.shutdown().await;
-        anyhow::Ok(workers)
+        anyhow::Ok((workers, certs, shelter))
     })?;
+    // With it go configuration, the way to the control plane and its token.
+    control.shutdown_timeout(LAST_WORDS);
+    let mut outcome = Ok(());
+    if let Some((shelter, leash)) = shelter.zip(leash) {
+        certs.forget_all();
+        let drainer = Drainer {
+            generation,
+            version: config.version_tag.clone(),
+            since: std::time::SystemTime::now(),
+            limit: config.detached_drain,
+            orphaned: config.orphaned_drain,
+            run_dir: config.run_dir.clone(),
+            registry,
+            metrics,
+            log,
+        };
+        outcome = live_on(drainer, leash, &workers).map(drop).context("living on without the container");
+        shelter.leave();
+    }
     if let Some(workers) = Arc::into_inner(workers) {
         workers.stop();
     }
-    control.shutdown_timeout(LAST_WORDS);
-    Ok(())
+    outcome
 }
 
 /// Where pods are looked for, and the namespace their probes come from.
@@ -360,7 +423,14 @@ async fn until_asked_to_end(mut quit: watch::Receiver<bool>) -> anyhow::Result<(
 }
 
 /// The drain. Pins stay: whoever comes next takes over from them, and until then the pods' new connections are refused.
-async fn drain_pods(config: &Config, registry: &Registry, successor: &Successor) {
+/// Where this `generation` may live on without its container, what is left open after a moment is not waited for: it is
+/// then out of the container's cgroups.
+async fn drain_pods(
+    config: &Config,
+    registry: &Registry,
+    successor: &Successor,
+    generation: Option<&str>,
+) -> Option<Shelter> {
     let deadline = Instant::now() + config.termination_deadline;
     // Without a successor we are still better than nobody, until the time that open connections need to end.
     let accepting = config.termination_deadline.saturating_sub(config.drain_deadline);
@@ -376,11 +446,51 @@ async fn drain_pods(config: &Config, registry: &Registry, successor: &Successor)
         let _ = tokio::time::timeout(accepting, taken_over).await;
         tracing::info!("no longer accepting");
     }
-    let left = deadline.saturating_duration_since(Instant::now());
+    let left = || deadline.saturating_duration_since(Instant::now());
+    if let Some(generation) = generation
+        && let Some(shelter) = leave_container(config, registry, generation, left()).await
+    {
+        return Some(shelter);
+    }
+    let left = left();
     let mut pods = JoinSet::new();
     for pod in registry.pods() {
         pods.spawn(async move { pod.drain(left).await });
     }
     pods.join_all().await;
     tracing::info!("drained");
+    None
+}
+
+/// Brings what is half done to an end, so that no socket need be made any more, and leaves the container's cgroups.
+/// `None` where there is no reason to, or it could not be done.
+async fn leave_container(config: &Config, registry: &Registry, generation: &str, left: Duration) -> Option<Shelter> {
+    let pods = registry.pods();
+    pods.iter().for_each(|pod| pod.stop_accepting());
+    let finished = || join_all(pods.iter().map(|pod| pod.finished()));
+    if tokio::time::timeout(GOODBYE.min(left), finished()).await.is_ok() {
+        return None;
+    }
+    pods.iter().for_each(|pod| pod.close_door());
+    let settled = async {
+        while pods.iter().any(|pod| pod.is_opening()) {
+            tokio::time::sleep(SETTLE_POLL).await;
+        }
+    };
+    let _ = tokio::time::timeout(SETTLE.min(left / 2), settled).await;
+    if finished().now_or_never().is_some() {
+        return None;
+    }
+    let open = registry.open_connections();
+    match Shelter::enter(&config.cgroup_root, &config.proc_root, generation) {
+        Ok(shelter) => {
+            let (limit, orphaned) = (config.detached_drain.as_secs(), config.orphaned_drain.as_secs());
+            tracing::info!(%generation, open, limit, orphaned, "open connections live on without the container");
+            Some(shelter)
+        }
+        Err(error) => {
+            tracing::error!(%error, open, "connections end with the container, as it cannot be left");
+            None
+        }
+    }
 }

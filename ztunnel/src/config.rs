@@ -16,6 +16,7 @@ pub use mesh::settings::Mistakes;
 use mesh::telemetry::LogFormat;
 use mesh::xds::NodeInfo;
 
+use crate::handover::supervisor::SUPERVISOR;
 use crate::node::enrolment::{Failure, Inbound};
 
 /// Where bytes of control-plane trust come from.
@@ -25,6 +26,9 @@ const DEFAULT_TOKEN: &str = "./var/run/secrets/tokens/istio-token";
 const DEFAULT_CGROUP_ROOT: &str = "/sys/fs/cgroup";
 /// Hybrid nodes mount the v2 hierarchy here; the programs attach to v2 only.
 const HYBRID_CGROUP_ROOT: &str = "/sys/fs/cgroup/unified";
+const DEFAULT_RUN_DIR: &str = "/var/run/ztunnel";
+/// Enough for a pod to be replaced on a slow node; policy cannot be asked in the meantime.
+const DEFAULT_ORPHANED_DRAIN: Duration = Duration::from_secs(60);
 const DEFAULT_BPFFS_DIR: &str = "/sys/fs/bpf/ztunnel";
 /// A node's ztunnel may run on the same kernel; each has its own pins.
 const DEDICATED_BPFFS_DIR: &str = "/sys/fs/bpf/ztunnel-dedicated";
@@ -33,7 +37,8 @@ const DEFAULT_ADMIN_SOCKET: &str = "/var/run/ztunnel/admin.sock";
 const DEFAULT_EXCLUDED: &str = "169.254.169.254/32";
 
 /// Known variables that make no sense in dedicated mode, and why.
-const NOT_DEDICATED: [(&str, &str); 3] = [
+const NOT_DEDICATED: [(&str, &str); 4] = [
+    ("DETACHED_DRAIN", "connections of a dedicated ztunnel end with it"),
     ("INPOD_UDS", "a ztunnel of dedicated mode captures its workload by itself"),
     ("ADMIN_PORT", "in dedicated mode the admin server is on a unix socket; ADMIN_SOCKET says where"),
     ("HOST_NETNS", "a ztunnel of dedicated mode knows no namespace but its own"),
@@ -182,6 +187,15 @@ pub struct Config {
     /// Network namespace of the node, from which the kubelet probes.
     pub host_netns: PathBuf,
     pub excluded_destinations: Vec<IpNet>,
+
+    /// How long a draining ztunnel may live on without its container; zero: connections end with the container.
+    pub detached_drain: Duration,
+    /// How long of that without a successor.
+    pub orphaned_drain: Duration,
+    /// Of the node and for root alone: where draining ztunnels and their successors meet.
+    pub run_dir: PathBuf,
+    /// The process that waits for this one on behalf of the container's runtime.
+    pub supervisor: Option<u32>,
 }
 
 impl Mode {
@@ -270,6 +284,9 @@ impl Config {
             "procRoot": self.proc_root,
             "hostNetns": self.host_netns,
             "excludedDestinations": self.excluded_destinations,
+            "detachedDrain": seconds(self.detached_drain),
+            "orphanedDrain": seconds(self.orphaned_drain),
+            "runDir": self.run_dir,
         })
     }
 }
@@ -310,6 +327,7 @@ impl Raw {
             self.0.only(name, allowed, "there is no address to choose");
         }
         if agent {
+            self.0.only("DETACHED_DRAIN", &["0s"], "connections of pods from a CNI agent end with the container");
             for name in ["CGROUP_ROOT", "BPFFS_DIR", "HOST_NETNS", "PROC_ROOT", "EXCLUDED_DESTINATIONS"] {
                 self.0.only(name, &[], "with INPOD_UDS pods are found and captured by the CNI agent");
             }
@@ -406,6 +424,10 @@ impl Raw {
             proc_root,
             host_netns: self.0.text("HOST_NETNS").map_or(host_default, PathBuf::from),
             excluded_destinations: self.prefixes("EXCLUDED_DESTINATIONS", DEFAULT_EXCLUDED),
+            detached_drain: self.0.duration("DETACHED_DRAIN", Duration::ZERO),
+            orphaned_drain: self.0.duration("ORPHANED_DRAIN", DEFAULT_ORPHANED_DRAIN),
+            run_dir: PathBuf::from(self.0.string("RUN_DIR", DEFAULT_RUN_DIR)),
+            supervisor: self.0.parse(SUPERVISOR, None, "a process", |v| v.parse().ok().map(Some)),
         }
     }
 

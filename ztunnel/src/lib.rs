@@ -17,6 +17,7 @@ pub mod config;
 pub mod dedicated;
 pub mod dns;
 pub mod ending;
+pub mod handover;
 pub mod inbound;
 pub mod node;
 pub mod outbound;

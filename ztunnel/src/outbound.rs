@@ -13,12 +13,13 @@ use tokio::net::TcpStream;
 
 use crate::dns;
 use crate::ending::Ending;
-use crate::node::pod::{Facts, Tracked, Transport, Way};
+use crate::node::pod::{Facts, Opening, Tracked, Transport, Way};
 use crate::resolve::{self, NoRoute, Route, Tunnel, Via};
 use crate::worker::{Local, Place, SELF_CALL, copy, reset};
 
 /// Serves what the pod's application sent to `dst`.
 pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, dst: SocketAddr) {
+    let opening = at.pod.opening();
     if at.is_self_call(dst) {
         return access::refused(Direction::Outbound, client, dst, ResponseFlag::BadRequest, &SELF_CALL);
     }
@@ -34,7 +35,7 @@ pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, dst: S
     };
     let route = resolve::outbound(&source.world, &source.workload, OriginalDst(dst), &mut rand::rng());
     let record = TcpRecord::open(describe(&source, client, dst, &route));
-    let captured = Captured { stream, client, dst };
+    let captured = Captured { stream, client, dst, opening };
     let outcome = Box::pin(forward(&at, &source, route, captured, &record)).await;
     record.close(outcome.map_err(Failure::from));
 }
@@ -44,6 +45,7 @@ struct Captured {
     stream: TcpStream,
     client: SocketAddr,
     dst: SocketAddr,
+    opening: Opening,
 }
 
 async fn forward(
@@ -53,11 +55,11 @@ async fn forward(
     captured: Captured,
     record: &TcpRecord,
 ) -> Result<(), Ending> {
-    let Captured { stream, client, dst } = captured;
+    let Captured { stream, client, dst, opening } = captured;
     let opened = async {
         let route = route?;
         let tracked = Tracked::open(
-            &at.pod,
+            opening,
             Facts {
                 way: Way::Outbound,
                 src: client,

@@ -18,11 +18,12 @@ use mesh::store::{Snapshot, Store};
 use mesh::telemetry::access::{self, Direction};
 use mesh::telemetry::{ByteCounts, ResponseFlag};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 
 use crate::config::Config;
 use crate::ending::Ending;
+use crate::handover::seal;
 use crate::node::netns::Family;
 use crate::node::pod::{LocalPod, Tracked};
 use crate::resolve::{self, BadTarget};
@@ -121,9 +122,16 @@ struct Assignment {
     working: Guard,
 }
 
+/// What a worker is told.
+enum Job {
+    Serve(Assignment),
+    /// To give up what its thread may do beyond serving what is open.
+    GiveUp(oneshot::Sender<io::Result<()>>),
+}
+
 /// The worker threads; dropping this ends them.
 pub struct Workers {
-    queues: Vec<mpsc::Sender<Assignment>>,
+    queues: Vec<mpsc::Sender<Job>>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -156,8 +164,23 @@ impl Workers {
     pub async fn assign(&self, pod: &Arc<LocalPod>, listeners: Vec<Vec<(Role, std::net::TcpListener)>>) {
         for (queue, listeners) in self.queues.iter().zip(listeners) {
             // A worker ends only when this handle is dropped.
-            let _ = queue.send(Assignment { pod: pod.clone(), listeners, working: pod.drain.guard() }).await;
+            let job = Assignment { pod: pod.clone(), listeners, working: pod.drain.guard() };
+            let _ = queue.send(Job::Serve(job)).await;
         }
+    }
+
+    /// Has every worker's thread give up its capabilities. What is open goes on; nothing new can be served.
+    ///
+    /// # Errors
+    /// The first worker's that could not.
+    pub async fn give_up_capabilities(&self) -> io::Result<()> {
+        for queue in &self.queues {
+            let (answer, answered) = oneshot::channel();
+            let gone = || io::Error::other("a worker has ended");
+            queue.send(Job::GiveUp(answer)).await.map_err(|_| gone())?;
+            answered.await.map_err(|_| gone())??;
+        }
+        Ok(())
     }
 
     /// Ends the threads. Pods must have been drained; what is open still is dropped.
@@ -171,12 +194,14 @@ impl Workers {
     }
 }
 
-async fn run(shared: Shared, mut jobs: mpsc::Receiver<Assignment>) {
+async fn run(shared: Shared, mut jobs: mpsc::Receiver<Job>) {
     let mut pods = JoinSet::new();
     loop {
         tokio::select! {
             job = jobs.recv() => match job {
-                Some(job) => { pods.spawn(serve_pod(shared.clone(), job)); }
+                Some(Job::Serve(job)) => { pods.spawn(serve_pod(shared.clone(), job)); }
+                // Whoever asked may have given up.
+                Some(Job::GiveUp(answer)) => drop(answer.send(seal::drop_capabilities())),
                 None => return,
             },
             Some(ended) = pods.join_next() => {
@@ -388,6 +413,7 @@ where
     A: mesh::net::ByteStream,
     B: mesh::net::ByteStream,
 {
+    tracked.established();
     let cut = tokio::select! {
         done = copy_bidirectional(&mut down, &mut up, bytes) => return done.map(drop).map_err(Ending::from),
         () = tracked.denied() => Ending::DeniedLater,

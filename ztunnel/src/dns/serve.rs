@@ -55,11 +55,23 @@ pub async fn udp(shared: Shared, pod: Arc<LocalPod>, socket: DnsSocket) {
     let mut buffer = vec![0; LONGEST_QUERY];
     // Bounded by the pod's permits; each ends with the time a server may take.
     let mut tasks = JoinSet::new();
+    let mut draining = false;
     loop {
-        let received = tokio::select! {
-            received = queries.async_io(Interest::READABLE, || receive(&queries, &mut buffer)) => received,
-            Some(_) = tasks.join_next() => continue,
-            () = pod.drain.draining() => break,
+        let received = if draining {
+            // What is in the queue when the drain begins would be lost with the socket.
+            match receive(&queries, &mut buffer) {
+                Ok(received) => Ok(received),
+                Err(_) => break,
+            }
+        } else {
+            tokio::select! {
+                received = queries.async_io(Interest::READABLE, || receive(&queries, &mut buffer)) => received,
+                Some(_) = tasks.join_next() => continue,
+                () = pod.drain.draining() => {
+                    draining = true;
+                    continue;
+                }
+            }
         };
         let received = match received {
             Ok(received) => received,

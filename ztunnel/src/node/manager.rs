@@ -42,6 +42,8 @@ const TAKEOVER: Duration = Duration::from_secs(60);
 const HBONE_ONLY: Duration = Duration::from_secs(5);
 /// How often a pod that left is looked at for being gone altogether.
 const GONE_CHECK: Duration = Duration::from_secs(2);
+/// How long a pod that a predecessor serves stays with it while we wait for the pod's certificate.
+const CERTIFICATE_WAIT: Duration = Duration::from_secs(5);
 /// Connections of a pod that left end when they end; a number is needed only because timers want one.
 const AS_LONG_AS_IT_TAKES: Duration = Duration::from_secs(365 * 24 * 3600);
 
@@ -133,7 +135,10 @@ impl Manager {
             let desired = self.deps.desired.borrow_and_update().clone();
             self.take(desired.pods).await;
             self.prepare_host(desired.complete).await;
-            self.enrol_waiting().await;
+            // A successor enrols what is new; two would take the listeners' places from each other.
+            if !self.deps.tenure.is_lost() {
+                self.enrol_waiting().await;
+            }
             self.promote();
             self.collect(desired.complete);
             self.publish();
@@ -304,6 +309,9 @@ impl Manager {
             routing::ensure(&pod.netns, &config.proc_root, &wanted.addresses, routed(dns)).await?;
             Ok(self.deps.capture.enrol(cookie, &pod_capture(wanted, reach, dns), Phase::Captured)?)
         };
+        if self.inherited.contains(&cookie) {
+            self.await_certificate(&pod).await;
+        }
         // Workers first: a connection must not wait at a listener from which nobody accepts.
         self.deps.workers.assign(&pod, shares).await;
         if let Err(error) = enrolled.await {
@@ -318,6 +326,17 @@ impl Manager {
             self.deps.shared.certs.prefetch(identity);
         }
         Ok(Up { pod, process, reach })
+    }
+
+    /// A predecessor serves this pod and has its certificate; taking over without one would make connections wait, or
+    /// fail where the authority does. Where it does not come, the predecessor may be dead: then waiting helps nobody.
+    async fn await_certificate(&self, pod: &LocalPod) {
+        let Ok(identity) = self.identity_of(pod) else { return };
+        match tokio::time::timeout(CERTIFICATE_WAIT, self.deps.shared.certs.get(&identity)).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => tracing::warn!(%identity, %error, "taking over a pod without its certificate"),
+            Err(_) => tracing::warn!(%identity, "taking over a pod whose certificate takes long"),
+        }
     }
 
     /// Plaintext to the pod is captured once the control plane tells the mesh that this workload speaks HBONE; before
@@ -357,6 +376,9 @@ impl Manager {
 
     /// Repairs what was changed behind our back, and follows a pod whose namespace was made anew.
     async fn look_after(&mut self) {
+        if self.deps.tenure.is_lost() {
+            return;
+        }
         self.deps.host.doubt();
         let attached: BTreeSet<NetnsCookie> = match self.deps.capture.attached() {
             Ok(attached) => attached.into_iter().collect(),
@@ -426,11 +448,11 @@ impl Manager {
             {
                 tracing::warn!(pod = %pod.name, namespace = %pod.namespace, %error, "detaching a pod");
             }
-            // A pod that is gone has nobody left to talk to: dropping the drain cuts what is open.
+            // A pod that is gone has nobody left to talk to.
             let patience = if is_gone { Duration::ZERO } else { AS_LONG_AS_IT_TAKES };
             tokio::select! {
                 () = pod.drain(patience) => {}
-                () = &mut gone, if !is_gone => {}
+                () = &mut gone, if !is_gone => pod.cut(),
             }
             if !pod.superseded.load(Ordering::SeqCst)
                 && let Err(error) = routing::remove(&pod.netns, &proc_root, &pod.addresses()).await

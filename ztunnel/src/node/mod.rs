@@ -78,6 +78,12 @@ impl Registry {
         self.0.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
 
+    /// Open connections of all pods.
+    #[must_use]
+    pub fn open_connections(&self) -> usize {
+        self.pods().iter().map(|pod| pod.connections.len()).sum()
+    }
+
     /// `workloadState` of `/config_dump`.
     #[must_use]
     pub fn dump(&self) -> serde_json::Value {
