@@ -27,6 +27,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::config::{CaSource, Config, Dedicated, Mode};
+use crate::dedicated::open::{self, Open};
 use crate::dns::resolv;
 use crate::handover::cgroup::Shelter;
 use crate::handover::drainer::Drainer;
@@ -102,7 +103,7 @@ pub fn run(mut config: Config, log: LogHandle) -> anyhow::Result<()> {
 
         let finder = match &source {
             Source::ControlPlane { finder, .. } => Some(finder.clone()),
-            Source::Agent { .. } => None,
+            Source::Agent { .. } | Source::Uncaptured { .. } => None,
         };
         let PodSource { runner, handler: pods, reports, settled, successor, search } =
             source.into_pods(&shared, &workers, &registry, &enrolling);
@@ -155,6 +156,7 @@ pub fn run(mut config: Config, log: LogHandle) -> anyhow::Result<()> {
                 match runner {
                     Runner::Manager(manager) => manager.run(enrolling).await,
                     Runner::Agent(agent, _) => agent.run().await,
+                    Runner::Open(open) => open.run(enrolling).await,
                 }
             }
         });
@@ -244,6 +246,8 @@ enum Source {
     ControlPlane { capture: Arc<Capture>, host: Host, finder: Finder },
     /// A CNI agent hands them over, and captures.
     Agent { path: PathBuf, dns_servers: Vec<SocketAddr> },
+    /// The one workload of dedicated mode, with capture off.
+    Uncaptured { dns_servers: Vec<SocketAddr> },
 }
 
 /// Who runs the pods, and what the rest needs to know of it.
@@ -267,6 +271,7 @@ enum Runner {
     Manager(Box<Manager>),
     /// With its readiness, which may be lost again.
     Agent(Box<Agent>, watch::Receiver<bool>),
+    Open(Box<Open>),
 }
 
 impl Source {
@@ -274,6 +279,10 @@ impl Source {
         if let Some(path) = &config.agent {
             let text = std::fs::read_to_string(RESOLV_CONF).with_context(|| format!("reading {RESOLV_CONF}"))?;
             return Ok(Self::Agent { path: path.clone(), dns_servers: resolv::servers(&text) });
+        }
+        if config.mode.is_capture_off() {
+            let text = std::fs::read_to_string(RESOLV_CONF).with_context(|| format!("reading {RESOLV_CONF}"))?;
+            return Ok(Self::Uncaptured { dns_servers: resolv::servers(&text) });
         }
         if config.mode.dedicated().is_some() {
             dedicated::release::refuse_foreign_pins(config)?;
@@ -318,6 +327,15 @@ impl Source {
                     successor,
                     search,
                 }
+            }
+            Self::Uncaptured { dns_servers } => {
+                let (publish, desired) = watch::channel(Desired::default());
+                let search = shared.config.mode.dedicated().map(|d| Search { settings: d.clone(), publish });
+                let successor = Successor::Listeners { own: workers.count() };
+                let deps = open::Deps { shared, workers, registry, desired, dns_servers: dns_servers.into() };
+                let (open, settled) = Open::new(deps);
+                let runner = Runner::Open(Box::new(open));
+                PodSource { runner, handler: None, reports: None, settled: Some(settled), successor, search }
             }
             Self::Agent { path, dns_servers } => {
                 let successor = Successor::Listeners { own: workers.count() };

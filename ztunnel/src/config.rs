@@ -43,7 +43,17 @@ const NOT_DEDICATED: [(&str, &str); 4] = [
     ("ADMIN_PORT", "in dedicated mode the admin server is on a unix socket; ADMIN_SOCKET says where"),
     ("HOST_NETNS", "a ztunnel of dedicated mode knows no namespace but its own"),
 ];
-const ONLY_DEDICATED: [&str; 6] = [
+/// Settings of capture, which mean nothing where it is off.
+const ONLY_CAPTURING: [&str; 6] = [
+    "CGROUP_ROOT",
+    "BPFFS_DIR",
+    "EXCLUDED_DESTINATIONS",
+    "CAPTURE_FAILURE_MODE",
+    "BYPASS_INBOUND_CAPTURE",
+    "RELEASE_ON_EXIT",
+];
+const ONLY_DEDICATED: [&str; 7] = [
+    "CAPTURE",
     "PROXY_WORKLOAD_INFO",
     "WORKLOAD_UID",
     "CAPTURE_FAILURE_MODE",
@@ -120,12 +130,22 @@ pub enum Mode {
 pub struct Dedicated {
     /// Name of the Workload resource, where it is neither a pod's nor a WorkloadEntry's of the usual name.
     pub workload_uid: Option<String>,
+    pub capture: Capture,
     pub failure: Failure,
     pub inbound: Inbound,
     /// An orderly end takes the capture away, as `ztunnel release` does; a crash never does.
     pub release_on_exit: bool,
     /// The admin server listens here: every process of the namespace can reach a loopback port.
     pub admin_socket: PathBuf,
+}
+
+/// How the workload's connections come to a dedicated ztunnel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Capture {
+    /// By our programs.
+    Ebpf,
+    /// Not at all: peers dial port 15008, and who wants more redirects to 15001, 15006 and 15053.
+    Off,
 }
 
 /// The whole of ztunnel's settings.
@@ -199,6 +219,12 @@ pub struct Config {
 }
 
 impl Mode {
+    /// Is this a dedicated ztunnel that captures nothing?
+    #[must_use]
+    pub const fn is_capture_off(&self) -> bool {
+        matches!(self, Self::Dedicated(Dedicated { capture: Capture::Off, .. }))
+    }
+
     #[must_use]
     pub const fn dedicated(&self) -> Option<&Dedicated> {
         match self {
@@ -240,6 +266,7 @@ impl Config {
             "proxyMode": match &self.mode { Mode::Shared => "Shared", Mode::Dedicated(_) => "Dedicated" },
             "dedicated": self.mode.dedicated().map(|d| serde_json::json!({
                 "workloadUid": d.workload_uid,
+                "capture": match d.capture { Capture::Ebpf => "ebpf", Capture::Off => "off" },
                 "captureFailureMode": match d.failure { Failure::Closed => "closed", Failure::Open => "open" },
                 "bypassInboundCapture": d.inbound == Inbound::Bypass,
                 "releaseOnExit": d.release_on_exit,
@@ -445,8 +472,19 @@ impl Raw {
             _ => None,
         });
         let bypass = self.0.bool("BYPASS_INBOUND_CAPTURE", false);
+        let capture = self.0.parse("CAPTURE", Capture::Ebpf, "ebpf or off", |mode| match mode {
+            "ebpf" => Some(Capture::Ebpf),
+            "off" => Some(Capture::Off),
+            _ => None,
+        });
+        if capture == Capture::Off {
+            for name in ONLY_CAPTURING {
+                self.0.only(name, &[], "with CAPTURE=off nothing is captured");
+            }
+        }
         Mode::Dedicated(Dedicated {
             workload_uid: self.0.text("WORKLOAD_UID").map(str::to_owned),
+            capture,
             failure,
             inbound: if bypass { Inbound::Bypass } else { Inbound::Capture },
             release_on_exit: self.0.bool("RELEASE_ON_EXIT", false),
@@ -740,6 +778,8 @@ mod tests {
             &[&own[..], &[("ADMIN_PORT", "15000")]].concat(),
             &[&own[..], &[("HOST_NETNS", "/proc/1/ns/net")]].concat(),
             &[&own[..], &[("CAPTURE_FAILURE_MODE", "ajar")]].concat(),
+            &[&own[..], &[("CAPTURE", "iptables")]].concat(),
+            &[&own[..], &[("CAPTURE", "off"), ("CGROUP_ROOT", "/sys/fs/cgroup")]].concat(),
         ] {
             assert_eq!(dedicated(bad).unwrap_err().lines().len(), 1, "{bad:?}");
         }

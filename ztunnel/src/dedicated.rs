@@ -4,9 +4,11 @@
 //! The data path is that of the shared mode. What differs: the workload is not told by an enrolment but looked for in
 //! what the control plane says of the mesh ([`workload`]); its namespace is our own, so nothing is searched or entered;
 //! certificates are asked for in our own name; and our connections to the control plane start where everything is
-//! captured, so they carry the mark that exempts them ([`control`]).
+//! captured, so they carry the mark that exempts them ([`control`]). With capture off the `redirect` back end listens
+//! and nothing is done to bring connections to it ([`open`]).
 
 pub mod control;
+pub mod open;
 pub mod release;
 pub mod workload;
 

@@ -18,6 +18,9 @@ const DEDICATED: [Capability; 3] = [
     ("CAP_NET_RAW", 13, "answer DNS in the name of the server that was asked"),
 ];
 
+/// Where nothing is captured.
+const UNCAPTURED: [Capability; 1] = [("CAP_NET_ADMIN", 12, "set socket marks")];
+
 /// A capability ztunnel needs, its bit in `CapEff`, and what for.
 type Capability = (&'static str, u32, &'static str);
 
@@ -54,7 +57,12 @@ impl std::error::Error for Missing {}
 pub fn check(config: &Config) -> anyhow::Result<()> {
     let status = fs::read_to_string("/proc/self/status")?;
     let capabilities = effective(&status).ok_or_else(|| io::Error::other("no CapEff in /proc/self/status"))?;
-    Ok(check_status(capabilities, &needed(config.mode.dedicated().is_some(), config.agent.is_some()))?)
+    let needed = if config.mode.is_capture_off() {
+        UNCAPTURED.to_vec()
+    } else {
+        needed(config.mode.dedicated().is_some(), config.agent.is_some())
+    };
+    Ok(check_status(capabilities, &needed)?)
 }
 
 fn needed(dedicated: bool, agent: bool) -> Vec<Capability> {

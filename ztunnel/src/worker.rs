@@ -375,7 +375,9 @@ impl Place {
     /// What stopped it; refused by the application most of all.
     pub async fn dial_app(&self, client: std::net::IpAddr, to: SocketAddr) -> Result<TcpStream, Ending> {
         // A call of the pod to itself already has the right source, and would not come back over lo.
-        let keep_source = client != to.ip() && Family::of(client) == Family::of(to.ip());
+        // Without capture nothing would bring the application's answers to the client's address back to us.
+        let keep_source =
+            !self.shared.config.mode.is_capture_off() && client != to.ip() && Family::of(client) == Family::of(to.ip());
         if !keep_source {
             return self.dial_plain(to).await;
         }

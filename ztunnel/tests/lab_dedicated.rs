@@ -174,6 +174,7 @@ enrolments:
             .arg(format!("--net={}", self.netns("a").display()))
             .arg(env!("CARGO_BIN_EXE_ztunnel"))
             .env("CGROUP_ROOT", self.cgroup.join("a"))
+            .env("BPFFS_DIR", self.pins.join("a"))
             .env("HOST_NETNS", "/proc/self/ns/net");
         self.start("a", command);
     }
@@ -182,6 +183,18 @@ enrolments:
     fn start_dedicated(&mut self, workload: &'static str, settings: &[(&str, &str)]) {
         let mut command = self.dedicated(workload, "");
         command.envs(settings.iter().copied());
+        self.start(workload, command);
+    }
+
+    /// The same with capture off, which takes one capability.
+    fn start_uncaptured(&mut self, workload: &'static str) {
+        let script = format!("exec setpriv --bounding-set=-all,+net_admin {}", env!("CARGO_BIN_EXE_ztunnel"));
+        let mut command = self.inside(workload, &script);
+        command
+            .env("PROXY_MODE", "dedicated")
+            .env("CAPTURE", "off")
+            .env("PROXY_WORKLOAD_INFO", format!("shop/{workload}/{workload}"))
+            .env("ADMIN_SOCKET", self.admin(workload));
         self.start(workload, command);
     }
 
@@ -207,7 +220,6 @@ enrolments:
         let child = command
             .env("LOCAL_XDS_PATH", self.dir.path().join(format!("{node}.yaml")))
             .env("LOCAL_CA_DIR", self.dir.path())
-            .env("BPFFS_DIR", self.pins.join(node))
             .env("ZTUNNEL_WORKER_THREADS", "2")
             .stdout(log.try_clone().expect("a file can be shared"))
             .stderr(log)
@@ -215,7 +227,8 @@ enrolments:
             .expect("ztunnel starts");
         self.ztunnels.push((node, child));
         eventually("ztunnel is ready and its workload is enrolled", || {
-            self.log(node).contains("\tenrolled") && self.http(node, READINESS, "/healthz/ready").contains("200 OK")
+            ["\tenrolled", "\tserved"].iter().any(|told| self.log(node).contains(told))
+                && self.http(node, READINESS, "/healthz/ready").contains("200 OK")
         });
     }
 
@@ -539,6 +552,50 @@ fn what_lives_beside_a_dedicated_ztunnel_has_no_power_over_it() {
         eventually("the tunnel is counted", || lab.self_connections("v1") == counted);
     }
     assert_eq!(lab.call("a1", &v4("v1")), answer(&v4("a1")), "the application is served as before");
+}
+
+#[test]
+fn with_capture_off_the_workload_is_reached_by_hbone_and_nothing_else_changes() {
+    if !possible() {
+        return;
+    }
+    let mut lab = Lab::up('o');
+    lab.start_node();
+    lab.start_uncaptured("v1");
+    let [v1, v1_v6] = addresses("v1");
+
+    // Inbound by HBONE, under its identity and policy; the application sees its own address as the peer.
+    let wire = Wire::watch(&lab.netns("br"));
+    assert_eq!(lab.call("a1", &v1), answer(&v1));
+    assert_eq!(lab.call("a1", &v1_v6), answer(&v1_v6));
+    let (ports, marker) = wire.end();
+    assert!(!marker && ports.iter().all(|p| *p == 15008), "{ports:?}");
+    lab.configure("v1", &allow_only("v2"));
+    eventually("v1 denies a1", || lab.call("a1", &v1).is_err());
+    // Everything else is as without a ztunnel.
+    assert!(lab.call_from_outside(&v1), "plaintext does not come to ztunnel, so policy does not see it");
+    let rules = run(&format!("ip -n {0}-v1 rule; ip -n {0}-v1 -6 rule", lab.name));
+    assert!(!rules.contains("15000") && !lab.pins.join("v1").exists(), "{rules}");
+    lab.configure("v1", "");
+    eventually("v1 lets a1 in", || lab.call("a1", &v1).is_ok());
+
+    // Its own ports, dialled from beside it and by tunnel.
+    let mut counted = lab.self_connections("v1");
+    for port in [15001, 15006] {
+        let closed = inside(&lab.netns("v1"), move || {
+            let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).expect("it listens");
+            stream.set_read_timeout(Some(PATIENCE)).expect("set");
+            matches!(stream.read(&mut [0; 16]), Ok(0) | Err(_))
+        });
+        assert!(closed, "{port} answered");
+        counted += 1;
+        eventually("the connection is counted", || lab.self_connections("v1") == counted);
+        assert!(lab.call_port("a1", &v1, port).is_err(), "{port} by HBONE");
+        counted += 1;
+        eventually("the tunnel is counted", || lab.self_connections("v1") == counted);
+    }
+    lab.end_ztunnel("v1", "TERM");
+    assert_eq!(lab.call("v1", &v4("a1")), answer(&v4("v1")), "nothing stays behind");
 }
 
 #[test]

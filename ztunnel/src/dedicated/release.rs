@@ -24,6 +24,9 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
                their labels say so"
         );
     };
+    if config.mode.is_capture_off() {
+        bail!("with CAPTURE=off nothing is captured: run this in the environment of the ztunnel that captured");
+    }
     if admin::is_answered(&settings.admin_socket) {
         bail!("a ztunnel is running (it answers at {}): stop it first", settings.admin_socket.display());
     }
