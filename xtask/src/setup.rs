@@ -23,6 +23,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("/usr/sbin/ipset", "ipset"),
     ("/usr/bin/tcpdump", "tcpdump"),
     ("/usr/bin/curl", "curl"),
+    ("/usr/bin/dig", "bind9-dnsutils"),
     ("/usr/bin/h2load", "nghttp2-client"),
     ("/usr/bin/setpriv", "util-linux"),
     ("/usr/lib/python3.11/ensurepip/__init__.py", "python3-venv"),

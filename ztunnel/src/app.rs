@@ -34,6 +34,7 @@ use crate::handover::drainer::Drainer;
 use crate::handover::follow::{Follower, Generations};
 use crate::handover::supervisor::Leash;
 use crate::handover::{self, live_on};
+use crate::names::{Names, Servers};
 use crate::node::backend::redirect;
 use crate::node::enrolment::Desired;
 use crate::node::find::Finder;
@@ -48,11 +49,13 @@ use crate::{admin, capture, certs, dedicated, privileges};
 /// Control plane, enrolment, metrics and admin: enough that one slow task does not hold up another.
 const CONTROL_THREADS: usize = 2;
 
+/// Where the servers for names of endpoints are found.
+const RESOLV_CONF: &str = "/etc/resolv.conf";
+
 /// For tasks on the control runtime that do not end by themselves, such as a name that is being resolved.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Names the servers that are asked where a pod's own cannot be told.
-const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 /// How often a draining ztunnel looks for its successor, and how long it still accepts once there is one.
 const SUCCESSOR_POLL: Duration = Duration::from_millis(100);
@@ -95,7 +98,8 @@ pub fn run(mut config: Config, log: LogHandle) -> anyhow::Result<()> {
         let (enrolment_end, enrolling) = drain::channel();
         let (feeds_end, drain) = drain::channel();
         let (certs, rotation) = certs::open(&config)?;
-        let shared = Shared { config: config.clone(), store: Store::new(), certs: certs.clone() };
+        let names = Names::new(Servers::File(RESOLV_CONF.into()), config.ipv6);
+        let shared = Shared { config: config.clone(), store: Store::new(), certs: certs.clone(), names };
         let workers = Arc::new(Workers::start(&shared).context("starting workers")?);
         let readiness = Readiness::default();
         let mut tasks = JoinSet::new();

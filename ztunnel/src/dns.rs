@@ -12,6 +12,7 @@ pub mod packet;
 pub mod resolv;
 pub mod serve;
 
+use std::cell::RefCell;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,6 +29,19 @@ use message::{Asked, Query, Transport};
 
 /// Queries of one pod that may be under way, each with a socket and a task. Far above what resolvers have open.
 const IN_FLIGHT: usize = 256;
+
+/// The longest datagram.
+const DATAGRAM: usize = 65_535;
+
+thread_local! {
+    /// One buffer for all that a thread receives: a pod's sockets are mostly idle, and a node has hundreds.
+    static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; DATAGRAM]);
+}
+
+/// Lends the thread's buffer. What was received must be copied out.
+fn with_scratch<T>(receive: impl FnOnce(&mut [u8]) -> T) -> T {
+    SCRATCH.with_borrow_mut(|buffer| receive(buffer))
+}
 
 /// What of a pod's DNS is ztunnel's.
 #[derive(Debug)]

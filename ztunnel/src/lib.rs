@@ -19,6 +19,7 @@ pub mod dns;
 pub mod ending;
 pub mod handover;
 pub mod inbound;
+pub mod names;
 pub mod node;
 pub mod outbound;
 pub mod passthrough;

@@ -24,6 +24,7 @@ use tokio::task::JoinSet;
 use crate::config::Config;
 use crate::ending::Ending;
 use crate::handover::seal;
+use crate::names::Names;
 use crate::node::netns::Family;
 use crate::node::pod::{LocalPod, Tracked};
 use crate::resolve::{self, BadTarget};
@@ -42,6 +43,7 @@ pub struct Shared {
     pub config: Arc<Config>,
     pub store: Arc<Store>,
     pub certs: CertificateManager,
+    pub names: Names,
 }
 
 impl Shared {

@@ -13,13 +13,12 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UdpSocket};
 
 use super::message::Query;
+use super::with_scratch;
 use crate::ending::Ending;
 use crate::node::pod::LocalPod;
 
 /// How long a server may take.
 pub const TIMEOUT: Duration = Duration::from_secs(5);
-/// The longest datagram.
-const DATAGRAM: usize = 65_535;
 
 /// Why there is no answer.
 #[derive(Debug, Error)]
@@ -68,12 +67,19 @@ pub async fn udp(pod: &LocalPod, server: SocketAddr, query: &Query, bytes: &[u8]
     let id = rand::random();
     socket.send(&Query::with_id(bytes, id)).await.map_err(io)?;
     let answered = async {
-        let mut buffer = vec![0; DATAGRAM];
         loop {
-            let length = socket.recv(&mut buffer).await?;
-            // What does not match was guessed by somebody else; the server's own may still come.
-            if query.is_answered_by(&buffer[..length], id) {
-                return Ok(Query::with_id(&buffer[..length], query.id()));
+            socket.readable().await?;
+            let answer: io::Result<Option<Vec<u8>>> = with_scratch(|buffer| {
+                let length = socket.try_recv(buffer)?;
+                // What does not match was guessed by somebody else; the server's own may still come.
+                let answer = &buffer[..length];
+                Ok(query.is_answered_by(answer, id).then(|| Query::with_id(answer, query.id())))
+            });
+            match answer {
+                Ok(Some(answer)) => return Ok(answer),
+                Ok(None) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
             }
         }
     };

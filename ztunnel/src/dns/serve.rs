@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 use super::forward::{self, NoAnswer};
 use super::message::Transport;
 use super::packet;
-use super::{Verdict, decide, forwarded};
+use super::{Verdict, decide, forwarded, with_scratch};
 use crate::node::backend::Backend;
 use crate::node::pod::LocalPod;
 use crate::worker::{Place, Shared, count_self_call};
@@ -52,20 +52,19 @@ pub async fn udp(shared: Shared, pod: Arc<LocalPod>, socket: DnsSocket) {
     };
     let queries = Arc::new(queries);
     let answers = Arc::new(socket.answers);
-    let mut buffer = vec![0; LONGEST_QUERY];
     // Bounded by the pod's permits; each ends with the time a server may take.
     let mut tasks = JoinSet::new();
     let mut draining = false;
     loop {
         let received = if draining {
             // What is in the queue when the drain begins would be lost with the socket.
-            match receive(&queries, &mut buffer) {
+            match receive(&queries) {
                 Ok(received) => Ok(received),
                 Err(_) => break,
             }
         } else {
             tokio::select! {
-                received = queries.async_io(Interest::READABLE, || receive(&queries, &mut buffer)) => received,
+                received = queries.async_io(Interest::READABLE, || receive(&queries)) => received,
                 Some(_) = tasks.join_next() => continue,
                 () = pod.drain.draining() => {
                     draining = true;
@@ -81,7 +80,7 @@ pub async fn udp(shared: Shared, pod: Arc<LocalPod>, socket: DnsSocket) {
                 continue;
             }
         };
-        let Some(Datagram { length, client, server }) = received else { continue };
+        let Some(Datagram { bytes, client, server }) = received else { continue };
         // The steering brings port 53 alone; whoever came to our own port would be forwarded to ourselves.
         if pod.backend == Backend::Ebpf && server.port() != DNS_PORT {
             count_self_call();
@@ -93,7 +92,6 @@ pub async fn udp(shared: Shared, pod: Arc<LocalPod>, socket: DnsSocket) {
             continue;
         };
         let (shared, pod, queries, answers) = (shared.clone(), pod.clone(), queries.clone(), answers.clone());
-        let bytes = buffer[..length].to_vec();
         tasks.spawn(async move {
             let servers = pod.dns.servers(server);
             let reply = match decide(&shared, &pod, servers.first().copied(), Transport::Udp, &bytes).await {
@@ -120,13 +118,17 @@ pub async fn udp(shared: Shared, pod: Arc<LocalPod>, socket: DnsSocket) {
 
 /// A query, from whom, and whom it was meant for, where that can be told.
 struct Datagram {
-    length: usize,
+    bytes: Vec<u8>,
     client: SocketAddr,
     server: Option<SocketAddr>,
 }
 
 /// `None` for a datagram that is too long.
-fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<Option<Datagram>> {
+fn receive(socket: &UdpSocket) -> io::Result<Option<Datagram>> {
+    with_scratch(|buffer| receive_into(socket, &mut buffer[..LONGEST_QUERY]))
+}
+
+fn receive_into(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<Option<Datagram>> {
     let mut slices = [IoSliceMut::new(buffer)];
     let mut control = nix::cmsg_space!(libc::sockaddr_in6);
     let message =
@@ -140,7 +142,8 @@ fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<Option<Datagram>
         _ => None,
     });
     let client = message.address.as_ref().and_then(address);
-    Ok(client.map(|client| Datagram { length: message.bytes, client, server }))
+    let length = message.bytes;
+    Ok(client.map(|client| Datagram { bytes: buffer[..length].to_vec(), client, server }))
 }
 
 fn address(from: &SockaddrStorage) -> Option<SocketAddr> {

@@ -544,10 +544,17 @@ async fn update(deps: &Deps, up: &Up, wanted: &Enrolment) -> Result<(), EnrolErr
         return Err(EnrolError::NoAddress);
     }
     up.pod.set_addresses(wanted.addresses.clone());
-    let dns = captures_dns(wanted, deps.shared.config.dns_capture);
+    let (dns, before) = (captures_dns(wanted, deps.shared.config.dns_capture), up.pod.dns.is_captured());
+    let ensure = |dns| routing::ensure(&up.pod.netns, &deps.shared.config.proc_root, &wanted.addresses, routed(dns));
     up.pod.dns.set_captured(dns);
-    routing::ensure(&up.pod.netns, &deps.shared.config.proc_root, &wanted.addresses, routed(dns)).await?;
-    Ok(deps.capture.enrol(up.pod.cookie, &pod_capture(wanted, up.reach, dns), Phase::Captured)?)
+    // Sockets that were marked once keep their mark, and the rule leads them to the steering: it stands only while that
+    // does, or their queries would come to nobody.
+    ensure(dns && before).await?;
+    deps.capture.enrol(up.pod.cookie, &pod_capture(wanted, up.reach, dns), Phase::Captured)?;
+    if dns && !before {
+        ensure(dns).await?;
+    }
+    Ok(())
 }
 
 /// The one namespace that is the pod's: the only one, or the only one that holds an address of it.

@@ -2,20 +2,21 @@
 
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
-use socket2::{Domain, SockAddr, Socket, Type};
-use tokio::io::unix::AsyncFd;
+use socket2::{Domain, SockAddr, SockRef, Socket, Type};
+use tokio::io::Interest;
+use tokio::net::UnixStream;
 
 use super::session::{LONGEST, Lost};
 
 /// Room for as many descriptors as a mistaken agent may send; more are reported as lost.
 const FILES: usize = 4;
 
-/// A connection to the agent.
-pub struct AgentSocket(AsyncFd<Socket>);
+/// A connection to the agent. tokio knows unix streams only, of which nothing but the readiness is used here.
+pub struct AgentSocket(UnixStream);
 
 /// What one packet brought; the bytes are in the caller's buffer.
 #[derive(Debug)]
@@ -33,7 +34,7 @@ impl AgentSocket {
         let socket = Socket::new(Domain::UNIX, Type::SEQPACKET.nonblocking(), None)?;
         // A local connect is done at once, or refused when the agent's queue is full.
         socket.connect(&SockAddr::unix(path)?)?;
-        Ok(Self(AsyncFd::register(socket)?))
+        Ok(Self(UnixStream::from_std(socket.into())?))
     }
 
     /// The next packet. Cancel safe.
@@ -42,9 +43,10 @@ impl AgentSocket {
     /// Those of the socket.
     pub async fn receive(&self, buffer: &mut [u8; LONGEST]) -> io::Result<Received> {
         loop {
-            let mut ready = self.0.readable().await?;
-            if let Ok(received) = ready.try_io(|socket| receive(socket.get_ref(), buffer)) {
-                return received;
+            self.0.readable().await?;
+            match self.0.try_io(Interest::READABLE, || receive(&self.0, buffer)) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                received => return received,
             }
         }
     }
@@ -55,15 +57,16 @@ impl AgentSocket {
     /// Those of the socket.
     pub async fn send(&self, packet: &[u8]) -> io::Result<()> {
         loop {
-            let mut ready = self.0.writable().await?;
-            if let Ok(sent) = ready.try_io(|socket| socket.get_ref().send(packet)) {
-                return sent.map(drop);
+            self.0.writable().await?;
+            match self.0.try_io(Interest::WRITABLE, || SockRef::from(&self.0).send(packet)) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                sent => return sent.map(drop),
             }
         }
     }
 }
 
-fn receive(socket: &Socket, buffer: &mut [u8; LONGEST]) -> io::Result<Received> {
+fn receive(socket: impl AsFd, buffer: &mut [u8; LONGEST]) -> io::Result<Received> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let message = recvmsg(socket, &mut [IoSliceMut::new(buffer)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
