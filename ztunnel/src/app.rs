@@ -49,13 +49,11 @@ use crate::{admin, capture, certs, dedicated, privileges};
 /// Control plane, enrolment, metrics and admin: enough that one slow task does not hold up another.
 const CONTROL_THREADS: usize = 2;
 
-/// Where the servers for names of endpoints are found.
+/// Names the servers for names of endpoints, and those that are asked where a pod's own cannot be told.
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 /// For tasks on the control runtime that do not end by themselves, such as a name that is being resolved.
 const LAST_WORDS: Duration = Duration::from_secs(1);
-
-/// Names the servers that are asked where a pod's own cannot be told.
 
 /// How often a draining ztunnel looks for its successor, and how long it still accepts once there is one.
 const SUCCESSOR_POLL: Duration = Duration::from_millis(100);
