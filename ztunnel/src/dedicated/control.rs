@@ -1,6 +1,6 @@
 //! The way to the control plane from inside a captured namespace.
 //!
-//! Every socket here carries the bypass mark, the resolver's too: what waits for the control plane to be captured could
+//! Every socket here carries the bypass mark, those of [`stub`] too: what waits for the control plane to be captured could
 //! never reach it, least of all after a crash, when everything else is refused.
 
 use std::fs;
@@ -9,23 +9,17 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::time::Duration;
 
-use hickory_proto::op::{Message, MessageType, OpCode, Query, ResponseCode};
-use hickory_proto::rr::{Name, RData, RecordType};
 use mesh::grpc::Dialer;
-use tokio::net::{TcpSocket, TcpStream, UdpSocket};
+use tokio::net::{TcpSocket, TcpStream};
 
+use crate::dns::resolv;
+use crate::names::stub;
 use crate::node::netns::{Family, Netns};
 
-/// How long one name server may take; the whole connect has five seconds.
-const ANSWER: Duration = Duration::from_millis(1500);
-/// How long one address may take to answer a SYN, where there are others.
+/// How long one address may take to answer a SYN; there may be others, and the whole connect has five seconds.
 const CONNECT: Duration = Duration::from_secs(2);
-const DATAGRAM: usize = 4096;
-const DNS_PORT: u16 = 53;
 /// As the C library: what has fewer dots is looked for in the search domains first.
 const NDOTS: usize = 1;
-/// As the C library: further servers are not asked.
-const SERVERS: usize = 3;
 const HOSTS: &str = "/etc/hosts";
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 /// Where the servers stand that a local stub asks. The stub itself is captured like everybody else.
@@ -75,10 +69,10 @@ async fn resolve(host: &str) -> io::Result<Vec<IpAddr>> {
     let settings = Settings::read(Path::new(RESOLV_CONF), Path::new(BEHIND_STUB))?;
     let mut last = None;
     for name in settings.candidates(host) {
-        match ask_servers(&settings.servers, &name).await {
-            Ok(addresses) if !addresses.is_empty() => return Ok(addresses),
+        match stub::look_up(&settings.servers, &name, true).await {
+            Ok(found) if !found.addresses.is_empty() => return Ok(found.addresses),
             Ok(_) => {}
-            Err(error) => last = Some(error),
+            Err(error) => last = Some(io::Error::other(format!("{name}: {error}"))),
         }
     }
     Err(last.unwrap_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("no address for {host}"))))
@@ -98,7 +92,7 @@ fn in_hosts(text: &str, host: &str) -> Vec<IpAddr> {
 /// `resolv.conf`, as far as it matters here.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Settings {
-    servers: Vec<IpAddr>,
+    servers: Vec<SocketAddr>,
     search: Vec<String>,
     ndots: usize,
 }
@@ -106,20 +100,19 @@ struct Settings {
 impl Settings {
     fn read(path: &Path, behind_stub: &Path) -> io::Result<Self> {
         let mut settings = Self::parse(&fs::read_to_string(path)?);
-        if settings.servers.iter().all(IpAddr::is_loopback)
+        if settings.servers.iter().all(|server| server.ip().is_loopback())
             && let Ok(text) = fs::read_to_string(behind_stub)
         {
-            settings.servers = Self::parse(&text).servers;
+            settings.servers = resolv::servers(&text);
         }
         Ok(settings)
     }
 
     fn parse(text: &str) -> Self {
-        let mut settings = Self { ndots: NDOTS, ..Self::default() };
+        let mut settings = Self { servers: resolv::servers(text), ndots: NDOTS, ..Self::default() };
         for line in text.lines() {
             let mut words = line.split_whitespace();
             match words.next() {
-                Some("nameserver") => settings.servers.extend(words.next().and_then(|ip| ip.parse::<IpAddr>().ok())),
                 Some("search" | "domain") => settings.search = words.map(str::to_owned).collect(),
                 Some("options") => {
                     let ndots = words.filter_map(|o| o.strip_prefix("ndots:")?.parse().ok()).last();
@@ -128,7 +121,6 @@ impl Settings {
                 _ => {}
             }
         }
-        settings.servers.truncate(SERVERS);
         settings
     }
 
@@ -144,76 +136,8 @@ impl Settings {
     }
 }
 
-/// Both kinds of address at once, from the first server that answers.
-async fn ask_servers(servers: &[IpAddr], name: &str) -> io::Result<Vec<IpAddr>> {
-    let mut last = io::Error::other("resolv.conf names no server");
-    for server in servers {
-        let server = SocketAddr::new(*server, DNS_PORT);
-        match tokio::join!(ask(server, name, RecordType::A), ask(server, name, RecordType::AAAA)) {
-            (Ok(v4), Ok(v6)) => return Ok([v4, v6].concat()),
-            // Some servers cannot say that there is no IPv6.
-            (Ok(one), Err(_)) | (Err(_), Ok(one)) if !one.is_empty() => return Ok(one),
-            (Err(error), _) | (_, Err(error)) => last = error,
-        }
-    }
-    Err(last)
-}
-
-async fn ask(server: SocketAddr, name: &str, kind: RecordType) -> io::Result<Vec<IpAddr>> {
-    let id = rand::random();
-    let query = query(id, name, kind)?;
-    let socket = UdpSocket::from_std(Netns::own()?.outgoing_udp(any(server.ip()))?.into())?;
-    let exchange = async {
-        socket.connect(server).await?;
-        socket.send(&query).await?;
-        let mut buffer = vec![0; DATAGRAM];
-        loop {
-            let length = socket.recv(&mut buffer).await?;
-            // What is no answer to this question was sent by somebody else.
-            if let Some(answer) = addresses(&buffer[..length], id, kind) {
-                return answer.map_err(|code| io::Error::other(format!("{server} says {code} for {name}")));
-            }
-        }
-    };
-    tokio::time::timeout(ANSWER, exchange)
-        .await
-        .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, format!("{server} does not answer"))))
-}
-
-fn query(id: u16, name: &str, kind: RecordType) -> io::Result<Vec<u8>> {
-    let mut name = Name::from_ascii(name).map_err(io::Error::other)?;
-    name.set_fqdn(true);
-    let mut message = Message::new(id, MessageType::Query, OpCode::Query);
-    message.metadata.recursion_desired = true;
-    message.add_query(Query::query(name, kind));
-    message.to_vec().map_err(io::Error::other)
-}
-
-/// The addresses of an answer; none where there is no such name; `None` for what does not answer this query.
-fn addresses(bytes: &[u8], id: u16, kind: RecordType) -> Option<Result<Vec<IpAddr>, ResponseCode>> {
-    let message = Message::from_vec(bytes).ok()?;
-    let metadata = message.metadata;
-    let asked = message.queries.first().is_none_or(|q| q.query_type() == kind);
-    if metadata.id != id || metadata.message_type != MessageType::Response || !asked {
-        return None;
-    }
-    let found = message.answers.iter().filter_map(|record| match &record.data {
-        RData::A(a) => Some(IpAddr::V4(a.0)),
-        RData::AAAA(aaaa) => Some(IpAddr::V6(aaaa.0)),
-        _ => None,
-    });
-    Some(match metadata.response_code {
-        ResponseCode::NoError => Ok(found.collect()),
-        ResponseCode::NXDomain => Ok(Vec::new()),
-        code => Err(code),
-    })
-}
-
 #[cfg(test)]
 mod tests {
-    use hickory_proto::rr::Record;
-    use hickory_proto::rr::rdata::A;
-
     use super::*;
 
     fn ip(text: &str) -> IpAddr {
@@ -234,7 +158,7 @@ mod tests {
         let text = "nameserver 10.96.0.10\nnameserver fd00::10\nnameserver what\n\
                     search shop.svc.cluster.local svc.cluster.local\noptions edns0 ndots:5\n";
         let settings = Settings::parse(text);
-        assert_eq!(settings.servers, [ip("10.96.0.10"), ip("fd00::10")]);
+        assert_eq!(settings.servers, ["10.96.0.10:53", "[fd00::10]:53"].map(|server| server.parse().unwrap()));
         let names = settings.candidates("istiod.istio-system.svc");
         assert_eq!(names[0], "istiod.istio-system.svc.shop.svc.cluster.local");
         assert_eq!(names[2], "istiod.istio-system.svc");
@@ -249,25 +173,11 @@ mod tests {
         fs::write(&stub, "nameserver 127.0.0.53\nsearch x.example\n").unwrap();
         fs::write(&behind, "nameserver 192.0.2.53\n").unwrap();
         let settings = Settings::read(&stub, &behind).unwrap();
-        assert_eq!((settings.servers, settings.search), (vec![ip("192.0.2.53")], vec!["x.example".to_owned()]));
+        assert_eq!(
+            (settings.servers, settings.search),
+            (vec!["192.0.2.53:53".parse().unwrap()], vec!["x.example".to_owned()])
+        );
         fs::remove_file(&behind).unwrap();
-        assert_eq!(Settings::read(&stub, &behind).unwrap().servers, [ip("127.0.0.53")]);
-    }
-
-    #[test]
-    fn an_answer_counts_only_for_the_query_it_answers() {
-        let asked = query(7, "istiod.istio-system.svc", RecordType::A).unwrap();
-        let mut answer = Message::from_vec(&asked).unwrap();
-        assert_eq!(addresses(&asked, 7, RecordType::A), None, "a query is no answer");
-        answer.metadata.message_type = MessageType::Response;
-        let owner = answer.queries[0].name().clone();
-        answer.add_answer(Record::from_rdata(owner, 30, RData::A(A::new(192, 0, 2, 1))));
-        let bytes = answer.to_vec().unwrap();
-        assert_eq!(addresses(&bytes, 7, RecordType::A), Some(Ok(vec![ip("192.0.2.1")])));
-        assert_eq!(addresses(&bytes, 8, RecordType::A), None);
-        assert_eq!(addresses(&bytes, 7, RecordType::AAAA), None);
-        assert_eq!(addresses(b"\0\0", 7, RecordType::A), None);
-        answer.metadata.response_code = ResponseCode::ServFail;
-        assert_eq!(addresses(&answer.to_vec().unwrap(), 7, RecordType::A), Some(Err(ResponseCode::ServFail)));
+        assert_eq!(Settings::read(&stub, &behind).unwrap().servers, ["127.0.0.53:53".parse().unwrap()]);
     }
 }
