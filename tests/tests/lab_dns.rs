@@ -78,7 +78,7 @@ fn service_entries(stage: &Stage) -> Result<()> {
     for (host, version) in [("catalog.internal", "v2"), ("legacy.internal", "v1")] {
         stage.comes_to("client", &[&format!("http://{host}/")], "200")?;
         let answer = stage.request("client", &[&format!("http://{host}/")])?;
-        ensure!(answer.body.contains(&format!("hello from {version}")), "{host}: {answer:?}");
+        ensure!(answer.body.contains(&format!("hello from server-{version}")), "{host}: {answer:?}");
     }
     let first = allocated(stage)?;
     let hosts: Vec<&str> = first.iter().filter_map(|line| line.split_once(' ').map(|(host, _)| host)).collect();

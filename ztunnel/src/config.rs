@@ -44,7 +44,9 @@ const NOT_DEDICATED: [(&str, &str); 4] = [
     ("HOST_NETNS", "a ztunnel of dedicated mode knows no namespace but its own"),
 ];
 /// Settings of capture, which mean nothing where it is off.
-const ONLY_CAPTURING: [&str; 6] = [
+const ONLY_CAPTURING: [&str; 8] = [
+    "EXCLUDED_INBOUND_PORTS",
+    "EXCLUDED_PORTS",
     "CGROUP_ROOT",
     "BPFFS_DIR",
     "EXCLUDED_DESTINATIONS",
@@ -52,7 +54,8 @@ const ONLY_CAPTURING: [&str; 6] = [
     "BYPASS_INBOUND_CAPTURE",
     "RELEASE_ON_EXIT",
 ];
-const ONLY_DEDICATED: [&str; 7] = [
+const ONLY_DEDICATED: [&str; 8] = [
+    "EXCLUDED_INBOUND_PORTS",
     "CAPTURE",
     "PROXY_WORKLOAD_INFO",
     "WORKLOAD_UID",
@@ -133,6 +136,8 @@ pub struct Dedicated {
     pub capture: Capture,
     pub failure: Failure,
     pub inbound: Inbound,
+    /// Where plaintext goes to the application directly, whether or not a ztunnel is alive.
+    pub excluded_inbound_ports: Vec<u16>,
     /// An orderly end takes the capture away, as `ztunnel release` does; a crash never does.
     pub release_on_exit: bool,
     /// The admin server listens here: every process of the namespace can reach a loopback port.
@@ -207,6 +212,8 @@ pub struct Config {
     /// Network namespace of the node, from which the kubelet probes.
     pub host_netns: PathBuf,
     pub excluded_destinations: Vec<IpNet>,
+    /// TCP ports that no pod's connections are captured to.
+    pub excluded_ports: Vec<u16>,
 
     /// How long a draining ztunnel may live on without its container; zero: connections end with the container.
     pub detached_drain: Duration,
@@ -269,6 +276,7 @@ impl Config {
                 "capture": match d.capture { Capture::Ebpf => "ebpf", Capture::Off => "off" },
                 "captureFailureMode": match d.failure { Failure::Closed => "closed", Failure::Open => "open" },
                 "bypassInboundCapture": d.inbound == Inbound::Bypass,
+                "excludedInboundPorts": d.excluded_inbound_ports,
                 "releaseOnExit": d.release_on_exit,
                 "adminSocket": d.admin_socket,
             })),
@@ -311,6 +319,7 @@ impl Config {
             "procRoot": self.proc_root,
             "hostNetns": self.host_netns,
             "excludedDestinations": self.excluded_destinations,
+            "excludedPorts": self.excluded_ports,
             "detachedDrain": seconds(self.detached_drain),
             "orphanedDrain": seconds(self.orphaned_drain),
             "runDir": self.run_dir,
@@ -451,6 +460,7 @@ impl Raw {
             proc_root,
             host_netns: self.0.text("HOST_NETNS").map_or(host_default, PathBuf::from),
             excluded_destinations: self.prefixes("EXCLUDED_DESTINATIONS", DEFAULT_EXCLUDED),
+            excluded_ports: self.ports("EXCLUDED_PORTS"),
             detached_drain: self.0.duration("DETACHED_DRAIN", Duration::ZERO),
             orphaned_drain: self.0.duration("ORPHANED_DRAIN", DEFAULT_ORPHANED_DRAIN),
             run_dir: PathBuf::from(self.0.string("RUN_DIR", DEFAULT_RUN_DIR)),
@@ -486,6 +496,7 @@ impl Raw {
             workload_uid: self.0.text("WORKLOAD_UID").map(str::to_owned),
             capture,
             failure,
+            excluded_inbound_ports: self.ports("EXCLUDED_INBOUND_PORTS"),
             inbound: if bypass { Inbound::Bypass } else { Inbound::Capture },
             release_on_exit: self.0.bool("RELEASE_ON_EXIT", false),
             admin_socket: PathBuf::from(self.0.string("ADMIN_SOCKET", DEFAULT_ADMIN_SOCKET)),
@@ -595,6 +606,18 @@ impl Raw {
         })
     }
 
+    fn ports(&mut self, name: &str) -> Vec<u16> {
+        let text = self.verbatim(name).unwrap_or_default().to_owned();
+        let mut ports = Vec::new();
+        for item in text.split(',').map(str::trim).filter(|i| !i.is_empty()) {
+            match item.parse() {
+                Ok(port) if port > 0 => ports.push(port),
+                _ => self.0.mistakes.push(format!("{name}: {item:?} is not a port")),
+            }
+        }
+        ports
+    }
+
     fn prefixes(&mut self, name: &str, default: &str) -> Vec<IpNet> {
         // Set but empty means: exclude nothing.
         let text = self.verbatim(name).unwrap_or(default).to_owned();
@@ -664,6 +687,7 @@ mod tests {
             ("SECRET_TTL", "soon"),
             ("IPV6_ENABLED", "perhaps"),
             ("EXCLUDED_DESTINATIONS", "10.0.0.0/8,ten"),
+            ("EXCLUDED_PORTS", "22,0"),
             ("ZTUNNEL_WORKER_THREADS", "200%"),
         ])
         .unwrap_err();
@@ -673,11 +697,12 @@ mod tests {
             "SECRET_TTL",
             "IPV6_ENABLED",
             "EXCLUDED_DESTINATIONS",
+            "EXCLUDED_PORTS",
             "ZTUNNEL_WORKER_THREADS",
         ] {
             assert!(mistakes.lines().iter().any(|m| m.contains(name)), "{name} missing in {mistakes}");
         }
-        assert_eq!(mistakes.lines().len(), 6);
+        assert_eq!(mistakes.lines().len(), 7);
     }
 
     #[test]

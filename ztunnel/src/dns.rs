@@ -13,9 +13,10 @@ pub mod resolv;
 pub mod serve;
 
 use std::cell::RefCell;
+use std::collections::HashSet;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use mesh::model::Workload;
@@ -50,13 +51,27 @@ pub struct DnsState {
     in_flight: Arc<Semaphore>,
     /// Asked in place of the server the pod asks, where that cannot be told.
     servers: Arc<[SocketAddr]>,
+    /// Where queries of our own for this pod come from.
+    asking: Mutex<HashSet<SocketAddr>>,
+}
+
+/// A query of ours, as long as it is under way.
+struct Asking<'a> {
+    state: &'a DnsState,
+    from: SocketAddr,
+}
+
+impl Drop for Asking<'_> {
+    fn drop(&mut self) {
+        self.state.asking.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.from);
+    }
 }
 
 impl DnsState {
     #[must_use]
     pub fn new(captured: bool) -> Self {
         let in_flight = Arc::new(Semaphore::new(IN_FLIGHT));
-        Self { captured: AtomicBool::new(captured), in_flight, servers: Arc::new([]) }
+        Self { captured: AtomicBool::new(captured), in_flight, servers: Arc::new([]), asking: Mutex::default() }
     }
 
     /// For a pod whose queries come without the address of the server: names outside the mesh are asked of `servers`.
@@ -78,6 +93,22 @@ impl DnsState {
 
     pub fn set_captured(&self, captured: bool) {
         self.captured.store(captured, Ordering::Relaxed);
+    }
+
+    /// Notes a socket of ours, so that what it sends is known when it comes back.
+    fn note_query(&self, from: SocketAddr) -> Asking<'_> {
+        self.asking.lock().unwrap_or_else(PoisonError::into_inner).insert(from);
+        Asking { state: self, from }
+    }
+
+    /// Did this query leave from a socket of ours? So it is where a process of the pod has given the address of a server
+    /// to its own namespace: asking on would ask ourselves without end.
+    fn is_own(&self, client: SocketAddr) -> bool {
+        let own = self.asking.lock().unwrap_or_else(PoisonError::into_inner).contains(&client);
+        if own {
+            metrics::counter!("ztunnel_self_connections_total").increment(1);
+        }
+        own
     }
 
     /// `None` when the pod has as many queries under way as it may.

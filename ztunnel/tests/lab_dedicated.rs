@@ -605,7 +605,7 @@ fn a_dead_dedicated_ztunnel_fails_as_set_and_its_capture_ends_when_released() {
     }
     let mut lab = Lab::up('r');
     lab.start_node();
-    lab.start_dedicated("v1", &[]);
+    lab.start_dedicated("v1", &[("EXCLUDED_INBOUND_PORTS", "2222")]);
     lab.start_dedicated("v2", &[("CAPTURE_FAILURE_MODE", "open")]);
     assert_eq!(lab.call("v1", &v4("a1")), answer(&v4("v1")));
 
@@ -619,6 +619,13 @@ fn a_dead_dedicated_ztunnel_fails_as_set_and_its_capture_ends_when_released() {
     assert!(started.elapsed() < Duration::from_secs(5), "refused, not timed out");
     assert!(!wire.end().1, "in clear text");
     assert_eq!(lab.call("v2", &v4("a1")), answer(&v4("v2")), "fails open");
+    let owner = inside(&lab.netns("v1"), || TcpListener::bind(("0.0.0.0", 2222)).expect("a port for the owner"));
+    let way_in = SocketAddr::new(v4("v1").parse().expect("an address"), 2222);
+    assert!(
+        inside(&lab.netns("br"), move || TcpStream::connect_timeout(&way_in, PATIENCE).is_ok()),
+        "the owner's way in"
+    );
+    drop(owner);
 
     // The next one takes over what the dead one left.
     lab.start_dedicated("v1", &[]);

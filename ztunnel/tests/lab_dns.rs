@@ -211,7 +211,7 @@ impl Lab {
 - {{name: guarded, namespace: shop, hostname: guarded.example.com, vips: ["/{guarded}"], ports: {{80: 8080}}}}
 - {{name: nobody, namespace: shop, hostname: nobody.example.com, vips: ["/{nobody}"], ports: {{80: 8080}}}}
 - {{name: wild, namespace: shop, hostname: "*.wild.example.com", vips: ["/240.240.0.10"], ports: {{80: 8080}}}}
-- {{name: four, namespace: shop, hostname: four.example.com, vips: ["/240.240.0.11", "/2001:2::11"], ipFamilies: Ipv4, ports: {{80: 8080}}}}
+- {{name: four, namespace: shop, hostname: four.example.com, vips: ["/240.240.0.11", "/2001:2::11"], ipFamilies: IPv4, ports: {{80: 8080}}}}
 - {{name: api, namespace: shop, hostname: api.shop.svc.cluster.local, vips: ["/{VIP}"], ports: {{80: 8080}}}}
 - {{name: db, namespace: shop, hostname: db.shop.svc.cluster.local, vips: [], ports: {{80: 8080}}}}
 policies: []
@@ -275,7 +275,7 @@ enrolments:"#
     /// The value of a metric of which the line has all of `parts`.
     fn metric(&self, parts: &[&str]) -> Option<f64> {
         let text = self.metrics();
-        let line = text.lines().find(|l| parts.iter().all(|p| l.contains(p)));
+        let line = text.lines().filter(|l| !l.starts_with('#')).find(|l| parts.iter().all(|p| l.contains(p)));
         line.and_then(|l| l.rsplit(' ').next()?.parse().ok())
     }
 
@@ -755,9 +755,9 @@ fn a_pod_with_net_admin_cannot_poison_a_neighbours_dns_nor_what_ztunnel_believes
     ));
     lab.start_ztunnel();
 
-    // The pod claims the address of the server that all ask, and answers with lies. It deceives itself.
+    // The pod claims the address of the server that all ask, and answers with lies.
     run(&format!("ip -n {n}-own addr add 10.77.0.53/32 dev lo"));
-    let liar = inside(&lab.netns("own"), || UdpSocket::bind("10.77.0.53:53").expect("bound"));
+    let liar = inside(&lab.netns("own"), || UdpSocket::bind("0.0.0.0:53").expect("bound"));
     std::thread::spawn(move || {
         let mut buffer = [0; 4096];
         while let Ok((length, from)) = liar.recv_from(&mut buffer) {
@@ -766,7 +766,10 @@ fn a_pod_with_net_admin_cannot_poison_a_neighbours_dns_nor_what_ztunnel_believes
         }
     });
     let ask = |pod, server, name| lab.udp(pod, server, name, RecordType::A);
-    assert_eq!(ask("own", SERVERS[0], "known.test."), "NoError 192.0.2.66/77");
+    let [itself, _] = addresses("own");
+    assert_eq!(ask("own", &itself, "known.test."), "NoError 192.0.2.66/77", "it deceives itself");
+    assert_eq!(ask("own", SERVERS[0], "known.test."), "ServFail", "what is forwarded there comes back, once");
+    assert!(lab.metric(&["ztunnel_self_connections_total"]) >= Some(1.0));
     // Through ztunnel, from another server, which says something else; nobody else hears of it.
     assert_eq!(ask("own", SERVERS[1], "known.test."), "NoError 192.0.2.2/77");
     assert_eq!(ask("client", SERVERS[0], "known.test."), "NoError 192.0.2.1/77");

@@ -6,12 +6,14 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use anyhow::{Context, bail};
+use ebpf_loader::Capture;
 use nix::sys::stat::stat;
 
 use crate::admin;
 use crate::config::Config;
 use crate::node::netns::Netns;
 use crate::node::routing;
+use crate::node::sysctl::Sysctls;
 
 /// Removes the pins, the rules and the routes. Says what it did on standard output; nothing to do is no error.
 ///
@@ -43,13 +45,22 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
 /// When the kernel says no.
 pub async fn take_away(config: &Config) -> anyhow::Result<()> {
     let own = Netns::own().context("opening this network namespace")?;
-    // Any source address will do: what is taken away is known by its table and mark.
+    let sysctls = Sysctls::open(&own, &config.proc_root)?;
+    let now = sysctls.found()?;
+    let found = if config.bpffs_dir.exists() {
+        // What the first ztunnel found is kept beside the pins.
+        let capture = Capture::open(&config.bpffs_dir, &config.cgroup_root)?;
+        capture.remember(ebpf_loader::cookie_of(own.file())?, now)?
+    } else {
+        now
+    };
+    // Any address of a family will do: the rule is known by its table and mark.
     let mut any = vec![IpAddr::V4(Ipv4Addr::UNSPECIFIED)];
     any.extend(config.proc_root.join("sys/net/ipv6").exists().then_some(IpAddr::V6(Ipv6Addr::UNSPECIFIED)));
     // The DNS rule before the pins: sockets that are marked already would have their queries sent to nobody.
     routing::release_dns(&own, &any).await?;
     ebpf_loader::remove_pins(&config.bpffs_dir)?;
-    routing::remove(&own, &config.proc_root, &any).await?;
+    routing::remove(&own, &sysctls, found).await?;
     Ok(())
 }
 

@@ -52,6 +52,8 @@ pub fn enrolment(world: &Snapshot, config: &Config, settings: &Dedicated) -> Res
         inbound: settings.inbound,
         dns: Dns::Capture,
         excluded: Vec::new(),
+        excluded_ports_to: Vec::new(),
+        excluded_ports_at: settings.excluded_inbound_ports.clone(),
         probe_ports: Vec::new(),
     })
 }

@@ -64,6 +64,7 @@ pub async fn udp(pod: &LocalPod, server: SocketAddr, query: &Query, bytes: &[u8]
     let source = pod.address_like(server.ip()).ok_or(Ending::NoSource(server))?;
     let socket = UdpSocket::from_std(pod.netns.outgoing_udp(source).map_err(io)?.into()).map_err(io)?;
     socket.connect(server).await.map_err(io)?;
+    let _asking = pod.dns.note_query(socket.local_addr().map_err(io)?);
     let id = rand::random();
     socket.send(&Query::with_id(bytes, id)).await.map_err(io)?;
     let answered = async {

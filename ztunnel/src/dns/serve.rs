@@ -86,6 +86,9 @@ pub async fn udp(shared: Shared, pod: Arc<LocalPod>, socket: DnsSocket) {
             count_self_call();
             continue;
         }
+        if pod.dns.is_own(client) {
+            continue;
+        }
         // Dropped like by any server that is too busy: resolvers ask again.
         let Some(permit) = pod.dns.permit() else {
             metrics::counter!("ztunnel_dns_dropped_total").increment(1);

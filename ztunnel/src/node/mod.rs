@@ -9,11 +9,13 @@ pub mod backend;
 pub mod enrolment;
 pub mod find;
 pub mod host;
+pub mod keep;
 pub mod manager;
 pub mod netns;
 pub mod pod;
 pub mod report;
 pub mod routing;
+pub mod sysctl;
 pub mod tenure;
 
 use std::collections::BTreeMap;

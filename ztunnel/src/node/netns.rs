@@ -7,7 +7,6 @@ use std::fs::File;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
 
 use ebpf_loader::abi::{MARK_BYPASS, MARK_LEG};
 use nix::sched::{CloneFlags, setns};
@@ -217,20 +216,6 @@ impl Netns {
         setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
         socket.bind(&SocketAddr::new(client, 0).into())?;
         Ok(socket)
-    }
-
-    /// Writes a sysctl below `/proc/sys/net`, which shows the namespace of the thread that opens it.
-    ///
-    /// # Errors
-    /// Those of opening and writing the file.
-    pub fn set_sysctl(&self, proc_root: &Path, name: &str, value: &str) -> io::Result<()> {
-        self.enter(|| {
-            let path = proc_root.join("sys/net").join(name);
-            if std::fs::read_to_string(&path)?.trim() == value {
-                return Ok(());
-            }
-            std::fs::write(&path, value)
-        })
     }
 
     /// Is any of `addresses` configured in this namespace?

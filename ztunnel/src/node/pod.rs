@@ -16,7 +16,8 @@ use tokio::sync::Notify;
 
 use super::backend::{Backend, redirect};
 use super::enrolment::Enrolment;
-use super::netns::Netns;
+use super::keep::Kept;
+use super::netns::{Family, Netns};
 use crate::dns::DnsState;
 
 /// One enrolled pod. Shared by the workers; lives until its last connection has ended.
@@ -34,25 +35,20 @@ pub struct LocalPod {
     pub drain: DrainWatcher,
     /// The same namespace was enrolled again while this one was leaving: the steering belongs to the other now.
     pub superseded: AtomicBool,
+    pub kept: Kept,
     /// Connections and tunnels that are being opened: what still needs sockets made.
     opening: AtomicUsize,
     /// No sockets can be made any more; tunnels that are asked for now are sent away.
     closed_door: AtomicBool,
     addresses: ArcSwap<Vec<IpAddr>>,
     /// Addresses of our own listeners; whoever dials those talks to nobody.
-    listeners: Vec<SocketAddr>,
+    listeners: ArcSwap<Vec<SocketAddr>>,
     trigger: Mutex<Option<DrainTrigger>>,
 }
 
 impl LocalPod {
     #[must_use]
-    pub fn new(
-        enrolment: &Enrolment,
-        netns: Netns,
-        cookie: NetnsCookie,
-        listeners: Vec<SocketAddr>,
-        dns: DnsState,
-    ) -> Self {
+    pub fn new(enrolment: &Enrolment, netns: Netns, cookie: NetnsCookie, dns: DnsState) -> Self {
         let (trigger, drain) = mesh::drain::channel();
         Self {
             uid: enrolment.uid.clone(),
@@ -67,10 +63,11 @@ impl LocalPod {
             dns,
             drain,
             superseded: AtomicBool::new(false),
+            kept: Kept::default(),
             opening: AtomicUsize::new(0),
             closed_door: AtomicBool::new(false),
             addresses: ArcSwap::from_pointee(enrolment.addresses.clone()),
-            listeners,
+            listeners: ArcSwap::default(),
             trigger: Mutex::new(Some(trigger)),
         }
     }
@@ -109,7 +106,7 @@ impl LocalPod {
     #[must_use]
     pub fn is_own_listener(&self, destination: SocketAddr) -> bool {
         match self.backend {
-            Backend::Ebpf => self.listeners.contains(&destination),
+            Backend::Ebpf => self.listeners.load().contains(&destination),
             // Dialled from outside, the port is redirected like any other.
             Backend::Redirect => {
                 redirect::is_own_port(destination.port())
@@ -118,12 +115,24 @@ impl LocalPod {
         }
     }
 
+    /// Listeners that were opened for it, before anybody can dial them.
+    pub fn add_listeners(&self, opened: &[SocketAddr]) {
+        self.listeners.rcu(|known| [known.as_slice(), opened].concat());
+    }
+
+    /// Are there listeners for that family?
+    #[must_use]
+    pub fn listens(&self, family: Family) -> bool {
+        self.listeners.load().iter().any(|address| Family::of(address.ip()) == family)
+    }
+
     fn trigger(&self) -> std::sync::MutexGuard<'_, Option<DrainTrigger>> {
         self.trigger.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Closes the listeners and tells peers to open no more tunnels; what is open goes on. Waits for nobody.
     pub fn stop_accepting(&self) {
+        self.kept.close_listeners();
         if let Some(trigger) = &*self.trigger() {
             trigger.begin();
         }

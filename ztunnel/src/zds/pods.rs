@@ -166,7 +166,7 @@ impl Pods {
                 .map_err(StartError::Ports)?;
         let enrolment = enrolment(info, &config.cluster_id);
         let state = DnsState::asking(self.deps.dns_servers.clone());
-        let pod = Arc::new(LocalPod::new(&enrolment, netns, cookie, Vec::new(), state).redirected());
+        let pod = Arc::new(LocalPod::new(&enrolment, netns, cookie, state).redirected());
         self.deps.registry.insert(&pod);
         self.deps.workers.assign(&pod, shares).await;
         for socket in dns {
@@ -204,6 +204,8 @@ fn enrolment(info: &PodInfo, cluster: &str) -> Enrolment {
         inbound: Inbound::Capture,
         dns: Dns::Capture,
         excluded: Vec::new(),
+        excluded_ports_to: Vec::new(),
+        excluded_ports_at: Vec::new(),
         probe_ports: Vec::new(),
     }
 }

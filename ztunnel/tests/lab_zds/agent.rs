@@ -171,10 +171,6 @@ impl Agent {
         self.shared.snapshots.load(Ordering::SeqCst)
     }
 
-    pub fn connections(&self) -> usize {
-        self.shared.connections.lock().unwrap().len()
-    }
-
     /// Tells the newest ztunnel of a pod.
     pub fn add(&self, pod: &Pod) -> Result<(), String> {
         self.shared.pods.lock().unwrap().insert(pod.uid.clone(), pod.clone());
