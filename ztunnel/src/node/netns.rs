@@ -94,7 +94,8 @@ impl Netns {
     /// # Errors
     /// Those of `fstat`.
     pub fn is_own(&self) -> io::Result<bool> {
-        Ok(nix::sys::stat::fstat(&self.home)?.st_ino == self.inode)
+        let Some(home) = &self.home else { return Ok(true) };
+        Ok(fstat(home)?.st_ino == self.inode)
     }
 
     /// Runs `make` with the thread inside the namespace. It must not block for long: a data path thread may run it.
