@@ -92,7 +92,7 @@ impl Open {
         let (netns, redirect::Listeners { shares, dns }) = opening().map_err(EnrolError::Listeners)?;
         let cookie = ebpf_loader::cookie_of(netns.file())?;
         let state = DnsState::asking(dns_servers.clone());
-        let pod = Arc::new(LocalPod::new(wanted, netns, cookie, Vec::new(), state).redirected());
+        let pod = Arc::new(LocalPod::new(wanted, netns, cookie, state).redirected());
         registry.insert(&pod);
         workers.assign(&pod, shares).await;
         for socket in dns {
