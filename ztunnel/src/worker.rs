@@ -57,12 +57,13 @@ impl Shared {
     /// The pod's workload as the control plane describes it.
     ///
     /// # Errors
-    /// When it does not arrive within five seconds, or is not the one that was enrolled here.
+    /// When it does not arrive within five seconds, or is not the one that was enrolled here: a pod's name may be
+    /// another pod's a moment later, and the two kinds of resource come one after the other.
     pub async fn local(&self, pod: &LocalPod) -> Result<Local, Ending> {
         let find = || {
             let world = self.store.snapshot();
             let workload = world.workload(&pod.workload_uid).cloned();
-            workload.map(|w| (world, w))
+            workload.filter(|w| pod.is_described_by(w)).map(|w| (world, w))
         };
         let (world, workload) = match find() {
             Some(found) => found,
@@ -76,24 +77,25 @@ impl Shared {
                         changes.changed().await.ok()?;
                     }
                 };
-                tokio::time::timeout(WORKLOAD_WAIT, arrival)
-                    .await
-                    .ok()
-                    .flatten()
-                    .ok_or_else(|| Ending::UnknownWorkload(pod.workload_uid.to_string()))?
+                tokio::time::timeout(WORKLOAD_WAIT, arrival).await.ok().flatten().ok_or_else(|| self.missing(pod))?
             }
         };
-        if pod.namespace != workload.namespace || pod.service_account != workload.service_account {
-            return Err(Ending::WorkloadMismatch {
-                workload: workload.uid.to_string(),
-                found: format!("{}/{}", workload.namespace, workload.service_account),
-                enrolled: format!("{}/{}", pod.namespace, pod.service_account),
-            });
-        }
         pod.learn_addresses(&workload.addresses);
         let identity =
             workload.identity().map_err(|source| Ending::BadIdentity { workload: workload.uid.to_string(), source })?;
         Ok(Local { world, workload, identity })
+    }
+
+    /// Why there is no workload for the pod.
+    fn missing(&self, pod: &LocalPod) -> Ending {
+        let Some(other) = self.store.snapshot().workload(&pod.workload_uid).cloned() else {
+            return Ending::UnknownWorkload(pod.workload_uid.to_string());
+        };
+        Ending::WorkloadMismatch {
+            workload: other.uid.to_string(),
+            found: format!("{}/{} at {:?}", other.namespace, other.service_account, other.addresses),
+            enrolled: format!("{}/{} at {:?}", pod.namespace, pod.service_account, pod.addresses()),
+        }
     }
 }
 
