@@ -89,7 +89,7 @@ pub fn run(mut config: Config, log: LogHandle) -> anyhow::Result<()> {
     let config = Arc::new(config);
     let generation = handover::generation();
     let registry = Arc::new(Registry::default());
-    let generations = Generations::new(&generation, &config.version_tag, &registry);
+    let generations = Generations::new(&generation, &config.version_tag, &registry, config.draining_generations);
     let (workers, certs, shelter) = control.block_on(async {
         let ports = admin::Ports::bind(&config).await?;
         // Enrolment ends first; what feeds open connections (policy, certificates) when they have ended.

@@ -219,6 +219,8 @@ pub struct Config {
     pub detached_drain: Duration,
     /// How long of that without a successor.
     pub orphaned_drain: Duration,
+    /// How many ztunnels of the node may be draining at a time; of more the oldest ends.
+    pub draining_generations: usize,
     /// Of the node and for root alone: where draining ztunnels and their successors meet.
     pub run_dir: PathBuf,
     /// The process that waits for this one on behalf of the container's runtime.
@@ -322,6 +324,7 @@ impl Config {
             "excludedPorts": self.excluded_ports,
             "detachedDrain": seconds(self.detached_drain),
             "orphanedDrain": seconds(self.orphaned_drain),
+            "drainingGenerations": self.draining_generations,
             "runDir": self.run_dir,
         })
     }
@@ -463,6 +466,9 @@ impl Raw {
             excluded_ports: self.ports("EXCLUDED_PORTS"),
             detached_drain: self.0.duration("DETACHED_DRAIN", Duration::ZERO),
             orphaned_drain: self.0.duration("ORPHANED_DRAIN", DEFAULT_ORPHANED_DRAIN),
+            draining_generations: self.0.parse("DRAINING_GENERATIONS", 2, "a number from 1 to 100", |v| {
+                v.parse().ok().filter(|n| (1..=100).contains(n))
+            }),
             run_dir: PathBuf::from(self.0.string("RUN_DIR", DEFAULT_RUN_DIR)),
             supervisor: self.0.parse(SUPERVISOR, None, "a process", |v| v.parse().ok().map(Some)),
         }

@@ -206,7 +206,7 @@ mod tests {
         fixture::world(&format!(
             "kind: Namespace\nmetadata: {{name: shop, labels: {{{DATAPLANE_MODE}: ambient}}}}\n---\n\
              kind: Pod\nmetadata: {{name: a, namespace: shop, uid: u, labels: {{{labels}}}, annotations: {{{annotations}}}}}\n\
-             spec: {{nodeName: n, containers: []{spec}}}\nstatus: {{phase: Running}}\n"
+             spec: {{nodeName: n1, containers: []{spec}}}\nstatus: {{phase: Running}}\n"
         ))
     }
 
@@ -241,7 +241,7 @@ mod tests {
                 "InvalidAnnotation",
                 "false",
             ),
-            ("", "ambient.istio.io/dns-capture: off", "", Severity::Warning, "InvalidAnnotation", "dns-capture"),
+            ("", "ambient.istio.io/dns-capture: 'off'", "", Severity::Warning, "InvalidAnnotation", "dns-capture"),
             ("", "ambient.istio.io/capture-failure-mode: ajar", "", Severity::Warning, "InvalidAnnotation", "closed"),
         ];
         for (labels, annotations, spec, severity, reason, word) in cases {
@@ -260,17 +260,17 @@ mod tests {
         let (world, reports) = (world("", "", ""), Reports::default());
         let report = |state: State, reason: &str| {
             reports
-                .report("n", vec![PodState { uid: "u".into(), state: state.into(), reason: reason.into(), epoch: 0 }]);
+                .report("n1", vec![PodState { uid: "u".into(), state: state.into(), reason: reason.into(), epoch: 0 }]);
         };
         report(State::Pending, "no process yet");
         assert_eq!(told(&world, &reports, Instant::now()), [], "every pod starts like that");
         tokio::time::advance(super::super::PATIENCE).await;
         report(State::Pending, "no process yet");
         let late = told(&world, &reports, Instant::now());
-        assert_eq!(late, [(Severity::Warning, "NotEnrolledYet", "node n: no process yet".to_owned())]);
+        assert_eq!(late, [(Severity::Warning, "NotEnrolledYet", "node n1: no process yet".to_owned())]);
         report(State::Failed, "two namespaces");
         let failed = told(&world, &reports, Instant::now());
-        assert_eq!(failed, [(Severity::Warning, "NotEnrolled", "node n: two namespaces".to_owned())]);
+        assert_eq!(failed, [(Severity::Warning, "NotEnrolled", "node n1: two namespaces".to_owned())]);
         report(State::Enrolled, "");
         assert_eq!(told(&world, &reports, Instant::now()), []);
     }

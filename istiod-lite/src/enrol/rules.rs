@@ -148,7 +148,7 @@ mod tests {
         let world = fixture::world(&format!(
             "kind: Namespace\nmetadata: {{name: {namespace}, labels: {{{of_namespace}}}}}\n---\n\
              kind: Pod\nmetadata: {{name: a, namespace: {namespace}, uid: u, labels: {{{labels}}}, annotations: {{{annotations}}}{metadata}}}\n\
-             spec: {{nodeName: n, containers: []{spec}}}\nstatus: {{phase: {phase}}}\n",
+             spec: {{nodeName: n1, containers: []{spec}}}\nstatus: {{phase: {phase}}}\n",
             namespace = given.namespace,
             of_namespace = mode(given.namespace_mode),
             labels = labels.collect::<Vec<_>>().join(", "),
