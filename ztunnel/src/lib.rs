@@ -4,8 +4,7 @@
 //! from the control plane or from a file, pods from a CNI agent as well. One connection's path is one file read from top to bottom: [`outbound`],
 //! [`inbound`] or [`passthrough`]. What to do is decided in [`resolve`], which touches nothing.
 //!
-//! Left out, with an error where it is asked for: the mode `dedicated`, gateways between networks, application
-//! tunnels.
+//! Left out, with an error where it is asked for: gateways between networks, application tunnels.
 
 #![forbid(unsafe_code)]
 
@@ -15,6 +14,7 @@ pub mod capture;
 pub mod certs;
 pub mod cni;
 pub mod config;
+pub mod dedicated;
 pub mod dns;
 pub mod ending;
 pub mod handover;

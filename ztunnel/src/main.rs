@@ -8,10 +8,10 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use nix::sys::signal::{SigSet, Signal};
-use ztunnel::app;
 use ztunnel::cni::install;
 use ztunnel::config::{CniTask, Command, Config, Mistakes, USAGE, parse_args};
 use ztunnel::handover::{self, supervisor};
+use ztunnel::{app, dedicated};
 
 /// A mistake of whoever started us; nothing was tried.
 const BAD_SETTINGS: u8 = 2;
@@ -48,7 +48,21 @@ fn main() -> ExitCode {
             Ok(config) => run(config),
             Err(mistakes) => refuse(&mistakes),
         },
+        Ok(Command::Release) => match Config::from_env(std::env::vars()) {
+            Ok(config) => release(&config),
+            Err(mistakes) => refuse(&mistakes),
+        },
         Err(mistakes) => refuse(&mistakes),
+    }
+}
+
+fn release(config: &Config) -> ExitCode {
+    match dedicated::release::run(config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ztunnel release: {error:#}");
+            ExitCode::FAILURE
+        }
     }
 }
 

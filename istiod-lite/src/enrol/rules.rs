@@ -5,6 +5,7 @@ use std::fmt;
 use k8s_openapi::api::core::v1::Pod;
 
 use crate::translate::binding::MANAGED_LABEL;
+use crate::translate::workload::has_native_tunnel;
 use crate::translate::world::World;
 use crate::types::{annotation, label};
 
@@ -90,7 +91,9 @@ pub fn asked_by(world: &World, pod: &Pod) -> Result<AskedBy, Outside> {
 
 /// What forbids that the pod be captured, if anything does.
 pub fn bar(world: &World, pod: &Pod) -> Option<Bar> {
-    never(world, pod).or_else(|| annotation(&pod.metadata, SIDECAR_STATUS).is_some().then_some(Bar::Sidecar))
+    // A ztunnel of the pod's own (dedicated mode) is a sidecar too: the pod answers HBONE by itself.
+    let sidecar = || annotation(&pod.metadata, SIDECAR_STATUS).is_some() || has_native_tunnel(&pod.metadata);
+    never(world, pod).or_else(|| sidecar().then_some(Bar::Sidecar))
 }
 
 /// What forbids it from the pod's first day to its last: such a pod was never captured, whatever an annotation claims.

@@ -58,6 +58,8 @@ pub struct Finder {
     proc_root: PathBuf,
     kubelet: KubeletRoot,
     refused: BTreeSet<u64>,
+    /// There is one workload and it lives where we do: nothing is searched.
+    own: bool,
 }
 
 /// What stands before the kubelet's own tree in the paths of `/proc/PID/cgroup`. A path without it belongs to somebody
@@ -115,11 +117,11 @@ fn lines(cgroups: &str) -> impl Iterator<Item = (bool, &str, &str)> {
 }
 
 impl Finder {
-    /// `host` is the inode of the node's own network namespace.
+    /// `host` is the inode of the node's own network namespace, where it is known.
     ///
     /// # Errors
     /// When this process' own mounts or namespace cannot be read.
-    pub fn new(proc_root: &Path, cgroup_root: &Path, host: u64) -> io::Result<Self> {
+    pub fn new(proc_root: &Path, cgroup_root: &Path, host: Option<u64>) -> io::Result<Self> {
         let mounts = fs::read_to_string("/proc/self/mountinfo")?;
         let own_cgroups = fs::read_to_string("/proc/self/cgroup")?;
         let root = fs::canonicalize(cgroup_root)?;
@@ -129,7 +131,8 @@ impl Finder {
         Ok(Self {
             proc_root: proc_root.to_owned(),
             kubelet: KubeletRoot::new(v2_prefix(&mounts, &root).unwrap_or_default(), &own_cgroups),
-            refused: init.into_iter().chain([own, host]).collect(),
+            refused: init.into_iter().chain([own]).chain(host).collect(),
+            own: false,
         })
     }
 
@@ -137,6 +140,12 @@ impl Finder {
     #[must_use]
     pub fn refuses(&self, inode: u64) -> bool {
         self.refused.contains(&inode)
+    }
+
+    /// For a ztunnel in the namespace of its only workload: whoever is wanted is here.
+    #[must_use]
+    pub fn own() -> Self {
+        Self { proc_root: PathBuf::from("/proc"), kubelet: KubeletRoot::default(), refused: BTreeSet::new(), own: true }
     }
 
     /// Every namespace that holds a process of one of the `wanted` pods, in one walk over `/proc`.
@@ -147,6 +156,9 @@ impl Finder {
         let mut found: BTreeMap<String, Vec<Found>> = BTreeMap::new();
         if wanted.is_empty() {
             return Ok(found);
+        }
+        if self.own {
+            return wanted.iter().map(|uid| Ok((uid.clone(), vec![own()?]))).collect();
         }
         for entry in fs::read_dir(&self.proc_root)? {
             let Ok(entry) = entry else { continue };
@@ -184,6 +196,13 @@ impl Finder {
     fn pod_uid(&self, cgroups: &str) -> Option<String> {
         pod_uid(cgroups, &self.kubelet)
     }
+}
+
+/// This process, in its namespace.
+fn own() -> io::Result<Found> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let directory = nix::fcntl::open("/proc/self", flags, Mode::empty())?;
+    Ok(Found { netns: Netns::own()?, process: Process { directory, pid: std::process::id() } })
 }
 
 fn inode(file: std::os::fd::BorrowedFd<'_>) -> io::Result<u64> {
