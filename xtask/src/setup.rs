@@ -19,6 +19,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("/usr/bin/git", "git"),
     ("/usr/sbin/ip", "iproute2"),
     ("/usr/sbin/nft", "nftables"),
+    ("/usr/sbin/iptables-nft", "iptables"),
     ("/usr/bin/tcpdump", "tcpdump"),
     ("/usr/bin/curl", "curl"),
     ("/usr/bin/h2load", "nghttp2-client"),

@@ -87,6 +87,6 @@ fn config_dump(shared: &Shared, registry: &Registry) -> serde_json::Value {
     dump.insert("certificates".into(), serde_json::json!(shared.certs.snapshot()));
     dump.insert("config".into(), shared.config.dump());
     dump.insert("workloadState".into(), registry.dump());
-    dump.insert("version".into(), serde_json::json!({ "version": env!("CARGO_PKG_VERSION") }));
+    dump.insert("version".into(), serde_json::json!({ "version": crate::VERSION }));
     serde_json::Value::Object(dump)
 }

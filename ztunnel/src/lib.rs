@@ -23,3 +23,8 @@ pub mod passthrough;
 pub mod privileges;
 pub mod resolve;
 pub mod worker;
+
+/// Name and version of this build, one constant so that it can be read from the binary.
+const BUILD: &str = concat!("ztunnel/", env!("CARGO_PKG_VERSION"));
+/// The version alone.
+pub const VERSION: &str = BUILD.split_at("ztunnel/".len()).1;
