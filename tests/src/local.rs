@@ -10,10 +10,13 @@ use anyhow::{Context, Result};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, KeyPair, KeyUsagePurpose};
 use serde_json::{Value, json};
 
-use crate::raw::{Node, Pod};
+use crate::raw::{Node, Pod, Process};
 
 /// Raises the number of open files to what is allowed, then becomes the program.
 const UNLIMITED: [&str; 4] = ["/bin/sh", "-ec", "ulimit -n $(ulimit -Hn); exec \"$@\"", "limits"];
+
+/// Seconds that such a ztunnel has from SIGTERM to its end.
+pub const GRACE: u64 = 12;
 
 /// A certificate authority that all nodes sign with.
 pub fn write_ca(directory: &Path) -> Result<()> {
@@ -63,6 +66,28 @@ pub fn write_file(path: &Path, value: &Value) -> Result<()> {
 /// The command with as many open files as the machine allows.
 pub fn unlimited(argv: &[&str]) -> Vec<String> {
     UNLIMITED.iter().chain(argv).map(|word| (*word).to_owned()).collect()
+}
+
+/// Starts a ztunnel on a node, fed from a file, with its admin, metrics and readiness ports at `ports`, +20 and +21.
+pub fn start_ztunnel(node: &Node, name: &str, program: &Path, file: &Path, ca: &Path, ports: u16) -> Result<Process> {
+    let shown = |path: &Path| path.display().to_string();
+    let env = [
+        ("NODE_NAME", node.net.name.clone()),
+        ("LOCAL_XDS_PATH", shown(file)),
+        ("LOCAL_CA_DIR", shown(ca)),
+        ("CGROUP_ROOT", shown(&node.cgroup)),
+        ("HOST_NETNS", "/proc/self/ns/net".to_owned()),
+        ("BPFFS_DIR", shown(&node.bpffs)),
+        ("ZTUNNEL_WORKER_THREADS", "2".to_owned()),
+        ("TERMINATION_GRACE_PERIOD_SECONDS", GRACE.to_string()),
+        ("ADMIN_PORT", ports.to_string()),
+        ("STATS_PORT", (ports + 20).to_string()),
+        ("READINESS_PORT", (ports + 21).to_string()),
+    ];
+    let env: Vec<(&str, &str)> = env.iter().map(|(key, value)| (*key, value.as_str())).collect();
+    let argv = unlimited(&[&shown(program)]);
+    let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
+    node.spawn(name, &argv, &env)
 }
 
 /// Short connections by the ten thousand must not run out of ports.

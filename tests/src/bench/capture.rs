@@ -160,7 +160,8 @@ fn plain(lab: &Lab, cpu: usize) -> Result<Contestant> {
 fn ours(lab: &Lab, cpu: usize) -> Result<Contestant> {
     let node = lab.node("node-a");
     let (cgroup, bpffs) = (node.cgroup.display().to_string(), node.bpffs.display().to_string());
-    let arguments = ["ours", "--cpu", &cpu.to_string(), "--cgroup", &cgroup, "--bpffs", &bpffs];
+    let cpu = cpu.to_string();
+    let arguments = ["ours", "--cpu", &cpu, "--cgroup", &cgroup, "--bpffs", &bpffs];
     contestant(lab, OURS, foreign(), &arguments, |pod| {
         sys::ip_batch(
             Some(&pod.net.netns.name),
@@ -200,7 +201,7 @@ fn contestant(
     prepare(&pod).with_context(|| format!("preparing {name}"))?;
     let program = std::env::current_exe()?.display().to_string();
     let address = pod.net.ipv4.to_string();
-    let argv = [&[program.as_str(), "sink"], arguments, &["--pod", &address]].concat();
+    let argv = [&[program.as_str(), "sink"][..], arguments, &["--pod", &address]].concat();
     // It stands for the node's proxy: loading programs needs rights.
     let mut sink = pod.spawn_as(&format!("sink-{name}"), &argv, &[], Security::privileged())?;
     sink.wait_output(READY, Duration::from_secs(10))?;
@@ -211,7 +212,7 @@ impl Contestant {
     fn time(&self, test: &Test, secs: f64, cpu: usize, interrupt: &Interrupt) -> Result<Timed> {
         let program = std::env::current_exe()?.display().to_string();
         let (to, cpu, size, time) = (self.to.to_string(), cpu.to_string(), test.size.to_string(), secs.to_string());
-        let argv = [&program, "dial", test.deed, "--to", &to, "--cpu", &cpu, "--size", &size, "--secs", &time];
+        let argv = [program.as_str(), "dial", test.deed, "--to", &to, "--cpu", &cpu, "--size", &size, "--secs", &time];
         let mut client = self.pod.spawn(&format!("dial-{}", self.name), &argv, &[])?;
         let deadline = Duration::from_secs_f64(secs) + OVERTIME;
         interrupt.until("a client to end", deadline, || Ok((!client.running()).then_some(())))?;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use mesh_tests::bench::{Options, capture, l4, load, serve, sink};
-use mesh_tests::load::{client, soak};
+use mesh_tests::load::{client, many, soak};
 
 /// Measures the mesh side by side with plain TCP and with peers.
 #[derive(Parser)]
@@ -20,6 +20,8 @@ enum Suite {
     L4(Options),
     /// The way into a proxy, without one: loopback, our programs, iptables
     Capture(Options),
+    /// Many idle pods on one node: time to enrol them, memory and CPU of their ztunnel
+    Pods(many::Options),
     /// Everything that must not lose a connection, under load: not a measurement, a test that takes its time
     Soak(soak::Options),
     /// The client end of a soak
@@ -45,6 +47,7 @@ fn main() -> ExitCode {
         Suite::Capture(options) => capture::run(&options),
         Suite::Sink(options) => sink::sink(&options),
         Suite::Dial(options) => sink::dial(&options),
+        Suite::Pods(options) => many::run(&options),
         Suite::Soak(options) => soak::run(&options),
         Suite::SoakClient(options) => client::run(&options),
         Suite::Serve => serve::run(),

@@ -336,7 +336,7 @@ async fn beat(
 
 async fn ended(stream: &TcpStream) {
     // Whatever it is, the next exchange meets it.
-    let _ = stream.readable().await;
+    let _ = stream.peek(&mut [0]).await;
 }
 
 #[cfg(test)]

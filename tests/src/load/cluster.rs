@@ -19,7 +19,13 @@ use crate::places::Places;
 use crate::session::Session;
 use crate::{demo, local, sys, wait};
 
-const PODS: &str = "tests/soak/pods.yaml";
+/// A file of pods, and their names.
+pub type Cast = (&'static str, &'static [&'static str]);
+/// All pods of the soak.
+pub const ALL: Cast = ("tests/soak/pods.yaml", &["client", "near", "far", "outside", "plain"]);
+/// Only the server on the second node.
+pub const FAR: Cast = ("tests/soak/far.yaml", &["far"]);
+
 const LABEL: &str = "istio.io/dataplane-mode";
 /// How long the mesh may take for what it is asked, on a crowded machine.
 const SETTLE: Duration = Duration::from_secs(30);
@@ -43,16 +49,12 @@ impl Cluster {
     ///
     /// # Errors
     /// When something does not come up.
-    pub fn up(id: &str, places: &Places) -> Result<Self> {
+    pub fn up(id: &str, places: &Places, (file, names): &Cast) -> Result<Self> {
         let session = Session::start(id, places)?;
-        demo::install_with(&session, PODS)?;
+        demo::install_with(&session, file)?;
         let cluster = Self { session, runs: 0, versions: 0 };
-        let args = ["wait", "--for=condition=Ready", "pod", "--all", "--timeout=60s", "-n"];
-        for namespace in ["soak", "outside"] {
-            cluster.kubectl(&[&args[..], &[namespace]].concat())?;
-        }
-        for name in ["client", "near", "far", "outside", "plain"] {
-            let pod = cluster.session.pod(name)?;
+        for name in *names {
+            let pod = wait::until(&format!("pod {name}"), SETTLE, || cluster.session.pod(name))?;
             sys::sysctl(&pod.netns, &local::MANY_PORTS)?;
             wait::until_true("a server to listen", SETTLE, || {
                 crate::raw::listening(&pod.netns, serve::HTTP).unwrap_or(false)
@@ -87,7 +89,8 @@ impl Cluster {
     /// When one is not.
     pub fn enrol(&self) -> Result<()> {
         self.kubectl(&["label", "namespace", "soak", &format!("{LABEL}=ambient"), "--overwrite"])?;
-        self.wait_annotated("enabled", 3)
+        let pods = self.session.pods().into_iter().filter(|pod| pod.namespace == "soak");
+        self.wait_annotated("enabled", pods.count())
     }
 
     /// Takes the label away and waits until no pod is said to be enrolled.
@@ -116,7 +119,8 @@ impl Cluster {
     /// When the rollout does not end, or the metrics do not show the version.
     pub fn upgrade(&mut self) -> Result<String> {
         self.versions += 1;
-        let version = format!("0.1.{}", self.versions % 10);
+        // Two that take turns: copies of a debug build are large.
+        let version = format!("0.1.{}", 1 + self.versions % 2);
         let image = format!("ztunnel:{version}");
         let images = self.session.places.images(&self.session.record.id);
         if !images.pushed.join(&image).exists() {
@@ -139,20 +143,6 @@ impl Cluster {
     /// When it does not.
     pub fn rolled_out(&self) -> Result<()> {
         self.kubectl(&["-n", "istio-system", "rollout", "status", "daemonset/ztunnel", "--timeout=60s"]).map(drop)
-    }
-
-    /// Deletes the ztunnel of a node, which gets SIGTERM; waits until its successor is ready.
-    ///
-    /// # Errors
-    /// When there is none, or no successor gets ready.
-    pub fn restart(&self, node: &str) -> Result<()> {
-        let old = self.serving(node)?;
-        self.kubectl(&["-n", "istio-system", "delete", "pod", &old.0.name, "--wait=false"])?;
-        wait::until(&format!("a successor of {}", old.0.name), SETTLE, || {
-            let new = self.serving(node)?;
-            ensure!(new.0.uid != old.0.uid, "still the old one");
-            Ok(())
-        })
     }
 
     /// Kills the ztunnel of a node and waits until its container has been started again and is ready. Returns when that start
@@ -224,7 +214,7 @@ impl Cluster {
         }
         for (client, log) in &mut load.clients {
             wait::until("the long-lived connections to open", Duration::from_secs(60), || {
-                let said = fs::read_to_string(&log)?;
+                let said = fs::read_to_string(log.as_path())?;
                 if client.try_wait()?.is_some() {
                     return Ok(Err(anyhow::anyhow!("the load ended early: {said}")));
                 }
@@ -264,7 +254,7 @@ impl Load {
         })?;
         for (client, log) in clients {
             if client.try_wait()?.is_some() {
-                bail!("a client has ended: {}", fs::read_to_string(log)?);
+                bail!("a client has ended: {}", fs::read_to_string(log.as_path())?);
             }
         }
         Ok(())
@@ -283,7 +273,7 @@ impl Load {
             let status = wait::until("a client to end", Duration::from_secs(45), || {
                 client.try_wait()?.context("it still runs")
             })?;
-            all.merge(Tally::read(status, &fs::read_to_string(&log)?)?);
+            all.merge(Tally::read(status, &fs::read_to_string(log.as_path())?)?);
         }
         Ok(all)
     }

@@ -7,10 +7,12 @@
 //! - [`stage`] is a mesh of two ztunnels fed from files, with pods in and outside of it
 //! - [`cluster`] is one with a control plane, where pods join by `kubectl`
 //! - [`watch`] looks at the wire meanwhile: nothing readable, nothing around the mesh
+//! - [`many`] is the opposite of load: many pods that do nothing
 //! - [`soak`] is what is done to the mesh under load, and what must hold
 
 pub mod client;
 pub mod cluster;
+pub mod many;
 pub mod soak;
 pub mod stage;
 pub mod watch;

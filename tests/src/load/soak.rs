@@ -9,9 +9,10 @@ use nix::sys::signal::Signal;
 
 use super::Tally;
 use super::client::Visible;
-use super::cluster::Cluster;
-use super::stage::{Amount, GRACE, Load, Stage, Ztunnel};
+use super::cluster::{self, Cluster};
+use super::stage::{Amount, Load, Stage, Ztunnel};
 use super::watch::{Seen, Watch};
+use crate::local::GRACE;
 use crate::places::Places;
 use crate::raw::NODES;
 use crate::topology::Netns;
@@ -182,7 +183,7 @@ impl Verdict {
 /// When something does not hold, after all have been run.
 pub fn run(options: &Options) -> Result<()> {
     let places = Places::find()?;
-    let acts = if options.acts.is_empty() { Act::value_variants() } else { &options.acts };
+    let acts = if options.acts.is_empty() { Act::value_variants() } else { options.acts.as_slice() };
     let mut wrong = Vec::new();
     for act in acts {
         let verdict = play(&places, &format!("soak-{}", act.name()), *act, &options.scale)?;
@@ -250,7 +251,7 @@ fn with_files(places: &Places, id: &str, act: Act, scale: &Scale) -> Result<Verd
 
 /// In a cluster, by `kubectl`.
 fn with_cluster(places: &Places, id: &str, act: Act, scale: &Scale) -> Result<Verdict> {
-    let mut cluster = Cluster::up(id, places)?;
+    let mut cluster = Cluster::up(id, places, &cluster::ALL)?;
     let within = if act == Act::Enrol { Visible::May } else { Visible::Never };
     if act != Act::Enrol {
         cluster.enrol()?;
@@ -311,7 +312,7 @@ fn sigterm(
     load: &mut Load,
     leaving: &mut Vec<Ztunnel>,
 ) -> Result<Ztunnel> {
-    let end_first = turn as usize / NODES.len() % 2 == 0;
+    let end_first = (turn as usize / NODES.len()).is_multiple_of(2);
     if end_first {
         old.process.signal(Signal::SIGTERM)?;
         load.run_until(Instant::now() + Duration::from_millis(500))?;

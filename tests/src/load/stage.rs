@@ -28,8 +28,6 @@ use crate::{sys, wait};
 const NAMESPACE: &str = "soak";
 /// Longest that a ztunnel may take to be ready on a crowded machine.
 const UP: Duration = Duration::from_secs(30);
-/// Seconds from SIGTERM to the end, for a ztunnel of the stage.
-pub const GRACE: u64 = 12;
 
 /// How much is asked of the mesh.
 #[derive(Clone, Copy, Debug)]
@@ -116,7 +114,7 @@ impl Stage {
         }
         local::write_ca(&lab.scratch("ca")?)?;
         let program = bench.to_owned();
-        let mut stage = Self {
+        let stage = Self {
             client,
             near,
             far,
@@ -130,7 +128,7 @@ impl Stage {
             lab,
         };
         for node in NODES {
-            stage.configure(node, Member::Enrolled)?;
+            stage.configure(node)?;
         }
         Ok(stage)
     }
@@ -149,15 +147,11 @@ impl Stage {
         &self.lab
     }
 
-    /// Tells a node's ztunnel whether its pods are enrolled.
-    ///
-    /// # Errors
-    /// When the file cannot be written.
-    pub fn configure(&self, node: &str, member: Member) -> Result<()> {
+    /// Tells a node's ztunnel of the mesh, and to enrol its pods.
+    fn configure(&self, node: &str) -> Result<()> {
         let members = self.members();
-        let here = members.iter().filter(|(_, of)| *of == node && member == Member::Enrolled).map(|(pod, _)| *pod);
-        let file = local::mesh_file(NAMESPACE, &members, &here.collect::<Vec<_>>());
-        local::write_file(&self.file(node)?, &file)
+        let here: Vec<&Pod> = members.iter().filter(|(_, of)| *of == node).map(|(pod, _)| *pod).collect();
+        local::write_file(&self.file(node)?, &local::mesh_file(NAMESPACE, &members, &here))
     }
 
     fn file(&self, node: &str) -> Result<PathBuf> {
@@ -174,24 +168,9 @@ impl Stage {
         // A predecessor keeps its ports until it ends, and there may be two of them.
         let ports = 15000 + u16::try_from(self.started % 40).unwrap_or(0) * 100;
         let (file, ca) = (self.file(&node.net.name)?, self.lab.scratch("ca")?);
-        let shown = |path: &Path| path.display().to_string();
-        let env = [
-            ("NODE_NAME", node.net.name.clone()),
-            ("LOCAL_XDS_PATH", shown(&file)),
-            ("LOCAL_CA_DIR", shown(&ca)),
-            ("CGROUP_ROOT", shown(&node.cgroup)),
-            ("HOST_NETNS", "/proc/self/ns/net".to_owned()),
-            ("BPFFS_DIR", shown(&node.bpffs)),
-            ("ZTUNNEL_WORKER_THREADS", "2".to_owned()),
-            ("TERMINATION_GRACE_PERIOD_SECONDS", GRACE.to_string()),
-            ("ADMIN_PORT", ports.to_string()),
-            ("STATS_PORT", (ports + 20).to_string()),
-            ("READINESS_PORT", (ports + 21).to_string()),
-        ];
-        let env: Vec<(&str, &str)> = env.iter().map(|(key, value)| (*key, value.as_str())).collect();
+        let name = format!("ztunnel-{}-{}", node.net.name, self.started);
         let started_ms = now_ms();
-        let argv = unlimited(&[&shown(program)]);
-        let process = node.spawn(&format!("ztunnel-{}-{}", node.net.name, self.started), &words(&argv), &env)?;
+        let process = local::start_ztunnel(node, &name, program, &file, &ca, ports)?;
         Ok(Ztunnel { process, ports, started_ms })
     }
 
@@ -207,18 +186,6 @@ impl Stage {
             }
             if local::answers_ready(node, ztunnel.ports + 21) { Ok(Ok(())) } else { bail!("not ready") }
         })?
-    }
-
-    /// What a ztunnel's metrics say its version is.
-    ///
-    /// # Errors
-    /// When it does not answer.
-    pub fn version(&self, node: &str, ztunnel: &Ztunnel) -> Result<String> {
-        let said = local::http(self.lab.node(node), ztunnel.ports + 20, "/metrics")?;
-        let line =
-            said.lines().find(|line| line.starts_with("istio_build")).context("no istio_build in the metrics")?;
-        let (_, tag) = line.split_once("tag=\"").context("istio_build has no tag")?;
-        Ok(tag.split('"').next().unwrap_or_default().to_owned())
     }
 
     /// Starts the clients and waits until their long-lived connections are open.
@@ -278,13 +245,6 @@ impl Stage {
         }
         Ok(())
     }
-}
-
-/// Whether a node's pods are in the mesh.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Member {
-    Enrolled,
-    Outside,
 }
 
 impl Load {
