@@ -1,6 +1,7 @@
 //! Wiring of the control plane: start order, the loop from a changed world to published resources, and the writers that
 //! bring the API up to date. Decisions live elsewhere.
 
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,9 +25,11 @@ use crate::ca::Authority;
 use crate::config::Config;
 use crate::enrol::{self, Annotate, LEAVE_DEADLINE, Leaving, REDIRECTION, Reports, Written};
 use crate::resources::{Acks, ResourceStore};
+use crate::translate::enrolment;
 use crate::translate::translate;
 use crate::translate::verdict::Verdict;
 use crate::translate::world::World;
+use crate::types::Key;
 use crate::watch::Watch;
 use crate::{deploy, serve, status};
 
@@ -110,6 +113,7 @@ async fn translate_changes(
     passes: watch::Sender<Option<Arc<Pass>>>,
 ) {
     let mut leaving = Leaving::default();
+    let mut unreadable = BTreeSet::new();
     let (left, mut all_left) = mpsc::unbounded_channel::<(u64, Vec<String>)>();
     // Owned here: ends with this task.
     let mut farewells = JoinSet::new();
@@ -136,6 +140,7 @@ async fn translate_changes(
         let resources = translation.resources.len();
         let generation = store.publish(translation.resources);
         tracing::debug!(generation, resources, elapsed = ?started.elapsed(), "published");
+        tell_unreadable(&world, &mut unreadable);
         let uids = leaving.published(generation);
         if !uids.is_empty() {
             let (acks, left, watch) = (Arc::clone(&acks), left.clone(), Arc::clone(&watch));
@@ -150,6 +155,18 @@ async fn translate_changes(
         }
         passes.send_replace(Some(Arc::new(Pass { world, verdicts: translation.verdicts })));
     }
+}
+
+/// Says once which pods' annotations are not read: they are captured as if they had none, which nobody else would tell.
+fn tell_unreadable(world: &World, told: &mut BTreeSet<(String, String)>) {
+    let enrolled = world.pods.values().filter(|pod| enrolment::translate(world, pod).is_some());
+    let now: BTreeSet<_> = enrolled
+        .flat_map(|pod| enrolment::unreadable(pod).into_iter().map(|why| (Key::of(&pod.metadata).to_string(), why)))
+        .collect();
+    for (pod, why) in now.difference(told) {
+        tracing::warn!(%pod, "{why}; the annotation excludes nothing");
+    }
+    *told = now;
 }
 
 /// Returns when nothing has changed for [`QUIET`], or after [`PATIENCE`].

@@ -13,6 +13,7 @@ use crate::auth::TrustedNodeAccounts;
 use crate::ca::LeafLifetime;
 use crate::deploy::WaypointSettings;
 use crate::serve;
+use crate::translate::allocate::Prefixes;
 use crate::translate::world::MeshSettings;
 
 #[derive(Debug, Clone)]
@@ -52,6 +53,7 @@ impl Config {
             trust_domain: env.text("TRUST_DOMAIN", &defaults.trust_domain),
             root_namespace: env.text("POD_NAMESPACE", &defaults.root_namespace),
             cluster_domain: env.text("CLUSTER_DOMAIN", &defaults.cluster_domain),
+            allocation: env.allocation(defaults.allocation),
         };
         let serve = serve::Settings {
             grpc: env.parsed::<SocketAddr>("ISTIOD_GRPC_ADDR").unwrap_or(serve_defaults.grpc),
@@ -107,6 +109,18 @@ impl Env {
         }
     }
 
+    fn allocation(&mut self, defaults: Prefixes) -> Prefixes {
+        let prefixes = Prefixes {
+            enabled: self.parsed::<bool>("PILOT_ENABLE_IP_AUTOALLOCATE").unwrap_or(defaults.enabled),
+            v4: self.parsed("PILOT_IP_AUTOALLOCATE_IPV4_PREFIX").unwrap_or(defaults.v4),
+            v6: self.parsed("PILOT_IP_AUTOALLOCATE_IPV6_PREFIX").unwrap_or(defaults.v6),
+        };
+        if prefixes.v4.prefix_len() > 30 || prefixes.v6.prefix_len() > 126 {
+            self.mistakes.push("PILOT_IP_AUTOALLOCATE_IPV4_PREFIX, _IPV6_PREFIX: no room for addresses".into());
+        }
+        prefixes
+    }
+
     fn duration(&mut self, name: &str, default: Duration) -> Duration {
         self.parsed::<humantime::Duration>(name).map_or(default, Into::into)
     }
@@ -135,8 +149,11 @@ mod tests {
             ("DEFAULT_WORKLOAD_CERT_TTL", "soon"),
             ("CA_TRUSTED_NODE_ACCOUNTS", "ztunnel"),
             ("LOG_FORMAT", "xml"),
+            ("PILOT_ENABLE_IP_AUTOALLOCATE", "maybe"),
+            ("PILOT_IP_AUTOALLOCATE_IPV4_PREFIX", "2001:2::/48"),
+            ("PILOT_IP_AUTOALLOCATE_IPV6_PREFIX", "2001:2::1/128"),
         ])
         .unwrap_err();
-        assert_eq!(mistakes.len(), 4, "{mistakes:?}");
+        assert_eq!(mistakes.len(), 7, "{mistakes:?}");
     }
 }

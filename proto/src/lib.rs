@@ -31,6 +31,10 @@ pub mod security {
 pub mod ca {
     include!("generated/istio.v1.auth.rs");
 }
+/// Pods from Istio's CNI agent.
+pub mod zds {
+    include!("generated/istio.workload.zds.rs");
+}
 /// Pods a node proxy captures.
 pub mod enrolment {
     include!("generated/mesh.enrolment.v1.rs");

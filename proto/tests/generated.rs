@@ -2,11 +2,12 @@
 
 use std::path::Path;
 
-const SCHEMAS: [&str; 6] = [
+const SCHEMAS: [&str; 7] = [
     "envoy/ads.proto",
     "istio/workload.proto",
     "istio/authorization.proto",
     "istio/ca.proto",
+    "istio/zds.proto",
     "mesh/enrolment.proto",
     "mesh/waypoint.proto",
 ];

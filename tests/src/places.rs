@@ -25,13 +25,20 @@ impl Places {
     /// When the program was moved elsewhere.
     pub fn find() -> Result<Self> {
         let program = std::env::current_exe()?;
-        let target = program
-            .ancestors()
-            .find(|path| path.join("CACHEDIR.TAG").exists())
+        // `target/PROFILE/NAME`, or `target/PROFILE/deps/NAME` for tests. Cargo's CACHEDIR.TAG is no sign: cargo writes it
+        // only where it made the directory itself.
+        let directory = program.parent().context("this program has no directory")?;
+        let binaries = if directory.ends_with("deps") { directory.parent() } else { Some(directory) };
+        let (binaries, target) = binaries
+            .and_then(|binaries| Some((binaries, binaries.parent()?)))
             .context("this program is not in cargo's target directory: run it by `cargo xtask`")?;
-        let profile = program.strip_prefix(target)?.iter().next().context("no profile directory")?;
+        ensure!(
+            binaries.join(".fingerprint").is_dir(),
+            "{} is not cargo's target directory: run this by `cargo xtask`",
+            target.display()
+        );
         let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("no workspace")?;
-        Ok(Self { workspace: workspace.to_owned(), binaries: target.join(profile), target: target.to_owned() })
+        Ok(Self { workspace: workspace.to_owned(), binaries: binaries.to_owned(), target: target.to_owned() })
     }
 
     /// Unpacked tools.

@@ -14,6 +14,7 @@ use support::{Case, Stage};
 const CASES: &[Case] = &[
     ("a request by name is resolved by ztunnel", by_name),
     ("a name outside the mesh is the cluster DNS's to deny", outside),
+    ("names of ServiceEntries have addresses of their own and lead to their endpoints", service_entries),
     ("an annotation leaves a pod its own DNS while it runs", opted_out),
 ];
 
@@ -60,6 +61,62 @@ fn outside(stage: &Stage) -> Result<()> {
     ensure!(answer.exit == 6, "could not be resolved: {answer:?}");
     ensure!(count(stage, FORWARDED)? > before, "the cluster DNS was asked");
     Ok(())
+}
+
+/// `host address` of every address that was allocated.
+fn allocated(stage: &Stage) -> Result<Vec<String>> {
+    let path = "jsonpath={range .items[*].status.addresses[*]}{.host} {.value}{\"\\n\"}{end}";
+    let said = stage.kubectl(&["-n", "shop", "get", "serviceentries", "-o", path])?;
+    let mut all: Vec<String> = said.lines().map(str::to_owned).collect();
+    all.sort();
+    Ok(all)
+}
+
+fn service_entries(stage: &Stage) -> Result<()> {
+    let sample = "manifests/samples/service-entry.yaml";
+    stage.kubectl(&["apply", "-f", sample])?;
+    for (host, version) in [("catalog.internal", "v2"), ("legacy.internal", "v1")] {
+        stage.comes_to("client", &[&format!("http://{host}/")], "200")?;
+        let answer = stage.request("client", &[&format!("http://{host}/")])?;
+        ensure!(answer.body.contains(&format!("hello from server-{version}")), "{host}: {answer:?}");
+    }
+    let first = allocated(stage)?;
+    let hosts: Vec<&str> = first.iter().filter_map(|line| line.split_once(' ').map(|(host, _)| host)).collect();
+    ensure!(hosts == ["catalog.internal", "catalog.internal", "legacy.internal", "legacy.internal"], "{first:?}");
+    ensure!(first.iter().filter(|line| line.contains(" 240.240.")).count() == 2, "{first:?}");
+    ensure!(first.iter().filter(|line| line.contains(" 2001:2:")).count() == 2, "{first:?}");
+    let condition = "jsonpath={.items[*].status.conditions[?(@.type==\"Accepted\")].status}";
+    let said = stage.kubectl(&["-n", "shop", "get", "serviceentries", "-o", condition])?;
+    ensure!(said == "True True", "{said}");
+
+    // Another control plane finds the addresses where the first wrote them down.
+    stage.kubectl(&["-n", "istio-system", "delete", "pods", "-l", "app=istiod"])?;
+    stage.kubectl(&["apply", "-f", "tests/demo/service-entry-late.yaml"])?;
+    wait::until("the next control plane to allocate", SETTLE, || {
+        let all = allocated(stage)?;
+        ensure!(all.iter().any(|line| line.starts_with("late.internal ")), "{all:?}");
+        let others: Vec<&String> = all.iter().filter(|line| !line.starts_with("late.internal ")).collect();
+        ensure!(others == first.iter().collect::<Vec<_>>(), "{first:?} have become {others:?}");
+        Ok(())
+    })?;
+    stage.kubectl(&["delete", "-f", "tests/demo/service-entry-late.yaml"])?;
+
+    // A user's own address takes the place of the one that was allocated.
+    let patch = r#"{"spec": {"addresses": ["192.0.2.77"]}}"#;
+    stage.kubectl(&["-n", "shop", "patch", "serviceentry", "legacy", "--type=merge", "-p", patch])?;
+    wait::until("the allocated address to be taken back", SETTLE, || {
+        let left = allocated(stage)?;
+        ensure!(left == first[..2], "{left:?}");
+        Ok(())
+    })?;
+    stage.comes_to("client", &["--resolve", "legacy.internal:80:192.0.2.77", "http://legacy.internal/"], "200")?;
+
+    stage.kubectl(&["delete", "-f", sample])?;
+    wait::until("the names to be gone", SETTLE, || {
+        let answer = stage.request("client", &["http://catalog.internal/"])?;
+        ensure!(answer.exit == 6, "it is still resolved: {answer:?}");
+        Ok(())
+    })
 }
 
 fn opted_out(stage: &Stage) -> Result<()> {

@@ -13,6 +13,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::config::Config;
+use crate::handover::follow::Generations;
 use crate::node::Registry;
 use crate::worker::Shared;
 
@@ -23,6 +24,7 @@ pub struct Deps {
     pub readiness: Readiness,
     pub metrics: MetricsHandle,
     pub log: LogHandle,
+    pub generations: Generations,
     /// Set to true by `/quitquitquit`.
     pub quit: watch::Sender<bool>,
 }
@@ -52,9 +54,9 @@ impl Ports {
 /// Starts the three servers into `tasks`. They go on during the drain of the pods, so that it can be watched.
 pub fn start(ports: Ports, deps: Deps, tasks: &mut JoinSet<()>, drain: &DrainWatcher) {
     let dump = {
-        let (shared, registry) = (deps.shared.clone(), deps.registry.clone());
+        let (shared, registry, generations) = (deps.shared.clone(), deps.registry.clone(), deps.generations.clone());
         move |_| {
-            let dump = config_dump(&shared, &registry);
+            let dump = config_dump(&shared, &registry, &generations);
             async move { json(&dump) }
         }
     };
@@ -82,11 +84,16 @@ async fn bind(setting: &str, addresses: &[IpAddr], port: u16) -> anyhow::Result<
     Err(error).with_context(|| format!("listening on port {port} (set {setting} to choose another)"))
 }
 
-fn config_dump(shared: &Shared, registry: &Registry) -> serde_json::Value {
+fn config_dump(shared: &Shared, registry: &Registry, generations: &Generations) -> serde_json::Value {
     let mut dump = shared.store.snapshot().config_dump();
     dump.insert("certificates".into(), serde_json::json!(shared.certs.snapshot()));
     dump.insert("config".into(), shared.config.dump());
     dump.insert("workloadState".into(), registry.dump());
+<<<<<<< HEAD
     dump.insert("version".into(), serde_json::json!({ "version": crate::VERSION }));
+=======
+    dump.insert("generations".into(), serde_json::json!(generations.list()));
+    dump.insert("version".into(), serde_json::json!({ "version": env!("CARGO_PKG_VERSION") }));
+>>>>>>> main
     serde_json::Value::Object(dump)
 }

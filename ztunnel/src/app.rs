@@ -2,34 +2,53 @@
 //!
 //! Start: settings, privileges, programs, certificates, workers, configuration, pods, servers; ready once the control
 //! plane's first answers are in and every pod of the first list was tried. End: readiness drops; accepting goes on,
-//! for a successor may still be starting; pods drain; what is left at the deadline is cut.
+//! for a successor may still be starting; pods drain; what is left at the deadline is cut, or lives on without the
+//! container where the settings say so ([`crate::handover`]).
 
+use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use ebpf_loader::Capture;
+use futures_util::FutureExt;
+use futures_util::future::join_all;
 use mesh::drain::{self, DrainWatcher};
 use mesh::serve::Readiness;
 use mesh::store::Store;
 use mesh::telemetry::{self, LogHandle};
 use mesh::xds::local::LocalSource;
-use mesh::xds::{NodeInfo, NodeRole, XdsClient, XdsConfig, address_handler, authorization_handler};
+use mesh::xds::{NodeInfo, NodeRole, ResourceHandler, XdsClient, XdsConfig, address_handler, authorization_handler};
+use mesh_proto::enrolment::PodState;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::config::Config;
+use crate::dns::resolv;
+use crate::handover::cgroup::Shelter;
+use crate::handover::drainer::Drainer;
+use crate::handover::follow::{Follower, Generations};
+use crate::handover::supervisor::Leash;
+use crate::handover::{self, live_on};
+use crate::names::{Names, Servers};
+use crate::node::backend::redirect;
 use crate::node::find::Finder;
 use crate::node::host::Host;
 use crate::node::manager::{self, Manager};
 use crate::node::tenure::Tenure;
 use crate::node::{Registry, enrolment, report};
 use crate::worker::{Shared, Workers};
+use crate::zds::{self, agent::Agent, pods::Pods};
 use crate::{admin, capture, certs, privileges};
 
 /// Control plane, enrolment, metrics and admin: enough that one slow task does not hold up another.
 const CONTROL_THREADS: usize = 2;
+
+/// Names the servers for names of endpoints, and those that are asked where a pod's own cannot be told.
+const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 /// For tasks on the control runtime that do not end by themselves, such as a name that is being resolved.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -37,24 +56,24 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 /// How often a draining ztunnel looks for its successor, and how long it still accepts once there is one.
 const SUCCESSOR_POLL: Duration = Duration::from_millis(100);
 const HALF_DONE: Duration = Duration::from_secs(1);
+/// For peers to hear that they shall open no more tunnels, and for short connections to end.
+const GOODBYE: Duration = Duration::from_secs(1);
+/// For connections and tunnels that are being opened; those that take longer fail.
+const SETTLE: Duration = Duration::from_secs(10);
+const SETTLE_POLL: Duration = Duration::from_millis(20);
 
 /// Runs until SIGTERM, SIGINT or `/quitquitquit`, and through the drain that follows.
 ///
 /// # Errors
 /// What kept it from starting.
 pub fn run(config: Config, log: LogHandle) -> anyhow::Result<()> {
+    // Before there is a second thread.
+    let leash = config.supervisor.map(Leash::tie).transpose().context("ZTUNNEL_SUPERVISOR")?;
     let metrics = telemetry::metrics_handle();
     telemetry::record_build("ztunnel", &config.version_tag);
-    privileges::check()?;
+    privileges::check(config.agent.is_some())?;
     privileges::lift_file_limit();
-    let capture =
-        capture::open(&config.bpffs_dir, &config.cgroup_root, &config.excluded_destinations, config.dns_capture)
-            .context("setting up capture")?;
-    let host = Host::open(&config.host_netns)
-        .with_context(|| format!("opening the node's network namespace {}", config.host_netns.display()))?;
-    capture.set_host(host.file())?;
-    let finder = Finder::new(&config.proc_root, &config.cgroup_root, host.inode())
-        .with_context(|| format!("reading {} and {}", config.proc_root.display(), config.cgroup_root.display()))?;
+    let source = Source::open(&config)?;
     let control = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(CONTROL_THREADS)
         .thread_name("control")
@@ -62,54 +81,74 @@ pub fn run(config: Config, log: LogHandle) -> anyhow::Result<()> {
         .build()
         .context("making the control runtime")?;
     let config = Arc::new(config);
-    let workers = control.block_on(async {
+    let generation = handover::generation();
+    let registry = Arc::new(Registry::default());
+    let generations = Generations::new(&generation, &config.version_tag, &registry);
+    let (workers, certs, shelter) = control.block_on(async {
         let ports = admin::Ports::bind(&config).await?;
         // Enrolment ends first; what feeds open connections (policy, certificates) when they have ended.
         let (enrolment_end, enrolling) = drain::channel();
         let (feeds_end, drain) = drain::channel();
         let (certs, rotation) = certs::open(&config)?;
-        let shared = Shared { config: config.clone(), store: Store::new(), certs };
+        let names = Names::new(Servers::File(RESOLV_CONF.into()), config.ipv6);
+        let shared = Shared { config: config.clone(), store: Store::new(), certs: certs.clone(), names };
         let workers = Arc::new(Workers::start(&shared).context("starting workers")?);
-        let registry = Arc::new(Registry::default());
         let readiness = Readiness::default();
-        let tenure = Arc::new(Tenure::new(&config.bpffs_dir));
         let mut tasks = JoinSet::new();
         tasks.spawn(rotation.run(drain.clone()));
 
-        let (pods, desired) = enrolment::handler();
-        let deps = manager::Deps {
-            shared: shared.clone(),
-            capture,
-            host,
-            finder,
-            workers: workers.clone(),
-            registry: registry.clone(),
-            desired,
-            tenure: tenure.clone(),
+        let finder = match &source {
+            Source::ControlPlane { finder, .. } => Some(finder.clone()),
+            Source::Agent { .. } => None,
         };
-        let (manager, reports, settled) = Manager::new(deps);
-
-        let mut ready = vec![("pods", settled)];
+        let PodSource { runner, handler: pods, reports, settled, successor } =
+            source.into_pods(&shared, &workers, &registry, &enrolling);
+        let mut ready: Vec<_> = settled.into_iter().map(|sign| ("pods", sign)).collect();
         if let Some(path) = &config.local_xds {
-            let local = LocalSource::new(path, shared.store.clone(), Some(pods.clone()));
+            let local = LocalSource::new(path, shared.store.clone(), pods.clone());
             local.load().with_context(|| format!("LOCAL_XDS_PATH={}", path.display()))?;
             tasks.spawn(local.run(drain.clone()));
         }
         if let Some(grpc) = &config.xds {
             let store = &shared.store;
-            let handlers = vec![address_handler(store.clone()), authorization_handler(store.clone()), pods];
+            let mut handlers = vec![address_handler(store.clone()), authorization_handler(store.clone())];
+            handlers.extend(pods);
             let xds = XdsConfig { grpc: grpc.clone(), node: node_info(&config), on_demand: false };
             let client = XdsClient::new(xds, handlers);
             ready.push(("control plane", client.synced()));
-            let channel = mesh::grpc::channel(grpc.clone()).context("XDS_ADDRESS")?;
-            tasks.spawn(report::run(channel, reports, client.connected(), enrolling.clone()));
+            if let Some(reports) = reports {
+                let channel = mesh::grpc::channel(grpc.clone()).context("XDS_ADDRESS")?;
+                tasks.spawn(report::run(channel, reports, client.connected(), enrolling.clone()));
+            }
             tasks.spawn(client.run(drain.clone()));
         }
-        // Pods are enrolled on top of everything that is known, so that no connection meets an empty store.
         let synced = ready.iter().find(|(name, _)| *name == "control plane").map(|(_, s)| s.clone());
+        if let Runner::Agent(_, sign) = &runner {
+            tasks.spawn(follow(sign.clone(), readiness.clone()));
+        }
+        if let Some(finder) = finder.filter(|_| leash.is_some()) {
+            let sockets = handover::prepare_run_dir(&config.run_dir)
+                .with_context(|| format!("making RUN_DIR {}", config.run_dir.display()))?;
+            handover::remove_marker(&config.run_dir);
+            let follower = Follower {
+                sockets,
+                cgroup_root: config.cgroup_root.clone(),
+                store: shared.store.clone(),
+                synced: synced.clone(),
+                registry: registry.clone(),
+                finder,
+                log: log.clone(),
+                generations: generations.clone(),
+            };
+            tasks.spawn(follower.run(enrolling.clone()));
+        }
+        // Pods are enrolled on top of everything that is known, so that no connection meets an empty store.
         tasks.spawn(async move {
             if wait(synced, &enrolling).await {
-                manager.run(enrolling).await;
+                match runner {
+                    Runner::Manager(manager) => manager.run(enrolling).await,
+                    Runner::Agent(agent, _) => agent.run().await,
+                }
             }
         });
         tasks.spawn(policy_changes(shared.clone(), registry.clone(), drain.clone()));
@@ -125,7 +164,15 @@ pub fn run(config: Config, log: LogHandle) -> anyhow::Result<()> {
         // These outlast the drain: it can be watched to its end.
         let (admin_end, admin_drain) = drain::channel();
         let (shown, ready) = (registry.clone(), readiness.clone());
-        let admin = admin::Deps { shared, registry: shown, readiness: ready, metrics, log, quit };
+        let admin = admin::Deps {
+            shared,
+            registry: shown,
+            readiness: ready,
+            metrics: metrics.clone(),
+            log: log.clone(),
+            generations,
+            quit,
+        };
         admin::start(ports, admin, &mut tasks, &admin_drain);
 
         let version = crate::VERSION;
@@ -133,17 +180,150 @@ pub fn run(config: Config, log: LogHandle) -> anyhow::Result<()> {
         until_asked_to_end(quit_asked).await?;
         readiness.shutting_down();
         enrolment_end.drain(Duration::ZERO).await;
-        drain_pods(&config, &registry, &tenure).await;
+        let shelter = drain_pods(&config, &registry, &successor, leash.as_ref().map(|_| &*generation)).await;
         feeds_end.drain(Duration::ZERO).await;
         admin_end.drain(Duration::ZERO).await;
         tasks.shutdown().await;
-        anyhow::Ok(workers)
+        anyhow::Ok((workers, certs, shelter))
     })?;
+    // With it go configuration, the way to the control plane and its token.
+    control.shutdown_timeout(LAST_WORDS);
+    let mut outcome = Ok(());
+    if let Some((shelter, leash)) = shelter.zip(leash) {
+        certs.forget_all();
+        let drainer = Drainer {
+            generation,
+            version: config.version_tag.clone(),
+            since: std::time::SystemTime::now(),
+            limit: config.detached_drain,
+            orphaned: config.orphaned_drain,
+            run_dir: config.run_dir.clone(),
+            registry,
+            metrics,
+            log,
+        };
+        outcome = live_on(drainer, leash, &workers).map(drop).context("living on without the container");
+        shelter.leave();
+    }
     if let Some(workers) = Arc::into_inner(workers) {
         workers.stop();
     }
-    control.shutdown_timeout(LAST_WORDS);
-    Ok(())
+    outcome
+}
+
+/// Where pods come from, opened.
+enum Source {
+    /// The control plane names them; capture is ours.
+    ControlPlane { capture: Arc<Capture>, host: Host, finder: Finder },
+    /// A CNI agent hands them over, and captures.
+    Agent { path: PathBuf, dns_servers: Vec<SocketAddr> },
+}
+
+/// Who runs the pods, and what the rest needs to know of it.
+struct PodSource {
+    runner: Runner,
+    /// Takes the control plane's enrolments, where those count.
+    handler: Option<Arc<dyn ResourceHandler>>,
+    reports: Option<watch::Receiver<Vec<PodState>>>,
+    settled: Option<watch::Receiver<bool>>,
+    successor: Successor,
+}
+
+enum Runner {
+    Manager(Box<Manager>),
+    /// With its readiness, which may be lost again.
+    Agent(Box<Agent>, watch::Receiver<bool>),
+}
+
+impl Source {
+    fn open(config: &Config) -> anyhow::Result<Self> {
+        if let Some(path) = &config.agent {
+            let text = std::fs::read_to_string(RESOLV_CONF).with_context(|| format!("reading {RESOLV_CONF}"))?;
+            return Ok(Self::Agent { path: path.clone(), dns_servers: resolv::servers(&text) });
+        }
+        let capture =
+            capture::open(&config.bpffs_dir, &config.cgroup_root, &config.excluded_destinations, config.dns_capture)
+                .context("setting up capture")?;
+        let host = Host::open(&config.host_netns)
+            .with_context(|| format!("opening the node's network namespace {}", config.host_netns.display()))?;
+        capture.set_host(host.file())?;
+        let finder = Finder::new(&config.proc_root, &config.cgroup_root, host.inode())
+            .with_context(|| format!("reading {} and {}", config.proc_root.display(), config.cgroup_root.display()))?;
+        Ok(Self::ControlPlane { capture, host, finder })
+    }
+
+    fn into_pods(
+        self,
+        shared: &Shared,
+        workers: &Arc<Workers>,
+        registry: &Arc<Registry>,
+        enrolling: &DrainWatcher,
+    ) -> PodSource {
+        let (shared, workers, registry) = (shared.clone(), workers.clone(), registry.clone());
+        match self {
+            Self::ControlPlane { capture, host, finder } => {
+                let tenure = Arc::new(Tenure::new(&shared.config.bpffs_dir));
+                let (handler, desired) = enrolment::handler();
+                let successor = Successor::Tenure(tenure.clone());
+                let deps = manager::Deps { shared, capture, host, finder, workers, registry, desired, tenure };
+                let (manager, reports, settled) = Manager::new(deps);
+                let (reports, settled) = (Some(reports), Some(settled));
+                PodSource {
+                    runner: Runner::Manager(Box::new(manager)),
+                    handler: Some(handler),
+                    reports,
+                    settled,
+                    successor,
+                }
+            }
+            Self::Agent { path, dns_servers } => {
+                let successor = Successor::Listeners { own: workers.count() };
+                let pods = Pods::new(zds::pods::Deps { shared, workers, registry, dns_servers: dns_servers.into() });
+                let (agent, ready) = Agent::new(&path, pods, enrolling.clone());
+                let runner = Runner::Agent(Box::new(agent), ready);
+                PodSource { runner, handler: None, reports: None, settled: None, successor }
+            }
+        }
+    }
+}
+
+/// How a ztunnel that ends learns that another has taken over.
+enum Successor {
+    /// By the claim beside the pins.
+    Tenure(Arc<Tenure>),
+    /// By listeners on a pod's ports that are not our own.
+    Listeners { own: usize },
+}
+
+impl Successor {
+    fn serves_all(&self, registry: &Registry) -> bool {
+        match self {
+            Self::Tenure(tenure) => tenure.is_lost(),
+            Self::Listeners { own } => {
+                registry.pods().iter().all(|pod| redirect::serving(&pod.netns).is_ok_and(|all| all > *own))
+            }
+        }
+    }
+}
+
+/// Keeps readiness as `sign` says.
+fn follow(mut sign: watch::Receiver<bool>, readiness: Readiness) -> impl Future<Output = ()> {
+    let name = "pods of the CNI agent";
+    // Before the first question can come.
+    let mut pending = Some(readiness.pending(name));
+    async move {
+        loop {
+            if *sign.borrow_and_update() {
+                pending = None;
+            } else if pending.is_none() {
+                pending = Some(readiness.pending(name));
+            }
+            if sign.changed().await.is_err() {
+                // The end; readiness as a whole is down by then.
+                return;
+            }
+        }
+    }
 }
 
 /// False when the drain began first.
@@ -200,26 +380,74 @@ async fn until_asked_to_end(mut quit: watch::Receiver<bool>) -> anyhow::Result<(
 }
 
 /// The drain. Pins stay: whoever comes next takes over from them, and until then the pods' new connections are refused.
-async fn drain_pods(config: &Config, registry: &Registry, tenure: &Tenure) {
+/// Where this `generation` may live on without its container, what is left open after a moment is not waited for: it is
+/// then out of the container's cgroups.
+async fn drain_pods(
+    config: &Config,
+    registry: &Registry,
+    successor: &Successor,
+    generation: Option<&str>,
+) -> Option<Shelter> {
     let deadline = Instant::now() + config.termination_deadline;
     // Without a successor we are still better than nobody, until the time that open connections need to end.
     let accepting = config.termination_deadline.saturating_sub(config.drain_deadline);
     if !registry.pods().is_empty() {
         tracing::info!(seconds = accepting.as_secs_f64(), "accepting until a successor has taken over");
         let taken_over = async {
-            while !tenure.is_lost() {
+            while !successor.serves_all(registry) {
                 tokio::time::sleep(SUCCESSOR_POLL).await;
             }
             // What is new goes to the successor's listeners; handshakes that were half done are still ours.
             tokio::time::sleep(HALF_DONE).await;
         };
         let _ = tokio::time::timeout(accepting, taken_over).await;
+        tracing::info!("no longer accepting");
     }
-    let left = deadline.saturating_duration_since(Instant::now());
+    let left = || deadline.saturating_duration_since(Instant::now());
+    if let Some(generation) = generation
+        && let Some(shelter) = leave_container(config, registry, generation, left()).await
+    {
+        return Some(shelter);
+    }
+    let left = left();
     let mut pods = JoinSet::new();
     for pod in registry.pods() {
         pods.spawn(async move { pod.drain(left).await });
     }
     pods.join_all().await;
     tracing::info!("drained");
+    None
+}
+
+/// Brings what is half done to an end, so that no socket need be made any more, and leaves the container's cgroups.
+/// `None` where there is no reason to, or it could not be done.
+async fn leave_container(config: &Config, registry: &Registry, generation: &str, left: Duration) -> Option<Shelter> {
+    let pods = registry.pods();
+    pods.iter().for_each(|pod| pod.stop_accepting());
+    let finished = || join_all(pods.iter().map(|pod| pod.finished()));
+    if tokio::time::timeout(GOODBYE.min(left), finished()).await.is_ok() {
+        return None;
+    }
+    pods.iter().for_each(|pod| pod.close_door());
+    let settled = async {
+        while pods.iter().any(|pod| pod.is_opening()) {
+            tokio::time::sleep(SETTLE_POLL).await;
+        }
+    };
+    let _ = tokio::time::timeout(SETTLE.min(left / 2), settled).await;
+    if finished().now_or_never().is_some() {
+        return None;
+    }
+    let open = registry.open_connections();
+    match Shelter::enter(&config.cgroup_root, &config.proc_root, generation) {
+        Ok(shelter) => {
+            let (limit, orphaned) = (config.detached_drain.as_secs(), config.orphaned_drain.as_secs());
+            tracing::info!(%generation, open, limit, orphaned, "open connections live on without the container");
+            Some(shelter)
+        }
+        Err(error) => {
+            tracing::error!(%error, open, "connections end with the container, as it cannot be left");
+            None
+        }
+    }
 }

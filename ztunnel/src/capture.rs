@@ -41,9 +41,9 @@ pub fn captures_dns(enrolment: &Enrolment, enabled: bool) -> bool {
     enabled && enrolment.dns == Dns::Capture && enrolment.failure == Failure::Closed
 }
 
-/// The kernel's view of a pod; `dns` as [`captures_dns`] says.
+/// The kernel's view of a pod; `dns` as [`captures_dns`] says, `ports` as `EXCLUDED_PORTS` does for all pods.
 #[must_use]
-pub fn pod_capture(enrolment: &Enrolment, reach: Reach, dns: bool) -> PodCapture {
+pub fn pod_capture(enrolment: &Enrolment, reach: Reach, dns: bool, ports: &[u16]) -> PodCapture {
     PodCapture {
         addresses: enrolment.addresses.clone(),
         failure: match enrolment.failure {
@@ -57,6 +57,8 @@ pub fn pod_capture(enrolment: &Enrolment, reach: Reach, dns: bool) -> PodCapture
         dns: if dns { ebpf_loader::Dns::Capture } else { ebpf_loader::Dns::Direct },
         probe_ports: enrolment.probe_ports.clone(),
         excluded: enrolment.excluded.iter().filter_map(prefix).collect(),
+        excluded_ports_to: enrolment.excluded_ports_to.iter().chain(ports).copied().collect(),
+        excluded_ports_at: enrolment.excluded_ports_at.clone(),
     }
 }
 
@@ -82,6 +84,8 @@ mod tests {
             dns,
             probe_ports: Vec::new(),
             excluded: Vec::new(),
+            excluded_ports_to: Vec::new(),
+            excluded_ports_at: Vec::new(),
         };
         assert!(captures_dns(&pod(Dns::Capture, Failure::Closed), true));
         assert!(!captures_dns(&pod(Dns::Capture, Failure::Closed), false));

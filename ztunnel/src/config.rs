@@ -16,6 +16,8 @@ pub use mesh::settings::Mistakes;
 use mesh::telemetry::LogFormat;
 use mesh::xds::NodeInfo;
 
+use crate::handover::supervisor::SUPERVISOR;
+
 /// Where bytes of control-plane trust come from.
 const DEFAULT_CONTROL_PLANE: &str = "istiod.istio-system.svc:15012";
 const DEFAULT_ROOT_CERT: &str = "./var/run/secrets/istio/root-cert.pem";
@@ -23,6 +25,9 @@ const DEFAULT_TOKEN: &str = "./var/run/secrets/tokens/istio-token";
 const DEFAULT_CGROUP_ROOT: &str = "/sys/fs/cgroup";
 /// Hybrid nodes mount the v2 hierarchy here; the programs attach to v2 only.
 const HYBRID_CGROUP_ROOT: &str = "/sys/fs/cgroup/unified";
+const DEFAULT_RUN_DIR: &str = "/var/run/ztunnel";
+/// Enough for a pod to be replaced on a slow node; policy cannot be asked in the meantime.
+const DEFAULT_ORPHANED_DRAIN: Duration = Duration::from_secs(60);
 const DEFAULT_BPFFS_DIR: &str = "/sys/fs/bpf/ztunnel";
 /// The metadata service of cloud machines: instance credentials, reachable by link-local address only.
 const DEFAULT_EXCLUDED: &str = "169.254.169.254/32";
@@ -126,12 +131,26 @@ pub struct Config {
     pub log_filter: String,
     pub log_format: LogFormat,
 
+    /// Socket of Istio's CNI agent, from which pods come then, and which captures them; the settings below mean nothing
+    /// in that case.
+    pub agent: Option<PathBuf>,
     pub cgroup_root: PathBuf,
     pub bpffs_dir: PathBuf,
     pub proc_root: PathBuf,
     /// Network namespace of the node, from which the kubelet probes.
     pub host_netns: PathBuf,
     pub excluded_destinations: Vec<IpNet>,
+    /// TCP ports that no pod's connections are captured to.
+    pub excluded_ports: Vec<u16>,
+
+    /// How long a draining ztunnel may live on without its container; zero: connections end with the container.
+    pub detached_drain: Duration,
+    /// How long of that without a successor.
+    pub orphaned_drain: Duration,
+    /// Of the node and for root alone: where draining ztunnels and their successors meet.
+    pub run_dir: PathBuf,
+    /// The process that waits for this one on behalf of the container's runtime.
+    pub supervisor: Option<u32>,
 }
 
 impl Config {
@@ -196,11 +215,16 @@ impl Config {
             "adminPort": self.admin_port,
             "statsPort": self.stats_port,
             "readinessPort": self.readiness_port,
+            "inpodUds": self.agent,
             "cgroupRoot": self.cgroup_root,
             "bpffsDir": self.bpffs_dir,
             "procRoot": self.proc_root,
             "hostNetns": self.host_netns,
             "excludedDestinations": self.excluded_destinations,
+            "excludedPorts": self.excluded_ports,
+            "detachedDrain": seconds(self.detached_drain),
+            "orphanedDrain": seconds(self.orphaned_drain),
+            "runDir": self.run_dir,
         })
     }
 }
@@ -226,14 +250,18 @@ impl Raw {
         self.0.only("PROXY_CONFIG", &[], "set the environment variables themselves");
         self.0.only("ENABLE_PROXY", yes, "a ztunnel without a data plane has no purpose");
         self.0.only("INPOD_ENABLED", yes, "pods are always captured in their own network namespace");
-        self.0.only("INPOD_UDS", &[], "pods come from the control plane, not from a CNI agent (ZDS)");
         self.0.only("INPOD_PORT_REUSE", yes, "listeners always share their port");
-        self.0.only(
-            "ISTIO_META_DNS_PROXY_ADDR",
-            &[],
-            "queries are taken by the steering; there is no address to choose",
-        );
-        self.0.only("DNS_PROXY_ADDR", &[], "queries are taken by the steering; there is no address to choose");
+        let agent = self.0.text("INPOD_UDS").is_some();
+        for name in ["ISTIO_META_DNS_PROXY_ADDR", "DNS_PROXY_ADDR"] {
+            let allowed: &[&str] = if agent { &["localhost:15053", "127.0.0.1:15053"] } else { &[] };
+            self.0.only(name, allowed, "there is no address to choose");
+        }
+        if agent {
+            self.0.only("DETACHED_DRAIN", &["0s"], "connections of pods from a CNI agent end with the container");
+            for name in ["CGROUP_ROOT", "BPFFS_DIR", "HOST_NETNS", "PROC_ROOT", "EXCLUDED_DESTINATIONS"] {
+                self.0.only(name, &[], "with INPOD_UDS pods are found and captured by the CNI agent");
+            }
+        }
         self.0.only("XDS_ON_DEMAND", no, "workloads are always subscribed to as a whole");
         self.0.only("LOCAL_XDS", &[], "name a file with LOCAL_XDS_PATH");
         self.0.only("TLS12_ENABLED", no, "HBONE is TLS 1.3 only");
@@ -314,11 +342,17 @@ impl Raw {
             readiness_port: self.0.value("READINESS_PORT", 15021, "a port"),
             log_filter: self.0.string("RUST_LOG", "info"),
             log_format: self.0.value("LOG_FORMAT", LogFormat::Plain, "plain or json"),
+            agent: self.0.text("INPOD_UDS").map(PathBuf::from),
             cgroup_root: self.0.text("CGROUP_ROOT").map_or(cgroup_default, PathBuf::from),
             bpffs_dir: PathBuf::from(self.0.string("BPFFS_DIR", DEFAULT_BPFFS_DIR)),
             proc_root,
             host_netns: self.0.text("HOST_NETNS").map_or(host_default, PathBuf::from),
             excluded_destinations: self.prefixes("EXCLUDED_DESTINATIONS", DEFAULT_EXCLUDED),
+            excluded_ports: self.ports("EXCLUDED_PORTS"),
+            detached_drain: self.0.duration("DETACHED_DRAIN", Duration::ZERO),
+            orphaned_drain: self.0.duration("ORPHANED_DRAIN", DEFAULT_ORPHANED_DRAIN),
+            run_dir: PathBuf::from(self.0.string("RUN_DIR", DEFAULT_RUN_DIR)),
+            supervisor: self.0.parse(SUPERVISOR, None, "a process", |v| v.parse().ok().map(Some)),
         }
     }
 
@@ -403,6 +437,18 @@ impl Raw {
         })
     }
 
+    fn ports(&mut self, name: &str) -> Vec<u16> {
+        let text = self.verbatim(name).unwrap_or_default().to_owned();
+        let mut ports = Vec::new();
+        for item in text.split(',').map(str::trim).filter(|i| !i.is_empty()) {
+            match item.parse() {
+                Ok(port) if port > 0 => ports.push(port),
+                _ => self.0.mistakes.push(format!("{name}: {item:?} is not a port")),
+            }
+        }
+        ports
+    }
+
     fn prefixes(&mut self, name: &str, default: &str) -> Vec<IpNet> {
         // Set but empty means: exclude nothing.
         let text = self.verbatim(name).unwrap_or(default).to_owned();
@@ -472,6 +518,7 @@ mod tests {
             ("SECRET_TTL", "soon"),
             ("IPV6_ENABLED", "perhaps"),
             ("EXCLUDED_DESTINATIONS", "10.0.0.0/8,ten"),
+            ("EXCLUDED_PORTS", "22,0"),
             ("ZTUNNEL_WORKER_THREADS", "200%"),
         ])
         .unwrap_err();
@@ -481,11 +528,12 @@ mod tests {
             "SECRET_TTL",
             "IPV6_ENABLED",
             "EXCLUDED_DESTINATIONS",
+            "EXCLUDED_PORTS",
             "ZTUNNEL_WORKER_THREADS",
         ] {
             assert!(mistakes.lines().iter().any(|m| m.contains(name)), "{name} missing in {mistakes}");
         }
-        assert_eq!(mistakes.lines().len(), 6);
+        assert_eq!(mistakes.lines().len(), 7);
     }
 
     #[test]
@@ -502,13 +550,23 @@ mod tests {
         for (name, value) in [
             ("PROXY_MODE", "dedicated"),
             ("ISTIO_META_DNS_PROXY_ADDR", "localhost:15053"),
-            ("INPOD_UDS", "/var/run/ztunnel/ztunnel.sock"),
             ("CRL_PATH", "/crl"),
             ("TLS12_ENABLED", "true"),
             ("XDS_ON_DEMAND", "true"),
             ("PACKET_MARK", "7"),
         ] {
             let mistakes = env(&[("NODE_NAME", "a"), (name, value)]).unwrap_err();
+            assert!(mistakes.to_string().contains(name), "{mistakes}");
+        }
+    }
+
+    #[test]
+    fn an_agent_brings_the_pods_and_takes_the_settings_of_capture() {
+        let uds = ("INPOD_UDS", "/var/run/ztunnel/ztunnel.sock");
+        let config = env(&[("NODE_NAME", "a"), uds, ("ISTIO_META_DNS_PROXY_ADDR", "localhost:15053")]).unwrap();
+        assert_eq!(config.agent.as_deref(), Some(Path::new(uds.1)));
+        for name in ["BPFFS_DIR", "CGROUP_ROOT", "EXCLUDED_DESTINATIONS", "HOST_NETNS", "PROC_ROOT"] {
+            let mistakes = env(&[("NODE_NAME", "a"), uds, (name, "/x")]).unwrap_err();
             assert!(mistakes.to_string().contains(name), "{mistakes}");
         }
     }

@@ -9,11 +9,14 @@ pub mod answer;
 pub mod forward;
 pub mod message;
 pub mod packet;
+pub mod resolv;
 pub mod serve;
 
+use std::cell::RefCell;
+use std::collections::HashSet;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use mesh::model::Workload;
@@ -28,17 +31,59 @@ use message::{Asked, Query, Transport};
 /// Queries of one pod that may be under way, each with a socket and a task. Far above what resolvers have open.
 const IN_FLIGHT: usize = 256;
 
+/// The longest datagram.
+const DATAGRAM: usize = 65_535;
+
+thread_local! {
+    /// One buffer for all that a thread receives: a pod's sockets are mostly idle, and a node has hundreds.
+    static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; DATAGRAM]);
+}
+
+/// Lends the thread's buffer. What was received must be copied out.
+fn with_scratch<T>(receive: impl FnOnce(&mut [u8]) -> T) -> T {
+    SCRATCH.with_borrow_mut(|buffer| receive(buffer))
+}
+
 /// What of a pod's DNS is ztunnel's.
 #[derive(Debug)]
 pub struct DnsState {
     captured: AtomicBool,
     in_flight: Arc<Semaphore>,
+    /// Asked in place of the server the pod asks, where that cannot be told.
+    servers: Arc<[SocketAddr]>,
+    /// Where queries of our own for this pod come from.
+    asking: Mutex<HashSet<SocketAddr>>,
+}
+
+/// A query of ours, as long as it is under way.
+struct Asking<'a> {
+    state: &'a DnsState,
+    from: SocketAddr,
+}
+
+impl Drop for Asking<'_> {
+    fn drop(&mut self) {
+        self.state.asking.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.from);
+    }
 }
 
 impl DnsState {
     #[must_use]
     pub fn new(captured: bool) -> Self {
-        Self { captured: AtomicBool::new(captured), in_flight: Arc::new(Semaphore::new(IN_FLIGHT)) }
+        let in_flight = Arc::new(Semaphore::new(IN_FLIGHT));
+        Self { captured: AtomicBool::new(captured), in_flight, servers: Arc::new([]), asking: Mutex::default() }
+    }
+
+    /// For a pod whose queries come without the address of the server: names outside the mesh are asked of `servers`.
+    #[must_use]
+    pub fn asking(servers: Arc<[SocketAddr]>) -> Self {
+        Self { servers, ..Self::new(false) }
+    }
+
+    /// Who is asked about names outside the mesh, the first one first, when the pod asked `asked`.
+    #[must_use]
+    pub fn servers(&self, asked: Option<SocketAddr>) -> Vec<SocketAddr> {
+        if self.servers.is_empty() { asked.into_iter().collect() } else { self.servers.to_vec() }
     }
 
     #[must_use]
@@ -48,6 +93,22 @@ impl DnsState {
 
     pub fn set_captured(&self, captured: bool) {
         self.captured.store(captured, Ordering::Relaxed);
+    }
+
+    /// Notes a socket of ours, so that what it sends is known when it comes back.
+    fn note_query(&self, from: SocketAddr) -> Asking<'_> {
+        self.asking.lock().unwrap_or_else(PoisonError::into_inner).insert(from);
+        Asking { state: self, from }
+    }
+
+    /// Did this query leave from a socket of ours? So it is where a process of the pod has given the address of a server
+    /// to its own namespace: asking on would ask ourselves without end.
+    fn is_own(&self, client: SocketAddr) -> bool {
+        let own = self.asking.lock().unwrap_or_else(PoisonError::into_inner).contains(&client);
+        if own {
+            metrics::counter!("ztunnel_self_connections_total").increment(1);
+        }
+        own
     }
 
     /// `None` when the pod has as many queries under way as it may.
@@ -98,7 +159,13 @@ impl Labels {
 }
 
 /// Decides on one message of `pod` on the newest snapshot. Waits only for the pod's own workload to become known.
-async fn decide(shared: &Shared, pod: &LocalPod, server: SocketAddr, transport: Transport, bytes: &[u8]) -> Verdict {
+async fn decide(
+    shared: &Shared,
+    pod: &LocalPod,
+    server: Option<SocketAddr>,
+    transport: Transport,
+    bytes: &[u8],
+) -> Verdict {
     let query = match message::read(bytes, transport) {
         Asked::Query(query) => query,
         Asked::Refused(reply) => return Verdict::Reply(reply),
@@ -112,7 +179,7 @@ async fn decide(shared: &Shared, pod: &LocalPod, server: SocketAddr, transport: 
     let source = match local {
         Ok(source) => source,
         Err(error) => {
-            tracing::debug!(target: "dns", %pod, %namespace, %name, r#type = labels.kind, %server, %error, "not answered");
+            tracing::debug!(target: "dns", %pod, %namespace, %name, r#type = labels.kind, ?server, %error, "not answered");
             return reply(query.fail());
         }
     };
@@ -127,11 +194,11 @@ async fn decide(shared: &Shared, pod: &LocalPod, server: SocketAddr, transport: 
     match found {
         Some(found) => {
             let addresses = found.addresses.len();
-            tracing::debug!(target: "dns", %pod, %namespace, %name, r#type = labels.kind, %server, addresses, "answered");
+            tracing::debug!(target: "dns", %pod, %namespace, %name, r#type = labels.kind, ?server, addresses, "answered");
             reply(query.answer(shuffled(found)))
         }
         None => {
-            tracing::debug!(target: "dns", %pod, %namespace, %name, r#type = labels.kind, %server, "forwarded");
+            tracing::debug!(target: "dns", %pod, %namespace, %name, r#type = labels.kind, ?server, "forwarded");
             Verdict::Forward(query, labels)
         }
     }

@@ -12,20 +12,15 @@ use mesh::telemetry::access::{self, Connection, Direction, Failure, Party, Secur
 use tokio::net::TcpStream;
 
 use crate::ending::Ending;
-use crate::node::pod::{Facts, Tracked, Transport, Way};
+use crate::node::pod::{Facts, Opening, Tracked, Transport, Way};
 use crate::resolve;
-use crate::worker::{Local, Place, copy, h2_settings};
+use crate::worker::{Local, Place, SELF_CALL, copy, h2_settings};
 
 /// Serves one connection to port 15008 of the pod at `here`.
 pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, here: SocketAddr) {
+    let opening = at.pod.opening();
     if at.is_self_call(here) {
-        return access::refused(
-            Direction::Inbound,
-            client,
-            here,
-            ResponseFlag::BadRequest,
-            &"the proxy's own listener was dialled",
-        );
+        return access::refused(Direction::Inbound, client, here, ResponseFlag::BadRequest, &SELF_CALL);
     }
     let cert = async {
         let local = at.local().await?;
@@ -39,6 +34,7 @@ pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, here: 
         Ok(accepted) => accepted,
         Err(error) => return access::refused(Direction::Inbound, client, here, error.flag(), &error),
     };
+    drop(opening);
     let drain = at.pod.drain.clone();
     let settings = h2_settings(&at.shared.config);
     let tunnels = {
@@ -52,6 +48,10 @@ pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, here: 
 
 /// One tunnel request.
 async fn tunnel(at: Arc<Place>, request: ConnectRequest, here: SocketAddr) {
+    if at.pod.is_door_closed() {
+        return request.send_away();
+    }
+    let opening = at.pod.opening();
     let client = request.peer.addr();
     let refused = |ending: &Ending| access::refused(Direction::Inbound, client, here, ending.flag(), ending);
     let local = match at.local().await {
@@ -70,13 +70,14 @@ async fn tunnel(at: Arc<Place>, request: ConnectRequest, here: SocketAddr) {
         }
     };
     let record = TcpRecord::open(describe(&at, &local, &request, here, app));
-    let outcome = Box::pin(forward(&at, &local, request, app, &record)).await;
+    let outcome = Box::pin(forward(&at, &local, opening, request, app, &record)).await;
     record.close(outcome.map_err(Failure::from));
 }
 
 async fn forward(
     at: &Arc<Place>,
     local: &Local,
+    opening: Opening,
     request: ConnectRequest,
     app: SocketAddr,
     record: &TcpRecord,
@@ -86,7 +87,7 @@ async fn forward(
         policy::Connection { source: Some(request.peer.identity().clone()), source_ip: client.ip(), destination: app };
     // In the table before policy is asked: a policy that changes in between finds the connection there.
     let tracked = Tracked::open(
-        &at.pod,
+        opening,
         Facts {
             way: Way::Inbound,
             src: client,

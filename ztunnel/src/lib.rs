@@ -4,8 +4,8 @@
 //! from the control plane or from a file. One connection's path is one file read from top to bottom: [`outbound`],
 //! [`inbound`] or [`passthrough`]. What to do is decided in [`resolve`], which touches nothing.
 //!
-//! Left out, with an error where it is asked for: the modes `cni` and `dedicated`, pods handed over by a
-//! CNI agent (ZDS), gateways between networks, application tunnels.
+//! Left out, with an error where it is asked for: the modes `cni` and `dedicated`, gateways between
+//! networks, application tunnels.
 
 #![forbid(unsafe_code)]
 
@@ -16,13 +16,16 @@ pub mod certs;
 pub mod config;
 pub mod dns;
 pub mod ending;
+pub mod handover;
 pub mod inbound;
+pub mod names;
 pub mod node;
 pub mod outbound;
 pub mod passthrough;
 pub mod privileges;
 pub mod resolve;
 pub mod worker;
+pub mod zds;
 
 /// Name and version of this build, one constant so that it can be read from the binary.
 const BUILD: &str = concat!("ztunnel/", env!("CARGO_PKG_VERSION"));

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use ztunnel::app;
 use ztunnel::config::{Command, Config, Mistakes, USAGE, parse_args};
+use ztunnel::handover::supervisor;
 
 /// A mistake of whoever started us; nothing was tried.
 const BAD_SETTINGS: u8 = 2;
@@ -21,6 +22,8 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Ok(Command::Run) => match Config::from_env(std::env::vars()) {
+            // The process that a runtime waits for is then not the one that serves.
+            Ok(config) if !config.detached_drain.is_zero() && config.supervisor.is_none() => supervisor::run(),
             Ok(config) => run(config),
             Err(mistakes) => refuse(&mistakes),
         },

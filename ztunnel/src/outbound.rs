@@ -13,20 +13,15 @@ use tokio::net::TcpStream;
 
 use crate::dns;
 use crate::ending::Ending;
-use crate::node::pod::{Facts, Tracked, Transport, Way};
-use crate::resolve::{self, NoRoute, Route, Tunnel, Via};
-use crate::worker::{Local, Place, copy, reset};
+use crate::node::pod::{Facts, Opening, Tracked, Transport, Way};
+use crate::resolve::{self, ByName, NoRoute, Route, Tunnel, Via};
+use crate::worker::{Local, Place, SELF_CALL, copy, reset};
 
 /// Serves what the pod's application sent to `dst`.
 pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, dst: SocketAddr) {
+    let opening = at.pod.opening();
     if at.is_self_call(dst) {
-        return access::refused(
-            Direction::Outbound,
-            client,
-            dst,
-            ResponseFlag::BadRequest,
-            &"the proxy's own listener was dialled",
-        );
+        return access::refused(Direction::Outbound, client, dst, ResponseFlag::BadRequest, &SELF_CALL);
     }
     if dst.port() == DNS_PORT && at.pod.dns.is_captured() {
         return Box::pin(dns::serve::tcp(&at, stream, dst)).await;
@@ -38,11 +33,22 @@ pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, dst: S
             return access::refused(Direction::Outbound, client, dst, ending.flag(), &ending);
         }
     };
-    let route = resolve::outbound(&source.world, &source.workload, OriginalDst(dst), &mut rand::rng());
+    let decided = resolve::outbound(&source.world, &source.workload, OriginalDst(dst), &mut rand::rng());
+    let route = match decided {
+        // A name outside the mesh; rare, so the wait for it does not make every connection larger.
+        Err(NoRoute::ByName(lacking)) => Box::pin(look_up(&at, &source, *lacking)).await,
+        decided => decided,
+    };
     let record = TcpRecord::open(describe(&source, client, dst, &route));
-    let captured = Captured { stream, client, dst };
+    let captured = Captured { stream, client, dst, opening };
     let outcome = Box::pin(forward(&at, &source, route, captured, &record)).await;
     record.close(outcome.map_err(Failure::from));
+}
+
+async fn look_up(at: &Place, source: &Local, lacking: ByName) -> Result<Route, NoRoute> {
+    let found = at.shared.names.addresses(lacking.hostname()).await;
+    let found = found.as_deref().map_err(ToString::to_string);
+    lacking.resolved(&source.workload, found, &mut rand::rng())
 }
 
 /// A connection as it was taken from the application.
@@ -50,6 +56,7 @@ struct Captured {
     stream: TcpStream,
     client: SocketAddr,
     dst: SocketAddr,
+    opening: Opening,
 }
 
 async fn forward(
@@ -59,11 +66,11 @@ async fn forward(
     captured: Captured,
     record: &TcpRecord,
 ) -> Result<(), Ending> {
-    let Captured { stream, client, dst } = captured;
+    let Captured { stream, client, dst, opening } = captured;
     let opened = async {
         let route = route?;
         let tracked = Tracked::open(
-            &at.pod,
+            opening,
             Facts {
                 way: Way::Outbound,
                 src: client,

@@ -11,20 +11,15 @@ use tokio::net::TcpStream;
 
 use crate::ending::Ending;
 use crate::inbound::log_decision;
-use crate::node::pod::{Facts, Tracked, Transport, Way};
+use crate::node::pod::{Facts, Opening, Tracked, Transport, Way};
 use crate::resolve;
-use crate::worker::{Local, Place, copy, reset};
+use crate::worker::{Local, Place, SELF_CALL, copy, reset};
 
 /// Serves one plain connection to the pod's application at `app`.
 pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, app: SocketAddr) {
+    let opening = at.pod.opening();
     if at.is_self_call(app) {
-        return access::refused(
-            Direction::Inbound,
-            client,
-            app,
-            ResponseFlag::BadRequest,
-            &"the proxy's own listener was dialled",
-        );
+        return access::refused(Direction::Inbound, client, app, ResponseFlag::BadRequest, &SELF_CALL);
     }
     let Local { world, workload: local, .. } = match at.local().await {
         Ok(local) => local,
@@ -44,13 +39,14 @@ pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, app: S
         service: resolve::inbound_service(&world, &local, app.port(), None).map(|s| s.labels()),
         security: Security::Unknown,
     });
-    let outcome = Box::pin(forward(&at, &local, stream, client, app, &record)).await;
+    let outcome = Box::pin(forward(&at, &local, opening, stream, client, app, &record)).await;
     record.close(outcome.map_err(Failure::from));
 }
 
 async fn forward(
     at: &Arc<Place>,
     local: &Workload,
+    opening: Opening,
     stream: TcpStream,
     client: SocketAddr,
     app: SocketAddr,
@@ -59,7 +55,7 @@ async fn forward(
     let asked = policy::Connection { source: None, source_ip: client.ip(), destination: app };
     // In the table before policy is asked: a policy that changes in between finds the connection there.
     let tracked = Tracked::open(
-        &at.pod,
+        opening,
         Facts {
             way: Way::Inbound,
             src: client,

@@ -10,13 +10,17 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 const FEW_FILES: u64 = 16_384;
 
 /// A capability ztunnel needs, its bit in `CapEff`, and what for.
-const NEEDED: [(&str, u32, &str); 5] = [
-    ("CAP_BPF", 39, "load the capture programs"),
-    ("CAP_NET_ADMIN", 12, "attach them, set rules, routes and socket marks in pods"),
+type Capability = (&'static str, u32, &'static str);
+
+/// Whoever captures.
+const ALWAYS: [Capability; 3] = [
+    ("CAP_NET_ADMIN", 12, "set socket marks, rules and routes in pods"),
     ("CAP_SYS_ADMIN", 21, "enter pods' network namespaces"),
-    ("CAP_SYS_PTRACE", 19, "find pods' network namespaces under /proc"),
     ("CAP_NET_RAW", 13, "open transparent sockets"),
 ];
+/// Where that is ztunnel.
+const CAPTURE: [Capability; 2] =
+    [("CAP_BPF", 39, "load the capture programs"), ("CAP_SYS_PTRACE", 19, "find pods' network namespaces under /proc")];
 
 /// The capabilities this process lacks.
 #[derive(Debug, PartialEq, Eq)]
@@ -34,13 +38,14 @@ impl fmt::Display for Missing {
 
 impl std::error::Error for Missing {}
 
-/// Looks at this process' effective capabilities.
+/// Looks at this process' effective capabilities. With an agent that hands pods over and captures them, few are needed.
 ///
 /// # Errors
 /// The ones that are missing, all of them.
-pub fn check() -> anyhow::Result<()> {
+pub fn check(agent: bool) -> anyhow::Result<()> {
     let status = fs::read_to_string("/proc/self/status")?;
-    Ok(check_status(effective(&status).ok_or_else(|| io::Error::other("no CapEff in /proc/self/status"))?)?)
+    let capabilities = effective(&status).ok_or_else(|| io::Error::other("no CapEff in /proc/self/status"))?;
+    Ok(check_status(capabilities, agent)?)
 }
 
 /// Lifts the limit of open files as far as this process may: each pod takes a dozen and each connection two, and what
@@ -60,9 +65,11 @@ fn effective(status: &str) -> Option<u64> {
     u64::from_str_radix(line.trim(), 16).ok()
 }
 
-fn check_status(capabilities: u64) -> Result<(), Missing> {
-    let missing: Vec<_> = NEEDED
+fn check_status(capabilities: u64, agent: bool) -> Result<(), Missing> {
+    let own = if agent { &[][..] } else { &CAPTURE };
+    let missing: Vec<_> = ALWAYS
         .iter()
+        .chain(own)
         .filter(|(_, bit, _)| capabilities & (1 << bit) == 0)
         .map(|(name, _, purpose)| (*name, *purpose))
         .collect();
@@ -76,12 +83,13 @@ mod tests {
     #[test]
     fn names_every_missing_capability_and_the_cure() {
         let all = effective("Name:\tx\nCapEff:\t000001ffffffffff\n").unwrap();
-        assert_eq!(check_status(all), Ok(()));
-        let text = check_status(all & !(1 << 39) & !(1 << 19)).unwrap_err().to_string();
+        assert_eq!(check_status(all, false), Ok(()));
+        let text = check_status(all & !(1 << 39) & !(1 << 19), false).unwrap_err().to_string();
         assert!(
             text.contains("CAP_BPF") && text.contains("CAP_SYS_PTRACE") && text.contains("securityContext"),
             "{text}"
         );
         assert!(!text.contains("CAP_NET_RAW"), "{text}");
+        assert_eq!(check_status((1 << 12) | (1 << 21) | (1 << 13), true), Ok(()), "what Istio's chart gives");
     }
 }

@@ -66,8 +66,11 @@ pub enum NoRoute {
     WaypointUnavailable { waypoint: String },
     #[error("workload {workload} has no address this source can use")]
     NoAddress { workload: Arc<str> },
-    #[error("workload {workload} is known by hostname {hostname} only; endpoints by DNS are not supported yet")]
-    HostnameEndpoint { workload: Arc<str>, hostname: Arc<str> },
+    /// Not the end: whoever can look names up completes it.
+    #[error("workload {} is known by its hostname {} only", .0.workload.uid, .0.workload.hostname)]
+    ByName(Box<ByName>),
+    #[error("looking up {hostname}, the endpoint of workload {workload}: {reason}")]
+    NameFailed { workload: Arc<str>, hostname: Arc<str>, reason: String },
     #[error("workload {workload}: {reason}")]
     BadIdentity { workload: Arc<str>, reason: String },
     #[error("workload {workload} is on network {network:?}; gateways between networks are not supported yet")]
@@ -82,7 +85,9 @@ impl NoRoute {
             Self::NoHealthyUpstream { .. } | Self::UnknownPort { .. } => ResponseFlag::NoHealthyUpstream,
             Self::UnknownWaypoint { .. } | Self::WaypointUnavailable { .. } => ResponseFlag::WaypointUnavailable,
             Self::BadIdentity { .. } => ResponseFlag::IdentityError,
-            Self::NoAddress { .. } | Self::HostnameEndpoint { .. } | Self::OtherNetwork { .. } => ResponseFlag::Connect,
+            Self::NoAddress { .. } | Self::ByName(_) | Self::NameFailed { .. } | Self::OtherNetwork { .. } => {
+                ResponseFlag::Connect
+            }
         }
     }
 }
@@ -133,8 +138,64 @@ fn direct(
     port: u16,
     dst: SocketAddr,
 ) -> Result<Route, NoRoute> {
-    let ip = select_address(source, &workload, service.map(|s| &**s), dst.ip())?;
-    let target = SocketAddr::new(ip, port);
+    let ip = match select_address(source, &workload, service.map(|s| &**s), dst.ip()) {
+        Err(NoRoute::NoAddress { .. }) if workload.addresses.is_empty() && !workload.hostname.is_empty() => {
+            let service = service.cloned();
+            return Err(NoRoute::ByName(Box::new(ByName { workload, service, port, dialled: dst.ip() })));
+        }
+        selected => selected?,
+    };
+    at_address(workload, service, SocketAddr::new(ip, port))
+}
+
+/// A route that lacks one fact: the addresses behind a host name.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ByName {
+    workload: Arc<Workload>,
+    service: Option<Arc<Service>>,
+    port: u16,
+    dialled: IpAddr,
+}
+
+impl ByName {
+    #[must_use]
+    pub fn hostname(&self) -> &Arc<str> {
+        &self.workload.hostname
+    }
+
+    /// The route, once it is known what the name stands for: any address that the service allows and the source can
+    /// use, preferably of the family that was dialled.
+    ///
+    /// # Errors
+    /// There is no such address, or nobody could say.
+    pub fn resolved<R: Rng>(
+        self,
+        source: &Workload,
+        found: Result<&[IpAddr], String>,
+        rng: &mut R,
+    ) -> Result<Route, NoRoute> {
+        let failed = |reason| {
+            let (workload, hostname) = (self.workload.uid.clone(), self.workload.hostname.clone());
+            NoRoute::NameFailed { workload, hostname, reason }
+        };
+        let families = self.service.as_ref().map_or(IpFamilies::Automatic, |s| s.ip_families);
+        let usable =
+            |ip: &&IpAddr| allows(families, **ip) && source.addresses.iter().any(|own| own.is_ipv4() == ip.is_ipv4());
+        let usable: Vec<&IpAddr> = found.map_err(failed)?.iter().filter(usable).collect();
+        let dialled = |ip: &&&IpAddr| ip.is_ipv4() == self.dialled.is_ipv4();
+        let preferred: Vec<&IpAddr> = match usable.iter().any(|ip| dialled(&ip)) {
+            true => usable.iter().filter(dialled).copied().collect(),
+            false => usable,
+        };
+        match weighted_pick(&preferred, |_| 1, rng) {
+            Some(ip) => at_address(self.workload, self.service.as_ref(), SocketAddr::new(**ip, self.port)),
+            None => Err(failed("it has no address of a family that can be used".into())),
+        }
+    }
+}
+
+fn at_address(workload: Arc<Workload>, service: Option<&Arc<Service>>, target: SocketAddr) -> Result<Route, NoRoute> {
+    let ip = target.ip();
     let (next_hop, tunnel) = match workload.protocol {
         TunnelProtocol::None => (target, None),
         TunnelProtocol::Hbone => {
@@ -347,19 +408,20 @@ fn select_address(
     if workload.addresses.contains(&dialled) {
         return Ok(dialled);
     }
-    let allowed = |ip: &&IpAddr| match service.map_or(IpFamilies::Automatic, |s| s.ip_families) {
-        IpFamilies::Automatic | IpFamilies::Dual => true,
-        IpFamilies::Ipv4 => ip.is_ipv4(),
-        IpFamilies::Ipv6 => ip.is_ipv6(),
-    };
-    let allowed: Vec<&IpAddr> = workload.addresses.iter().filter(allowed).collect();
+    let families = service.map_or(IpFamilies::Automatic, |s| s.ip_families);
+    let allowed: Vec<&IpAddr> = workload.addresses.iter().filter(|ip| allows(families, **ip)).collect();
     let family = allowed.iter().find(|ip| ip.is_ipv4() == dialled.is_ipv4());
     match family.or(allowed.first()) {
         Some(ip) => Ok(**ip),
-        None if workload.addresses.is_empty() && !workload.hostname.is_empty() => {
-            Err(NoRoute::HostnameEndpoint { workload: workload.uid.clone(), hostname: workload.hostname.clone() })
-        }
         None => Err(NoRoute::NoAddress { workload: workload.uid.clone() }),
+    }
+}
+
+const fn allows(families: IpFamilies, ip: IpAddr) -> bool {
+    match families {
+        IpFamilies::Automatic | IpFamilies::Dual => true,
+        IpFamilies::Ipv4 => ip.is_ipv4(),
+        IpFamilies::Ipv6 => ip.is_ipv6(),
     }
 }
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use futures_util::future::{Either, Ready, ready};
 use mesh::drain::Guard;
 use mesh::hbone::{H2Settings, Pool, PoolSettings};
 use mesh::identity::{CertificateManager, Identity, WorkloadCertificate};
@@ -14,16 +15,19 @@ use mesh::model::Workload;
 use mesh::net::{PeerAddr, canonical};
 use mesh::serve::{accept_loop, copy_bidirectional};
 use mesh::store::{Snapshot, Store};
-use mesh::telemetry::ByteCounts;
+use mesh::telemetry::access::{self, Direction};
+use mesh::telemetry::{ByteCounts, ResponseFlag};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 
 use crate::config::Config;
 use crate::ending::Ending;
+use crate::handover::seal;
+use crate::names::Names;
 use crate::node::netns::Family;
 use crate::node::pod::{LocalPod, Tracked};
-use crate::{inbound, outbound, passthrough};
+use crate::{dns, inbound, outbound, passthrough};
 
 /// How long a connection waits for its own workload to arrive from the control plane.
 const WORKLOAD_WAIT: Duration = Duration::from_secs(5);
@@ -38,6 +42,7 @@ pub struct Shared {
     pub config: Arc<Config>,
     pub store: Arc<Store>,
     pub certs: CertificateManager,
+    pub names: Names,
 }
 
 impl Shared {
@@ -77,6 +82,7 @@ impl Shared {
                 enrolled: format!("{}/{}", pod.namespace, pod.service_account),
             });
         }
+        pod.learn_addresses(&workload.addresses);
         let identity =
             workload.identity().map_err(|source| Ending::BadIdentity { workload: workload.uid.to_string(), source })?;
         Ok(Local { world, workload, identity })
@@ -89,6 +95,17 @@ pub enum Role {
     Outbound,
     Passthrough,
     Hbone,
+    /// Connections to a DNS server, where a port of its own takes them.
+    Dns,
+}
+
+impl Role {
+    const fn direction(self) -> Direction {
+        match self {
+            Self::Outbound | Self::Dns => Direction::Outbound,
+            Self::Passthrough | Self::Hbone => Direction::Inbound,
+        }
+    }
 }
 
 /// A pod's listeners for one worker.
@@ -99,9 +116,16 @@ struct Assignment {
     working: Guard,
 }
 
+/// What a worker is told.
+enum Job {
+    Serve(Assignment),
+    /// To give up what its thread may do beyond serving what is open.
+    GiveUp(oneshot::Sender<io::Result<()>>),
+}
+
 /// The worker threads; dropping this ends them.
 pub struct Workers {
-    queues: Vec<mpsc::Sender<Assignment>>,
+    queues: Vec<mpsc::Sender<Job>>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -134,8 +158,23 @@ impl Workers {
     pub async fn assign(&self, pod: &Arc<LocalPod>, listeners: Vec<Vec<(Role, std::net::TcpListener)>>) {
         for (queue, listeners) in self.queues.iter().zip(listeners) {
             // A worker ends only when this handle is dropped.
-            let _ = queue.send(Assignment { pod: pod.clone(), listeners, working: pod.drain.guard() }).await;
+            let job = Assignment { pod: pod.clone(), listeners, working: pod.drain.guard() };
+            let _ = queue.send(Job::Serve(job)).await;
         }
+    }
+
+    /// Has every worker's thread give up its capabilities. What is open goes on; nothing new can be served.
+    ///
+    /// # Errors
+    /// The first worker's that could not.
+    pub async fn give_up_capabilities(&self) -> io::Result<()> {
+        for queue in &self.queues {
+            let (answer, answered) = oneshot::channel();
+            let gone = || io::Error::other("a worker has ended");
+            queue.send(Job::GiveUp(answer)).await.map_err(|_| gone())?;
+            answered.await.map_err(|_| gone())??;
+        }
+        Ok(())
     }
 
     /// Ends the threads. Pods must have been drained; what is open still is dropped.
@@ -149,12 +188,14 @@ impl Workers {
     }
 }
 
-async fn run(shared: Shared, mut jobs: mpsc::Receiver<Assignment>) {
+async fn run(shared: Shared, mut jobs: mpsc::Receiver<Job>) {
     let mut pods = JoinSet::new();
     loop {
         tokio::select! {
             job = jobs.recv() => match job {
-                Some(job) => { pods.spawn(serve_pod(shared.clone(), job)); }
+                Some(Job::Serve(job)) => { pods.spawn(serve_pod(shared.clone(), job)); }
+                // Whoever asked may have given up.
+                Some(Job::GiveUp(answer)) => drop(answer.send(seal::drop_capabilities())),
                 None => return,
             },
             Some(ended) = pods.join_next() => {
@@ -187,9 +228,10 @@ async fn serve_pod(shared: Shared, job: Assignment) {
         };
         let drain = at.pod.drain.clone();
         match role {
-            Role::Outbound => loops.spawn(accept_loop(listener, drain, handler(&at, outbound::serve))),
-            Role::Passthrough => loops.spawn(accept_loop(listener, drain, handler(&at, passthrough::serve))),
-            Role::Hbone => loops.spawn(accept_loop(listener, drain, handler(&at, inbound::serve))),
+            Role::Outbound => loops.spawn(accept_loop(listener, drain, handler(&at, role, outbound::serve))),
+            Role::Passthrough => loops.spawn(accept_loop(listener, drain, handler(&at, role, passthrough::serve))),
+            Role::Hbone => loops.spawn(accept_loop(listener, drain, handler(&at, role, inbound::serve))),
+            Role::Dns => loops.spawn(accept_loop(listener, drain, handler(&at, role, dns::serve::captured))),
         };
     }
     // The loops own the connections, so this is the end of the last one.
@@ -199,17 +241,36 @@ async fn serve_pod(shared: Shared, job: Assignment) {
 }
 
 /// Turns a path function into what the accept loop calls.
-fn handler<F, Fut>(at: &Arc<Place>, serve: F) -> impl Fn(TcpStream, PeerAddr) -> Fut + use<F, Fut>
+fn handler<F, Fut>(
+    at: &Arc<Place>,
+    role: Role,
+    serve: F,
+) -> impl Fn(TcpStream, PeerAddr) -> Either<Fut, Ready<()>> + use<F, Fut>
 where
     F: Fn(Arc<Place>, TcpStream, SocketAddr, SocketAddr) -> Fut,
     Fut: Future<Output = ()> + Send + 'static,
 {
     let at = at.clone();
     move |stream, peer| {
-        // A socket that cannot name its own end is closed already; the unspecified address has no route.
-        let here = stream.local_addr().map_or_else(|_| SocketAddr::from(([0, 0, 0, 0], 0)), canonical);
-        serve(at.clone(), stream, canonical(peer.0), here)
+        let client = canonical(peer.0);
+        match at.pod.backend.destination(role, &stream) {
+            Some(destination) => Either::Left(serve(at.clone(), stream, client, destination)),
+            None => {
+                count_self_call();
+                // A socket that cannot name its own end is closed already.
+                let here = stream.local_addr().map_or(client, canonical);
+                access::refused(role.direction(), client, here, ResponseFlag::BadRequest, &SELF_CALL);
+                Either::Right(ready(()))
+            }
+        }
     }
+}
+
+/// Told of a connection to one of our own listeners.
+pub const SELF_CALL: &str = "the proxy's own listener was dialled";
+
+fn count_self_call() {
+    metrics::counter!("ztunnel_self_connections_total").increment(1);
 }
 
 /// HTTP/2 as configured.
@@ -239,12 +300,12 @@ pub struct Place {
 }
 
 impl Place {
-    /// Was one of our own loopback listeners dialled from inside the pod? Then the connection is to be closed.
+    /// Was one of our own listeners dialled? Then the connection is to be closed.
     #[must_use]
     pub fn is_self_call(&self, here: SocketAddr) -> bool {
         let own = self.pod.is_own_listener(here);
         if own {
-            metrics::counter!("ztunnel_self_connections_total").increment(1);
+            count_self_call();
         }
         own
     }
@@ -290,7 +351,7 @@ impl Place {
         if !keep_source {
             return self.dial_plain(to).await;
         }
-        let leg = async { connect(self.pod.netns.app_leg(client)?, to).await };
+        let leg = async { connect(self.pod.backend.app_leg(&self.pod.netns, client)?, to).await };
         in_time(to, leg).await
     }
 }
@@ -324,6 +385,7 @@ where
     A: mesh::net::ByteStream,
     B: mesh::net::ByteStream,
 {
+    tracked.established();
     let cut = tokio::select! {
         done = copy_bidirectional(&mut down, &mut up, bytes) => return done.map(drop).map_err(Ending::from),
         () = tracked.denied() => Ending::DeniedLater,

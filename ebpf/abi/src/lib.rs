@@ -7,7 +7,10 @@
 #![cfg_attr(not(feature = "user"), forbid(unsafe_code))]
 
 /// Names the directory of pinned maps, so that a ztunnel with another layout never reads its predecessor's bytes.
-pub const VERSION: u32 = 1;
+///
+/// Two things never change, whatever the version, because two layouts can be alive at once: the marks, table and rule
+/// preferences below, and that the map `ENROLLED` is keyed by netns cookie.
+pub const VERSION: u32 = 2;
 
 /// On ztunnel's own sockets towards the network and on nothing else: never captured.
 pub const MARK_BYPASS: u32 = 0x539;
@@ -43,6 +46,8 @@ pub const PROBE_SOURCE6: [u8; 16] =
 pub const MAX_PROBES: u32 = 65_536;
 /// Most entries of [`ExcludedKey`], global and per pod together.
 pub const MAX_EXCLUDED: u32 = 65_536;
+/// Most entries of [`PortKey`].
+pub const MAX_EXCLUDED_PORTS: u32 = 65_536;
 /// Most addresses of all enrolled pods together; dual stack needs two each.
 pub const MAX_ADDRESSES: u32 = 4 * MAX_NETNS;
 
@@ -100,6 +105,10 @@ impl Enrolled {
     pub const FAIL_OPEN: u32 = 1 << 2;
     /// UDP to port 53 is captured.
     pub const DNS: u32 = 1 << 3;
+    /// There are entries of [`PortKey::TO`]; without the flag nobody looks.
+    pub const PORTS_TO: u32 = 1 << 4;
+    /// There are entries of [`PortKey::AT`].
+    pub const PORTS_AT: u32 = 1 << 5;
 
     pub const fn has(self, flag: u32) -> bool {
         self.flags & flag != 0
@@ -122,6 +131,30 @@ pub struct ProbeKey {
     pub address: [u8; 16],
     /// In host order.
     pub port: u32,
+}
+
+/// Key of the map `EXCLUDED_PORTS`: TCP that is not captured because of its destination port.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PortKey {
+    pub cookie: u64,
+    /// In host order.
+    pub port: u16,
+    /// [`PortKey::TO`] or [`PortKey::AT`].
+    pub way: u16,
+    /// Always zero: the kernel compares keys byte by byte.
+    pub reserved: u32,
+}
+
+impl PortKey {
+    /// Connections that the pod opens to the port.
+    pub const TO: u16 = 0;
+    /// Plaintext connections to the port of the pod.
+    pub const AT: u16 = 1;
+
+    pub const fn new(cookie: u64, way: u16, port: u16) -> Self {
+        PortKey { cookie, port, way, reserved: 0 }
+    }
 }
 
 /// Data of the longest-prefix map `EXCLUDED`. Only bytes, so that it stays unpadded behind the 4-byte prefix length.
@@ -153,7 +186,7 @@ pub enum Counter {
     Captured = 0,
     /// Connections of ztunnel itself.
     Bypassed = 1,
-    /// Outbound connections to an excluded prefix.
+    /// Connections that are excluded by destination or port, outbound and inbound.
     Excluded = 2,
     /// Outbound connections refused because no ztunnel listens.
     Refused = 3,
@@ -176,7 +209,7 @@ impl Counter {
 
 #[cfg(feature = "user")]
 mod user {
-    use super::{AddressKey, Enrolled, ExcludedKey, ListenerKey, ProbeKey};
+    use super::{AddressKey, Enrolled, ExcludedKey, ListenerKey, PortKey, ProbeKey};
 
     // SAFETY: `repr(C)`, `Copy`, no padding (see the layout test) and every bit pattern is a value.
     unsafe impl aya::Pod for ListenerKey {}
@@ -188,6 +221,8 @@ mod user {
     unsafe impl aya::Pod for ExcludedKey {}
     // SAFETY: as above.
     unsafe impl aya::Pod for ProbeKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for PortKey {}
 }
 
 #[cfg(test)]
@@ -204,6 +239,8 @@ mod tests {
         assert_eq!((size_of::<AddressKey>(), align_of::<AddressKey>()), (24, 8));
         assert_eq!(offset_of!(AddressKey, address), 8);
         assert_eq!((size_of::<ProbeKey>(), align_of::<ProbeKey>()), (20, 4));
+        assert_eq!((size_of::<PortKey>(), align_of::<PortKey>()), (16, 8));
+        assert_eq!((offset_of!(PortKey, port), offset_of!(PortKey, way), offset_of!(PortKey, reserved)), (8, 10, 12));
         assert_eq!((size_of::<ExcludedKey>(), align_of::<ExcludedKey>()), (28, 1));
         assert_eq!((offset_of!(ExcludedKey, family), offset_of!(ExcludedKey, address)), (8, 12));
         assert_eq!(offset_of!(ExcludedKey, address) as u32 * 8, ExcludedKey::HEADER_BITS);

@@ -28,14 +28,15 @@ use crate::{
         update_link,
     },
     maps::{self, Maps},
-    pins::{Pins, check_cgroup2, unpin},
+    pins::{Layout, Pins, check_cgroup2, unpin},
     pod,
     steer::Steer,
 };
 
 const CONNECT4: &str = "connect4";
 const CONNECT6: &str = "connect6";
-const SOCK_CREATE: &str = "sock_create";
+/// The hooks of DNS capture.
+const DNS_HOOKS: [&str; 3] = ["sock_create", "sendmsg4", "sendmsg6"];
 
 /// The kernel side of capture on one node. Share it in an `Arc`; the calls block for microseconds, attaching for about a
 /// millisecond, opening for many.
@@ -51,6 +52,8 @@ pub struct Capture {
     shared_map: u32,
     steer: Steer,
     maps: Mutex<Maps>,
+    /// What builds with another layout pinned; emptied by [`Capture::collect_garbage`].
+    others: Mutex<Vec<Layout>>,
 }
 
 impl Capture {
@@ -66,8 +69,8 @@ impl Capture {
         check_capabilities()?;
         check_cgroup2(cgroup_root)?;
         let pins = Pins::create(bpffs_dir)?;
-        let mut object = load_object(&pins)?;
         maps::check_layout(&pins)?;
+        let mut object = load_object(&pins)?;
 
         for hook in [CONNECT4, CONNECT6] {
             load(&mut object, hook)?;
@@ -76,19 +79,21 @@ impl Capture {
         let steer = Steer::parse(&pins)?;
         let steer_tag = program_tag(steer.load(NetnsCookie(0))?.as_fd())
             .map_err(|source| LoadError::io("reading the tag of program steer", source))?;
-        let dns_attached = open_link(&pins.link(SOCK_CREATE))?.is_some();
         for hook in [CONNECT4, CONNECT6] {
             attach_cgroup(&mut object, hook, cgroup_root, &pins.link(hook))?;
         }
-        if dns_attached {
-            load(&mut object, SOCK_CREATE)?;
-            attach_cgroup(&mut object, SOCK_CREATE, cgroup_root, &pins.link(SOCK_CREATE))?;
+        for hook in DNS_HOOKS {
+            if open_link(&pins.link(hook))?.is_some() {
+                load(&mut object, hook)?;
+                attach_cgroup(&mut object, hook, cgroup_root, &pins.link(hook))?;
+            }
         }
         let shared_map = maps::shared_map_id(&pins)?;
         let maps = Mutex::new(Maps::take(&mut object)?);
         drop(object);
         give_back_memory();
-        Ok(Capture { pins, cgroup_root: cgroup_root.to_owned(), steer_tag, shared_map, steer, maps })
+        let others = Mutex::new(pins.other_layouts()?);
+        Ok(Capture { pins, cgroup_root: cgroup_root.to_owned(), steer_tag, shared_map, steer, maps, others })
     }
 
     /// Attaches `sk_lookup` to a netns and pins it, unless this build's program is there already.
@@ -132,8 +137,35 @@ impl Capture {
     }
 
     /// Enrols a netns, or changes how it is enrolled. Open connections are never touched.
+    ///
+    /// What a build with another layout decided for this netns ends with it, in this order: between the two the netns is
+    /// captured by both, and the later program has the last word.
     pub fn enrol(&self, cookie: NetnsCookie, pod: &PodCapture, phase: Phase) -> Result<(), LoadError> {
-        self.maps().enrol(cookie, pod, pod.enrolled(phase))
+        self.maps().enrol(cookie, pod, pod.enrolled(phase))?;
+        self.others().iter().try_for_each(|other| other.release(cookie))
+    }
+
+    /// Every slot that has a listener now, of all netns.
+    pub fn listening(&self) -> Result<HashSet<(NetnsCookie, Slot)>, LoadError> {
+        let slot = |number| Slot::ALL.into_iter().find(|slot| *slot as u32 == number);
+        let listening = self.maps().listening()?;
+        Ok(listening.into_iter().filter_map(|(cookie, number)| Some((cookie, slot(number)?))).collect())
+    }
+
+    /// Is `sk_lookup` still attached to the netns?
+    pub fn is_attached(&self, cookie: NetnsCookie) -> Result<bool, LoadError> {
+        is_alive(&self.pins.netns(cookie))
+    }
+
+    /// Keeps for successors what was found in a netns and has to be put back, unless a predecessor did; returns what is
+    /// kept. It outlives [`Capture::detach`] and ends with [`Capture::forget_found`]. The meaning is the caller's.
+    pub fn remember(&self, cookie: NetnsCookie, now: u32) -> Result<u32, LoadError> {
+        self.maps().remember(cookie, now)
+    }
+
+    /// Ends [`Capture::remember`]. Fine when nothing is kept.
+    pub fn forget_found(&self, cookie: NetnsCookie) -> Result<(), LoadError> {
+        self.maps().forget_found(cookie)
     }
 
     /// Stops capturing; 15008 is still answered. Fine when the netns is not enrolled.
@@ -168,19 +200,22 @@ impl Capture {
         Ok(cookie)
     }
 
-    /// Attaches the hook that marks the UDP sockets of pods with [`crate::Dns::Capture`]. It stays, also for successors.
+    /// Attaches the hooks that mark the UDP sockets of pods with [`crate::Dns::Capture`] and refuse what they send while
+    /// nobody serves it. They stay, also for successors.
     pub fn capture_dns(&self) -> Result<(), LoadError> {
         let mut object = load_object(&self.pins)?;
-        load(&mut object, SOCK_CREATE)?;
-        attach_cgroup(&mut object, SOCK_CREATE, &self.cgroup_root, &self.pins.link(SOCK_CREATE))?;
+        for hook in DNS_HOOKS {
+            load(&mut object, hook)?;
+            attach_cgroup(&mut object, hook, &self.cgroup_root, &self.pins.link(hook))?;
+        }
         drop(object);
         give_back_memory();
         Ok(())
     }
 
-    /// Every live netns with a pinned `sk_lookup`, a predecessor's included.
+    /// Every live netns with a pinned `sk_lookup`, those of predecessors included, also of one with another layout.
     pub fn attached(&self) -> Result<Vec<NetnsCookie>, LoadError> {
-        let mut alive = Vec::new();
+        let mut alive: Vec<_> = self.others().iter().flat_map(|other| other.netns.iter().copied()).collect();
         for cookie in self.pins.pinned_netns()? {
             if is_alive(&self.pins.netns(cookie))? {
                 alive.push(cookie);
@@ -204,11 +239,28 @@ impl Capture {
                 continue;
             }
             self.detach(cookie)?;
+            self.forget_found(cookie)?;
             removed.push(cookie);
         }
+        self.others().clear();
         self.pins.remove_other_layouts()?;
         removed.sort_unstable();
         Ok(removed)
+    }
+
+    /// Takes out every netns that is gone. Returns what was taken out.
+    pub fn collect_dead(&self) -> Result<Vec<NetnsCookie>, LoadError> {
+        let mut dead = Vec::new();
+        for cookie in self.pins.pinned_netns()? {
+            let pin = self.pins.netns(cookie);
+            // Not pinned any more: another thread was here first.
+            if open_link(&pin)?.is_some() && !is_alive(&pin)? {
+                self.detach(cookie)?;
+                self.forget_found(cookie)?;
+                dead.push(cookie);
+            }
+        }
+        Ok(dead)
     }
 
     /// How often what happened, since the maps were made.
@@ -226,6 +278,10 @@ impl Capture {
         let Ok(program) = program_by_id(program) else { return false };
         program_tag(program.as_fd()).is_ok_and(|tag| tag == self.steer_tag)
             && program_maps(program.as_fd()).is_ok_and(|maps| maps.contains(&self.shared_map))
+    }
+
+    fn others(&self) -> MutexGuard<'_, Vec<Layout>> {
+        self.others.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     fn maps(&self) -> MutexGuard<'_, Maps> {

@@ -23,6 +23,7 @@ const MINIMUM_VERSION: (u32, u32) = (5, 18);
 
 const BPF_MAP_CREATE: libc::c_long = 0;
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
+const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
 const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
@@ -131,6 +132,21 @@ pub(crate) fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::
     attributes.words[0] = link.as_raw_fd() as u32;
     attributes.words[1] = program.as_raw_fd() as u32;
     attributes.call(BPF_LINK_UPDATE).map(drop)
+}
+
+/// Deletes the entry of a netns from a map of another build, without a look at what it holds. Fine when there is none;
+/// a map whose keys are no cookies is left alone.
+pub(crate) fn delete_by_cookie(map: BorrowedFd<'_>, cookie: NetnsCookie) -> io::Result<()> {
+    if map_info(map)?.key_size as usize != mem::size_of_val(&cookie.0) {
+        return Err(io::Error::other("the map is not keyed by netns cookie"));
+    }
+    let mut attributes = Attributes::default();
+    attributes.words[0] = map.as_raw_fd() as u32;
+    attributes.set_u64(2, (&raw const cookie.0) as u64);
+    match attributes.call(BPF_MAP_DELETE_ELEM) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// Pins an object; the path must not exist.
@@ -264,6 +280,24 @@ pub(crate) fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     let mut info = RawLinkInfo::default();
     object_info(link, &mut info)?;
     Ok(LinkInfo { program: info.program, target: info.target })
+}
+
+/// The start of the kernel's `bpf_map_info`.
+#[repr(C)]
+#[derive(Default)]
+pub(crate) struct MapInfo {
+    pub kind: u32,
+    pub id: u32,
+    pub key_size: u32,
+    pub value_size: u32,
+    pub max_entries: u32,
+    pub flags: u32,
+}
+
+pub(crate) fn map_info(map: BorrowedFd<'_>) -> io::Result<MapInfo> {
+    let mut info = MapInfo::default();
+    object_info(map, &mut info)?;
+    Ok(info)
 }
 
 /// The start of the kernel's `bpf_prog_info`.

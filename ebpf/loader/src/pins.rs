@@ -9,6 +9,7 @@
 use std::{
     fs,
     io::{self, ErrorKind},
+    os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
@@ -17,7 +18,10 @@ use nix::{
     sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, FsType, statfs},
 };
 
-use crate::{LoadError, NetnsCookie};
+use crate::{
+    LoadError, NetnsCookie,
+    kernel::{delete_by_cookie, link_info, open_pin},
+};
 
 #[derive(Debug)]
 pub(crate) struct Pins {
@@ -61,23 +65,58 @@ impl Pins {
         Ok(names.iter().filter_map(|path| path.file_name()?.to_str()?.parse().ok()).map(NetnsCookie).collect())
     }
 
+    /// What builds with another layout left, older and newer ones.
+    pub(crate) fn other_layouts(&self) -> Result<Vec<Layout>, LoadError> {
+        self.other_roots()?.iter().map(|root| Layout::open(root)).collect()
+    }
+
     /// Takes away what builds with another layout left; their links go with their pins.
     pub(crate) fn remove_other_layouts(&self) -> Result<(), LoadError> {
-        for path in list(&self.base)? {
-            let is_layout = path
-                .file_name()
-                .and_then(|name| name.to_str()?.strip_prefix('v'))
-                .is_some_and(|number| number.parse::<u32>().is_ok());
-            if is_layout && path != self.root {
-                remove(&path)?;
-            }
-        }
-        Ok(())
+        self.other_roots()?.iter().try_for_each(|root| remove(root))
+    }
+
+    fn other_roots(&self) -> Result<Vec<PathBuf>, LoadError> {
+        let is_layout = |path: &PathBuf| {
+            let name = path.file_name().and_then(|name| name.to_str()?.strip_prefix('v'));
+            name.is_some_and(|number| number.parse::<u32>().is_ok()) && *path != self.root
+        };
+        Ok(list(&self.base)?.into_iter().filter(is_layout).collect())
     }
 
     /// Takes away every pin of this layout.
     pub(crate) fn remove_all(&self) -> Result<(), LoadError> {
         remove(&self.root)
+    }
+}
+
+/// What a build with another layout pinned. Of its maps only one is touched, and of that one only the keys, which are
+/// the same in all versions (see [`ebpf_abi::VERSION`]).
+pub(crate) struct Layout {
+    enrolled: Option<OwnedFd>,
+    /// Netns it has a pin for, alive when this was read.
+    pub(crate) netns: Vec<NetnsCookie>,
+}
+
+impl Layout {
+    fn open(root: &Path) -> Result<Layout, LoadError> {
+        let path = root.join("maps/ENROLLED");
+        let enrolled =
+            open_pin(&path).map_err(|source| LoadError::io(format!("opening {}", path.display()), source))?;
+        let cookie = |pin: &PathBuf| {
+            let link = open_pin(pin).ok()??;
+            link_info(link.as_fd()).ok()?.netns()?;
+            pin.file_name()?.to_str()?.parse().ok().map(NetnsCookie)
+        };
+        let pins = root.join("netns");
+        let netns = if pins.is_dir() { list(&pins)?.iter().filter_map(cookie).collect() } else { Vec::new() };
+        Ok(Layout { enrolled, netns })
+    }
+
+    /// Ends what that build decides for a netns, which this one captures now.
+    pub(crate) fn release(&self, cookie: NetnsCookie) -> Result<(), LoadError> {
+        let Some(map) = &self.enrolled else { return Ok(()) };
+        delete_by_cookie(map.as_fd(), cookie)
+            .map_err(|source| LoadError::io("releasing a netns from a build with another layout", source))
     }
 }
 

@@ -1,12 +1,13 @@
 //! What is captured of one pod, in the caller's words and in the kernel's.
 
 use std::{
+    collections::HashSet,
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     str::FromStr,
 };
 
-use ebpf_abi::{Enrolled, ExcludedKey};
+use ebpf_abi::{Enrolled, ExcludedKey, PortKey};
 
 use crate::NetnsCookie;
 
@@ -59,6 +60,10 @@ pub struct PodCapture {
     pub probe_ports: Vec<u16>,
     /// Destinations this pod reaches directly, beside [`crate::Capture::set_global_exclusions`].
     pub excluded: Vec<Prefix>,
+    /// TCP ports of destinations that this pod reaches directly.
+    pub excluded_ports_to: Vec<u16>,
+    /// TCP ports of the pod at which plaintext reaches the application directly. HBONE's own cannot be one.
+    pub excluded_ports_at: Vec<u16>,
 }
 
 impl PodCapture {
@@ -69,6 +74,12 @@ impl PodCapture {
         }
         if phase == Phase::Captured {
             flags |= Enrolled::OUTBOUND;
+            if !self.excluded_ports_to.is_empty() {
+                flags |= Enrolled::PORTS_TO;
+            }
+            if !self.excluded_ports_at.is_empty() {
+                flags |= Enrolled::PORTS_AT;
+            }
             if self.inbound == Inbound::Capture {
                 flags |= Enrolled::INBOUND;
             }
@@ -77,6 +88,12 @@ impl PodCapture {
             }
         }
         Enrolled { flags }
+    }
+
+    pub(crate) fn port_keys(&self, cookie: NetnsCookie) -> HashSet<PortKey> {
+        let to = self.excluded_ports_to.iter().map(|port| PortKey::new(cookie.0, PortKey::TO, *port));
+        let at = self.excluded_ports_at.iter().map(|port| PortKey::new(cookie.0, PortKey::AT, *port));
+        to.chain(at).collect()
     }
 }
 

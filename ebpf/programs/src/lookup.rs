@@ -9,10 +9,10 @@ use aya_ebpf::{
 };
 use ebpf_abi::{
     AddressKey, Counter, DNS_PORT, Enrolled, ExcludedKey, ListenerKey, MARK_BYPASS, MARK_CAPTURE, MARK_LEG,
-    PROBE_SOURCE4, PROBE_SOURCE6, ProbeKey, Slot,
+    PROBE_SOURCE4, PROBE_SOURCE6, PortKey, ProbeKey, Slot,
 };
 
-use crate::maps::{ADDRESSES, EXCLUDED, LISTENERS, count, enrolled, is_host, probed};
+use crate::maps::{ADDRESSES, EXCLUDED, LISTENERS, count, enrolled, is_host, is_port_excluded, probed};
 
 pub const IPPROTO_TCP: u32 = 6;
 pub const IPPROTO_UDP: u32 = 17;
@@ -159,7 +159,7 @@ pub fn connect(ctx: *mut bpf_sock_addr, family: Family, destination: Address) ->
     // SAFETY: the kernel hands a valid context; these fields may be read in it.
     let (protocol, sk) = unsafe { ((*ctx).protocol, (*ctx).__bindgen_anon_1.sk) };
     if protocol == IPPROTO_UDP {
-        return connect_udp(ctx, destination);
+        return query(ctx, destination);
     }
     if protocol != IPPROTO_TCP && protocol != IPPROTO_MPTCP {
         return PROCEED;
@@ -189,6 +189,10 @@ pub fn connect(ctx: *mut bpf_sock_addr, family: Family, destination: Address) ->
         count(Counter::Excluded);
         return direct(ctx, mark);
     }
+    if pod.has(Enrolled::PORTS_TO) && is_port_excluded(&PortKey::new(cookie, PortKey::TO, port(ctx))) {
+        count(Counter::Excluded);
+        return direct(ctx, mark);
+    }
     let slot = if destination.is_v4() { Slot::Out4 } else { Slot::Out6 };
     if !listens(&ListenerKey::new(cookie, slot)) {
         if pod.has(Enrolled::FAIL_OPEN) {
@@ -208,13 +212,13 @@ pub fn connect(ctx: *mut bpf_sock_addr, family: Family, destination: Address) ->
     PROCEED
 }
 
-/// The UDP socket of a resolver, marked since it was made: refused at once where no ztunnel is there to take its query,
-/// which would be dropped on `lo` and time out.
+/// The UDP socket of a resolver, marked since it was made, connects or sends: refused at once where no ztunnel is there
+/// to take its query, which would be dropped on `lo` and time out.
 #[inline(always)]
-fn connect_udp(ctx: *mut bpf_sock_addr, destination: Address) -> i32 {
-    // SAFETY: the kernel hands a valid context; these fields may be read in it.
-    let (port, sk) = unsafe { ((*ctx).user_port, (*ctx).__bindgen_anon_1.sk) };
-    if port != u32::from(DNS_PORT.to_be()) || sk.is_null() {
+pub fn query(ctx: *mut bpf_sock_addr, destination: Address) -> i32 {
+    // SAFETY: the kernel hands a valid context; the field may be read in it.
+    let sk = unsafe { (*ctx).__bindgen_anon_1.sk };
+    if port(ctx) != DNS_PORT || sk.is_null() {
         return PROCEED;
     }
     // SAFETY: the helper takes this context.
@@ -229,6 +233,13 @@ fn connect_udp(ctx: *mut bpf_sock_addr, destination: Address) -> i32 {
     }
     let slot = if destination.is_v4() { Slot::Dns4 } else { Slot::Dns6 };
     if listens(&ListenerKey::new(cookie, slot)) { PROCEED } else { refuse() }
+}
+
+/// The destination's, in host order.
+#[inline(always)]
+fn port(ctx: *mut bpf_sock_addr) -> u16 {
+    // SAFETY: the kernel hands a valid context; the field may be read in it.
+    u16::from_be(unsafe { (*ctx).user_port } as u16)
 }
 
 /// Has the process chosen an address to connect from? A kubelet never does.
@@ -250,9 +261,7 @@ fn has_source(sk: *mut bpf_sock, family: Family) -> bool {
 /// node forwards. Where that fails (the node has lost the address) it is ordinary traffic, and policy decides.
 #[inline(always)]
 fn probe(ctx: *mut bpf_sock_addr, family: Family, destination: Address) {
-    // SAFETY: the kernel hands a valid context; the field may be read in it.
-    let port = u16::from_be(unsafe { (*ctx).user_port } as u16);
-    if destination.probed_at(port).is_none() {
+    if destination.probed_at(port(ctx)).is_none() {
         return;
     }
     if family == Family::V4 {

@@ -9,6 +9,8 @@ mod connect4;
 mod connect6;
 mod lookup;
 mod maps;
+mod sendmsg4;
+mod sendmsg6;
 mod sk_lookup;
 mod sock_create;
 

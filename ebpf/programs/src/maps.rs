@@ -6,8 +6,8 @@ use aya_ebpf::{
     maps::{Array, HashMap, LpmTrie, PerCpuArray, SockHash},
 };
 use ebpf_abi::{
-    AddressKey, Counter, Enrolled, ExcludedKey, ListenerKey, MAX_ADDRESSES, MAX_EXCLUDED, MAX_NETNS, MAX_PROBES,
-    ProbeKey, Slot,
+    AddressKey, Counter, Enrolled, ExcludedKey, ListenerKey, MAX_ADDRESSES, MAX_EXCLUDED, MAX_EXCLUDED_PORTS,
+    MAX_NETNS, MAX_PROBES, PortKey, ProbeKey, Slot,
 };
 
 /// Netns cookie → what is captured there. Not preallocated: a preallocated element may be reused by another netns
@@ -27,6 +27,14 @@ pub static ADDRESSES: HashMap<AddressKey, u32> = HashMap::pinned(MAX_ADDRESSES, 
 #[map]
 pub static EXCLUDED: LpmTrie<ExcludedKey, u32> = LpmTrie::pinned(MAX_EXCLUDED, 0);
 
+/// Ports that are reached directly, where [`Enrolled`] says that there are any.
+#[map]
+pub static EXCLUDED_PORTS: HashMap<PortKey, u32> = HashMap::pinned(MAX_EXCLUDED_PORTS, BPF_F_NO_PREALLOC);
+
+/// Of no use to the programs: what user space found in a netns and has to put back, also after a restart.
+#[map]
+pub static FOUND: HashMap<u64, u32> = HashMap::pinned(MAX_NETNS, BPF_F_NO_PREALLOC);
+
 /// Where the kubelet probes the pods of this node, and the netns of each.
 #[map]
 pub static PROBES: HashMap<ProbeKey, u64> = HashMap::pinned(MAX_PROBES, BPF_F_NO_PREALLOC);
@@ -43,6 +51,12 @@ pub static COUNTERS: PerCpuArray<u64> = PerCpuArray::pinned(Counter::COUNT, 0);
 pub fn enrolled(cookie: u64) -> Option<Enrolled> {
     // SAFETY: the map does not preallocate, so the element cannot become another one's before RCU lets it go.
     unsafe { ENROLLED.get(&cookie) }.copied()
+}
+
+/// Is the port one that is not captured?
+#[inline(always)]
+pub fn is_port_excluded(key: &PortKey) -> bool {
+    EXCLUDED_PORTS.get_ptr(key).is_some()
 }
 
 /// The netns of the pod that is probed there.

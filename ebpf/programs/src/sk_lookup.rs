@@ -4,11 +4,11 @@
 //! once for each, with the cookie as a constant.
 
 use aya_ebpf::{Global, bindings::bpf_sk_lookup, macros::sk_lookup, programs::SkLookupContext};
-use ebpf_abi::{Counter, DNS_PORT, Enrolled, HBONE_PORT, ListenerKey, Slot};
+use ebpf_abi::{Counter, DNS_PORT, Enrolled, HBONE_PORT, ListenerKey, PortKey, Slot};
 
 use crate::{
     lookup::{Address, IPPROTO_TCP, IPPROTO_UDP},
-    maps::{LISTENERS, count, enrolled},
+    maps::{LISTENERS, count, enrolled, is_port_excluded},
 };
 
 /// Written by the loader before the program is loaded.
@@ -75,6 +75,10 @@ fn tcp(ctx: &SkLookupContext) -> u32 {
         return PASS;
     }
     if !pod.has(Enrolled::INBOUND) {
+        return PASS;
+    }
+    if pod.has(Enrolled::PORTS_AT) && is_port_excluded(&PortKey::new(cookie, PortKey::AT, local_port(ctx))) {
+        count(Counter::Excluded);
         return PASS;
     }
     if assign(ctx, cookie, (Slot::In4, Slot::In6)) {

@@ -18,6 +18,11 @@ pub fn status(current: &Value, report: &Report, generation: i64, now: &str) -> O
         Report::Conditions { owned, wanted } => {
             set("conditions", conditions(&current["conditions"], owned, wanted, generation, now));
         }
+        Report::Addressed { owned, wanted, addresses } => {
+            set("conditions", conditions(&current["conditions"], owned, wanted, generation, now));
+            let addresses = addresses.iter().map(|(host, value)| json!({"value": value, "host": host})).collect();
+            set("addresses", Value::Array(addresses));
+        }
         Report::Gateway { conditions: wanted, addresses, listeners } => {
             let owned: Vec<&str> = wanted.iter().map(|wanted| wanted.r#type).collect();
             set("conditions", conditions(&current["conditions"], &owned, wanted, generation, now));
@@ -154,6 +159,25 @@ mod tests {
         let none = Report::Conditions { owned: OWNED, wanted: Vec::new() };
         assert_eq!(status(&Value::Null, &none, 1, "t"), None);
         assert_eq!(status(&Value::Null, &Report::Parents(Vec::new()), 1, "t"), None);
+    }
+
+    #[test]
+    fn allocated_addresses_are_written_once_and_taken_back() {
+        let report = |addresses: &[(&str, &str)]| Report::Addressed {
+            owned: OWNED,
+            wanted: vec![Wanted::new("Accepted", Status::True, "R", "m")],
+            addresses: addresses.iter().map(|(host, ip)| ((*host).to_owned(), ip.parse().unwrap())).collect(),
+        };
+        let given = report(&[("a.test", "240.240.0.1"), ("a.test", "2001:2::1")]);
+        let first = status(&json!({"theirs": 1}), &given, 1, "t1").unwrap();
+        assert_eq!(
+            first["addresses"],
+            json!([{"value": "240.240.0.1", "host": "a.test"}, {"value": "2001:2::1", "host": "a.test"}])
+        );
+        assert_eq!(status(&first, &given, 1, "t2"), None, "never fights over what is so already");
+        let next = status(&first, &report(&[]), 1, "t2").unwrap();
+        assert_eq!(next, json!({"addresses": []}));
+        assert_eq!(status(&json!({"conditions": first["conditions"]}), &report(&[]), 1, "t2"), None);
     }
 
     #[test]

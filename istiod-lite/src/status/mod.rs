@@ -16,6 +16,7 @@ use time::format_description::well_known::Rfc3339;
 use crate::translate::verdict::{Kind, Verdict};
 use crate::translate::world::World;
 use crate::types::gateway::{GatewayClassSpec, GatewaySpec, HttpRouteSpec};
+use crate::types::networking::{ServiceEntrySpec, WorkloadEntrySpec};
 use crate::types::security::{AuthorizationPolicySpec, PeerAuthenticationSpec};
 use crate::types::{CustomKind, Key, Object};
 
@@ -86,6 +87,8 @@ fn current(world: &World, kind: Kind, key: &Key) -> Option<(Value, String)> {
         Kind::HttpRoute => custom(world.http_routes.get(key)),
         Kind::AuthorizationPolicy => custom(world.authorization_policies.get(key)),
         Kind::PeerAuthentication => custom(world.peer_authentications.get(key)),
+        Kind::ServiceEntry => custom(world.service_entries.get(key)),
+        Kind::WorkloadEntry => custom(world.workload_entries.get(key)),
     }
 }
 
@@ -97,5 +100,7 @@ fn api_resource(kind: Kind) -> ApiResource {
         Kind::HttpRoute => HttpRouteSpec::api_resource(),
         Kind::AuthorizationPolicy => AuthorizationPolicySpec::api_resource(),
         Kind::PeerAuthentication => PeerAuthenticationSpec::api_resource(),
+        Kind::ServiceEntry => ServiceEntrySpec::api_resource(),
+        Kind::WorkloadEntry => WorkloadEntrySpec::api_resource(),
     }
 }

@@ -3,9 +3,10 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
+use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{Container, HTTPGetAction, LifecycleHandler, Pod, Probe, TCPSocketAction};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
-use mesh_proto::enrolment::{CaptureOptions, FailureMode, POD_ENROLMENT_TYPE, PodEnrolment};
+use mesh_proto::enrolment::{CaptureOptions, FailureMode, POD_ENROLMENT_TYPE, PodEnrolment, Prefix};
 
 use super::address_bytes;
 use super::workload::{running_addresses, service_account};
@@ -19,6 +20,12 @@ const FAILURE_MODE: &str = "ambient.istio.io/capture-failure-mode";
 const BYPASS_INBOUND: &str = "ambient.istio.io/bypass-inbound-capture";
 /// `false`: the pod asks its DNS servers itself. Anything else is the default, captured.
 const DNS_CAPTURE: &str = "ambient.istio.io/dns-capture";
+
+/// What a pod's own connections, or plaintext to it, are not captured for; Istio's names. A value that cannot be read
+/// excludes nothing: see [`unreadable`].
+const EXCLUDE_TO_PREFIXES: &str = "traffic.sidecar.istio.io/excludeOutboundIPRanges";
+const EXCLUDE_TO_PORTS: &str = "traffic.sidecar.istio.io/excludeOutboundPorts";
+const EXCLUDE_AT_PORTS: &str = "traffic.sidecar.istio.io/excludeInboundPorts";
 
 /// `None` for pods outside the mesh and those that no node has been chosen for. A pod that leaves keeps its enrolment
 /// while peers may still speak HBONE to it.
@@ -44,13 +51,41 @@ pub fn translate(world: &World, pod: &Pod) -> Option<Resource> {
         capture: Some(CaptureOptions {
             failure_mode: failure_mode.into(),
             bypass_inbound: annotation(&pod.metadata, BYPASS_INBOUND) == Some("true"),
-            excluded_destinations: Vec::new(),
+            excluded_destinations: prefixes(pod).unwrap_or_default(),
             dns: annotation(&pod.metadata, DNS_CAPTURE) != Some("false"),
+            excluded_outbound_ports: ports(pod, EXCLUDE_TO_PORTS).unwrap_or_default(),
+            excluded_inbound_ports: ports(pod, EXCLUDE_AT_PORTS).unwrap_or_default(),
         }),
         workload_uid: world.pod_uid(&key),
         probe_ports: probe_ports(pod).into_iter().map(u32::from).collect(),
     };
     Some(Resource::new(POD_ENROLMENT_TYPE, uid, &message).for_audience(vec![Audience::Node(node.into())]))
+}
+
+/// What is wrong with the pod's annotations about exclusions, one line each. Such a pod is captured as if it had none.
+pub fn unreadable(pod: &Pod) -> Vec<String> {
+    let ports = [EXCLUDE_TO_PORTS, EXCLUDE_AT_PORTS].map(|name| ports(pod, name).err());
+    ports.into_iter().chain([prefixes(pod).err()]).flatten().collect()
+}
+
+fn ports(pod: &Pod, name: &str) -> Result<Vec<u32>, String> {
+    let port = |item: &str| item.parse::<u16>().ok().filter(|port| *port > 0).map(u32::from);
+    let ports: BTreeSet<u32> = items(pod, name, "a port", port)?.into_iter().collect();
+    Ok(ports.into_iter().collect())
+}
+
+fn prefixes(pod: &Pod) -> Result<Vec<Prefix>, String> {
+    items(pod, EXCLUDE_TO_PREFIXES, "an address prefix such as 10.0.0.0/8", |item| {
+        let net = item.parse::<IpNet>().or_else(|_| item.parse::<IpAddr>().map(IpNet::from)).ok()?.trunc();
+        Some(Prefix { address: address_bytes(net.addr()), length: net.prefix_len().into() })
+    })
+}
+
+/// The items of a list in an annotation: all of them, or why it is not read.
+fn items<T>(pod: &Pod, name: &str, what: &str, read: impl Fn(&str) -> Option<T>) -> Result<Vec<T>, String> {
+    let text = annotation(&pod.metadata, name).unwrap_or_default();
+    let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());
+    items.map(|item| read(item).ok_or_else(|| format!("{name}: {item:?} is not {what}"))).collect()
 }
 
 /// Where the kubelet calls the pod by TCP: probes and lifecycle hooks of its containers. Of the init containers only
@@ -107,4 +142,26 @@ fn of_calls(
 
 fn number(port: i32) -> Option<u16> {
     u16::try_from(port).ok().filter(|port| *port > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pod(name: &str, value: &str) -> Pod {
+        let mut pod = Pod::default();
+        pod.metadata.annotations = Some([(name.to_owned(), value.to_owned())].into());
+        pod
+    }
+
+    #[test]
+    fn says_which_exclusion_is_not_read() {
+        let told = unreadable(&pod(EXCLUDE_TO_PORTS, "22,ssh"));
+        assert_eq!(told, [r#"traffic.sidecar.istio.io/excludeOutboundPorts: "ssh" is not a port"#]);
+        assert_eq!(unreadable(&pod(EXCLUDE_AT_PORTS, "65536")).len(), 1);
+        assert_eq!(unreadable(&pod(EXCLUDE_TO_PREFIXES, "10.0.0.0/33")).len(), 1);
+        for fine in ["", " ", "22", "22, 23,"] {
+            assert!(unreadable(&pod(EXCLUDE_TO_PORTS, fine)).is_empty(), "{fine:?}");
+        }
+    }
 }

@@ -33,6 +33,8 @@ fn add(world: &mut World, object: Value) {
         "HTTPRoute" => custom(&mut world.http_routes, object),
         "AuthorizationPolicy" => custom(&mut world.authorization_policies, object),
         "PeerAuthentication" => custom(&mut world.peer_authentications, object),
+        "ServiceEntry" => custom(&mut world.service_entries, object),
+        "WorkloadEntry" => custom(&mut world.workload_entries, object),
         other => panic!("no table for {other}"),
     }
 }

@@ -4,6 +4,7 @@
 //! It derives everything anew on each change. That is simple and cheap enough for thousands of pods; the store sends
 //! only what differs. Deriving only what a change touches is the next step when it no longer is.
 
+pub mod allocate;
 pub mod authorization;
 pub mod binding;
 pub mod enrolment;
@@ -14,8 +15,10 @@ pub mod parse;
 pub mod peer_authentication;
 pub mod route;
 pub mod service;
+pub mod service_entry;
 pub mod verdict;
 pub mod workload;
+pub mod workload_entry;
 pub mod world;
 
 use std::collections::BTreeMap;
@@ -25,7 +28,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use mesh_proto::security::{AUTHORIZATION_TYPE, Authorization};
 use mesh_proto::waypoint::{HTTP_POLICY_TYPE, ROUTE_TYPE};
-use mesh_proto::workload::{ADDRESS_TYPE, Address};
+use mesh_proto::workload::{ADDRESS_TYPE, Address, PortList};
 
 use self::authorization as l4;
 use self::binding::Binding;
@@ -49,7 +52,8 @@ pub fn translate(world: &World) -> Translation {
     let mut out = Translation::default();
     let bindings = services(&view, &mut out);
     let policies = policies(world, &bindings, &mut out);
-    workloads(&view, &bindings, &policies, &mut out);
+    let entry_bindings = service_entry::translate(world, &view.entries, &mut out);
+    workloads(&view, &bindings, &entry_bindings, &policies, &mut out);
     let attached = routes(world, &bindings, &mut out);
     out.verdicts.extend(world.gateway_classes.iter().filter_map(|(key, class)| gateway::class(key, class)));
     out.verdicts.extend(binding::waypoints(world).filter_map(|(key, object)| {
@@ -142,32 +146,52 @@ fn policies<'a>(world: &'a World, bindings: &BTreeMap<Key, Binding>, out: &mut T
     Policies { selected, peer_authentications, reach }
 }
 
-fn workloads(view: &View<'_>, bindings: &BTreeMap<Key, Binding>, policies: &Policies<'_>, out: &mut Translation) {
+impl Policies<'_> {
+    /// Those that select what has these labels.
+    fn selecting(&self, namespace: &str, labels: Option<&BTreeMap<String, String>>) -> Vec<String> {
+        let selected = self.selected.iter().filter(|(of, selector, _)| {
+            of.as_deref().is_none_or(|of| *of == *namespace) && matches_labels(&selector.match_labels, labels)
+        });
+        let mut references: Vec<String> = selected.map(|(_, _, reference)| reference.clone()).collect();
+        references.extend(self.peer_authentications.policy_of(namespace, labels));
+        references
+    }
+}
+
+fn workloads(
+    view: &View<'_>,
+    bindings: &BTreeMap<Key, Binding>,
+    entry_bindings: &BTreeMap<String, (Key, Binding)>,
+    policies: &Policies<'_>,
+    out: &mut Translation,
+) {
     let world = view.world;
-    let by_name: BTreeMap<String, (&Key, &Binding)> =
-        bindings.iter().map(|(key, binding)| (world.service_name(key), (key, binding))).collect();
+    let of_services = bindings.iter().map(|(key, binding)| (world.service_name(key), (key, binding)));
+    let of_entries = entry_bindings.iter().map(|(name, (key, binding))| (name.clone(), (key, binding)));
+    // A Service's host is never also an entry's of the same namespace.
+    let by_name: BTreeMap<String, (&Key, &Binding)> = of_services.chain(of_entries).collect();
     let mut guards: BTreeMap<String, Authorization> = BTreeMap::new();
-    for (key, pod) in world.pods.iter() {
-        let labels = pod.metadata.labels.as_ref();
-        let mut references: Vec<String> = policies
-            .selected
-            .iter()
-            .filter(|(namespace, selector, _)| {
-                namespace.as_deref().is_none_or(|namespace| *namespace == *key.namespace)
-                    && matches_labels(&selector.match_labels, labels)
-            })
-            .map(|(_, _, reference)| reference.clone())
-            .collect();
-        references.extend(policies.peer_authentications.policy_of(&key.namespace, labels));
-        let services = workload::services(view, pod);
-        let own = binding::resolve(world, &pod.metadata, binding::TrafficType::Workload);
-        for guard in guard::for_workload(world, &key.namespace, &own, &services, &by_name, &policies.reach) {
+    let mut guarded = |namespace: &str, own: &Binding, services: &BTreeMap<String, PortList>, to: &mut Vec<String>| {
+        for guard in guard::for_workload(world, namespace, own, services, &by_name, &policies.reach) {
             let reference = format!("{}/{}", guard.namespace, guard.name);
-            references.push(reference.clone());
+            to.push(reference.clone());
             guards.insert(reference, guard);
         }
-        references.sort_unstable();
+        to.sort_unstable();
+    };
+    for (key, pod) in world.pods.iter() {
+        let mut references = policies.selecting(&key.namespace, pod.metadata.labels.as_ref());
+        let own = binding::resolve(world, &pod.metadata, binding::TrafficType::Workload);
+        guarded(&key.namespace, &own, &workload::services(view, pod), &mut references);
         out.resources.extend(workload::from_pod(view, pod, references).map(|(resource, _)| resource));
+    }
+    for (key, object) in world.workload_entries.iter() {
+        let mut references = policies.selecting(&key.namespace, Some(&workload_entry::labels(object)));
+        let own = binding::resolve(world, &object.meta, binding::TrafficType::Workload);
+        guarded(&key.namespace, &own, &workload_entry::services(view, object), &mut references);
+        let (resource, verdict) = workload_entry::translate(view, key, object, references);
+        out.resources.extend(resource);
+        out.verdicts.push(verdict);
     }
     out.resources.extend(guards.values().map(authorization_resource));
 }

@@ -14,6 +14,9 @@ use super::{address_bytes, address_resource};
 use crate::resources::Resource;
 use crate::types::{Key, annotation};
 
+/// The annotation that says which endpoints are preferred.
+pub const TRAFFIC_DISTRIBUTION: &str = "networking.istio.io/traffic-distribution";
+
 /// The service and what it is bound to; `None` for those the mesh does not know (ExternalName).
 pub fn translate(world: &World, service: &KubeService) -> Option<(Resource, Binding)> {
     let spec = service.spec.as_ref()?;
@@ -68,12 +71,9 @@ fn port(port: &ServicePort) -> Option<Port> {
     })
 }
 
-/// `appProtocol` beats the port's name, which beats well-known numbers; `Unknown` means: look at the first bytes.
-pub fn app_protocol(port: &ServicePort) -> AppProtocol {
-    if port.protocol.as_deref().is_some_and(|protocol| protocol != "TCP") {
-        return AppProtocol::Unknown;
-    }
-    let named = |text: &str| match text.to_ascii_lowercase().as_str() {
+/// The protocol that a name, or its part before the first hyphen, stands for.
+pub fn app_protocol_named(text: &str) -> Option<AppProtocol> {
+    match text.to_ascii_lowercase().as_str() {
         "kubernetes.io/h2c" => Some(AppProtocol::Http2),
         "kubernetes.io/ws" => Some(AppProtocol::Http11),
         "kubernetes.io/wss" => Some(AppProtocol::Tls),
@@ -87,12 +87,19 @@ pub fn app_protocol(port: &ServicePort) -> AppProtocol {
             "tcp" | "mongo" | "redis" | "mysql" => Some(AppProtocol::Tcp),
             _ => None,
         },
-    };
+    }
+}
+
+/// `appProtocol` beats the port's name, which beats well-known numbers; `Unknown` means: look at the first bytes.
+pub fn app_protocol(port: &ServicePort) -> AppProtocol {
+    if port.protocol.as_deref().is_some_and(|protocol| protocol != "TCP") {
+        return AppProtocol::Unknown;
+    }
     let by_number = || matches!(port.port, 25 | 53 | 3306 | 27017).then_some(AppProtocol::Tcp);
     port.app_protocol
         .as_deref()
-        .and_then(named)
-        .or_else(|| port.name.as_deref().and_then(named))
+        .and_then(app_protocol_named)
+        .or_else(|| port.name.as_deref().and_then(app_protocol_named))
         .or_else(by_number)
         .unwrap_or(AppProtocol::Unknown)
 }
@@ -106,18 +113,25 @@ fn ip_families(families: &[String]) -> IpFamilies {
     }
 }
 
-fn load_balancing(service: &KubeService) -> Option<LoadBalancing> {
-    use load_balancing::{HealthPolicy, Mode, Scope};
-    let spec = service.spec.as_ref()?;
-    let distribution = annotation(&service.metadata, "networking.istio.io/traffic-distribution")
-        .or(spec.traffic_distribution.as_deref());
-    let (mode, scopes): (Mode, &[Scope]) = match (spec.internal_traffic_policy.as_deref(), distribution) {
-        (Some("Local"), _) => (Mode::Strict, &[Scope::Node]),
-        (_, Some("PreferClose" | "PreferSameZone")) => (Mode::Failover, &[Scope::Network, Scope::Region, Scope::Zone]),
-        (_, Some("PreferSameNode")) => {
+/// The preference that a traffic distribution asks for.
+pub fn distributed(asked: Option<&str>) -> (load_balancing::Mode, &'static [load_balancing::Scope]) {
+    use load_balancing::{Mode, Scope};
+    match asked.map(str::to_ascii_lowercase).as_deref() {
+        Some("preferclose" | "prefersamezone") => (Mode::Failover, &[Scope::Network, Scope::Region, Scope::Zone]),
+        Some("prefersamenode") => {
             (Mode::Failover, &[Scope::Network, Scope::Region, Scope::Zone, Scope::Subzone, Scope::Node])
         }
         _ => (Mode::UnspecifiedMode, &[]),
+    }
+}
+
+fn load_balancing(service: &KubeService) -> Option<LoadBalancing> {
+    use load_balancing::{HealthPolicy, Mode, Scope};
+    let spec = service.spec.as_ref()?;
+    let distribution = annotation(&service.metadata, TRAFFIC_DISTRIBUTION).or(spec.traffic_distribution.as_deref());
+    let (mode, scopes): (Mode, &[Scope]) = match spec.internal_traffic_policy.as_deref() {
+        Some("Local") => (Mode::Strict, &[Scope::Node]),
+        _ => distributed(distribution),
     };
     let health = match spec.publish_not_ready_addresses {
         Some(true) => HealthPolicy::AllowAll,

@@ -80,6 +80,7 @@ fn render_verdict(verdict: &Verdict) -> String {
     };
     match &verdict.report {
         Report::Conditions { wanted, .. } => lines("", wanted),
+        Report::Addressed { wanted, addresses, .. } => lines(&format!(" addresses {addresses:?}"), wanted),
         Report::Gateway { conditions, addresses, listeners } => {
             lines(&format!(" addresses {addresses:?}"), conditions);
             for listener in listeners {
@@ -128,4 +129,41 @@ fn routes_are_resolved_and_what_is_wrong_is_answered_500() {
 #[test]
 fn pods_are_enrolled_by_label_and_only_on_their_node() {
     golden("enrolment");
+}
+
+#[test]
+fn service_entries_become_services_with_endpoints_and_addresses() {
+    golden("service-entries");
+}
+
+#[test]
+fn workload_entries_become_workloads_behind_what_selects_them() {
+    golden("workload-entries");
+}
+
+#[test]
+fn an_endpoint_serves_the_ports_it_names_else_what_the_service_says() {
+    let ports = |case: &str, name: &str| -> Vec<(u32, u32)> {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/translate").join(case).join("in.yaml");
+        let translation = translate(&world(&std::fs::read_to_string(path).expect("in.yaml")));
+        let resource = translation.resources.iter().find(|resource| resource.name.ends_with(name)).expect(name);
+        let address = Address::decode(resource.body.clone()).expect("an Address");
+        let Some(mesh_proto::workload::address::Type::Workload(workload)) = address.r#type else { panic!("{name}") };
+        assert_eq!(workload.services.len(), 1, "{name}");
+        let ports = workload.services.into_values().flat_map(|list| list.ports);
+        ports.map(|port| (port.service_port, port.target_port)).collect()
+    };
+    for (case, name, expected) in [
+        ("service-entries", "ServiceEntry/shop/api/www.example.com", &[(443, 443), (80, 8080)][..]),
+        ("service-entries", "ServiceEntry/other/api/Mirror.example.net", &[(443, 8443)]),
+        ("service-entries", "ServiceEntry/shop/db/203.0.113.1", &[(3306, 23306)]),
+        ("service-entries", "ServiceEntry/shop/db/203.0.113.1/2", &[(3306, 33306)]),
+        ("service-entries", "ServiceEntry/shop/db/2001:db8::2", &[(3306, 13306)]),
+        ("service-entries", "Pod/shop/cart-1", &[(80, 8080)]),
+        ("service-entries", "WorkloadEntry/shop/cart-vm", &[(80, 18080)]),
+        ("workload-entries", "WorkloadEntry/vms/db-1", &[(3306, 23306), (81, 8081), (83, 83)]),
+        ("workload-entries", "WorkloadEntry/vms/db-3", &[(3306, 13306), (83, 83)]),
+    ] {
+        assert_eq!(ports(case, name), expected, "{name}");
+    }
 }

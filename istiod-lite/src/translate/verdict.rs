@@ -1,6 +1,8 @@
 //! What becomes of each object, decided by the same functions that translate it: what is accepted is either enforced or
 //! reported here. `status` writes it down.
 
+use std::net::IpAddr;
+
 use crate::types::Key;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,6 +50,8 @@ pub enum Kind {
     HttpRoute,
     AuthorizationPolicy,
     PeerAuthentication,
+    ServiceEntry,
+    WorkloadEntry,
 }
 
 /// What is to be said about one object.
@@ -64,6 +68,8 @@ pub struct Verdict {
 pub enum Report {
     /// `status.conditions`: those of `owned` types become exactly `wanted`, others are left alone.
     Conditions { owned: &'static [&'static str], wanted: Vec<Wanted> },
+    /// As [`Self::Conditions`], and `status.addresses` become exactly these: host and address.
+    Addressed { owned: &'static [&'static str], wanted: Vec<Wanted>, addresses: Vec<(String, IpAddr)> },
     Gateway {
         conditions: Vec<Wanted>,
         /// `(type, value)`; `None` leaves what is there.

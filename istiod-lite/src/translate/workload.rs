@@ -12,6 +12,7 @@ use mesh_proto::workload::{
 
 use super::binding::{self, Binding, TrafficType};
 use super::service::app_protocol;
+use super::service_entry::services_selecting;
 use super::world::{View, World};
 use super::{address_bytes, address_resource};
 use crate::enrol;
@@ -19,7 +20,7 @@ use crate::resources::Resource;
 use crate::types::{Key, annotation, label, matches_labels};
 
 /// The label by which a pod says that it answers HBONE itself.
-const NATIVE_TUNNEL: &str = "networking.istio.io/tunnel";
+pub const NATIVE_TUNNEL: &str = "networking.istio.io/tunnel";
 
 /// The pod's workload and binding. `None` while it has no address and once it has ended.
 pub fn from_pod(view: &View<'_>, pod: &Pod, policies: Vec<String>) -> Option<(Resource, Binding)> {
@@ -143,7 +144,36 @@ pub fn services(view: &View<'_>, pod: &Pod) -> BTreeMap<String, PortList> {
         };
         services.insert(world.service_name(&Key::of(&service.metadata)), PortList { ports });
     }
+    let labels = pod.metadata.labels.as_ref();
+    services.extend(services_selecting(&view.entries, &key.namespace, labels, &BTreeMap::new()));
     services
+}
+
+/// The Services that select a WorkloadEntry, with its ports behind each: those it names, else the Service's targets.
+pub fn services_of_labels(
+    view: &View<'_>,
+    namespace: &str,
+    labels: &BTreeMap<String, String>,
+    named: &BTreeMap<String, u16>,
+) -> BTreeMap<String, PortList> {
+    let selected = view
+        .services_in(namespace)
+        .filter(|service| selector(service).is_some_and(|wanted| matches_labels(wanted, Some(labels))));
+    let own = |name: &str| named.get(name).copied().map(i32::from);
+    selected
+        .map(|service| {
+            let ports = tcp_ports(service).filter_map(|port| {
+                let target = match (own(port.name.as_deref().unwrap_or_default()), &port.target_port) {
+                    (Some(own), _) => own,
+                    (None, Some(IntOrString::Int(number))) if *number > 0 => *number,
+                    (None, Some(IntOrString::String(name))) => own(name)?,
+                    (None, _) => port.port,
+                };
+                resolved_port(port, target)
+            });
+            (view.world.service_name(&Key::of(&service.metadata)), PortList { ports: ports.collect() })
+        })
+        .collect()
 }
 
 fn is_external(service: &KubeService) -> bool {
@@ -253,6 +283,6 @@ fn aliases(world: &World, addresses: &[IpAddr]) -> Vec<std::sync::Arc<str>> {
 }
 
 /// Values that the reader assumes are not sent.
-fn elide(value: &str, assumed: &str) -> String {
+pub fn elide(value: &str, assumed: &str) -> String {
     if value == assumed { String::new() } else { value.to_owned() }
 }

@@ -9,7 +9,10 @@ use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Node, Pod, Service, Servi
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
+use super::allocate::Prefixes;
+use super::service_entry::Entries;
 use crate::types::gateway::{GatewayClassSpec, GatewaySpec, HttpRouteSpec};
+use crate::types::networking::{ServiceEntrySpec, WorkloadEntrySpec};
 use crate::types::security::{AuthorizationPolicySpec, PeerAuthenticationSpec};
 use crate::types::{Key, Object, label};
 
@@ -23,6 +26,8 @@ pub struct MeshSettings {
     pub trust_domain: String,
     pub root_namespace: String,
     pub cluster_domain: String,
+    /// Where ServiceEntries without addresses get theirs from.
+    pub allocation: Prefixes,
 }
 
 impl Default for MeshSettings {
@@ -32,6 +37,7 @@ impl Default for MeshSettings {
             trust_domain: "cluster.local".into(),
             root_namespace: "istio-system".into(),
             cluster_domain: "cluster.local".into(),
+            allocation: Prefixes::default(),
         }
     }
 }
@@ -49,6 +55,8 @@ pub struct World {
     pub http_routes: Table<Object<HttpRouteSpec>>,
     pub authorization_policies: Table<Object<AuthorizationPolicySpec>>,
     pub peer_authentications: Table<Object<PeerAuthenticationSpec>>,
+    pub service_entries: Table<Object<ServiceEntrySpec>>,
+    pub workload_entries: Table<Object<WorkloadEntrySpec>>,
     /// Those made for waypoints.
     pub deployments: Table<Deployment>,
     /// Those made for waypoints.
@@ -96,6 +104,7 @@ impl World {
 /// Lookups that would otherwise be scans, built once per translation.
 pub struct View<'a> {
     pub world: &'a World,
+    pub entries: Entries<'a>,
     services: HashMap<&'a str, Vec<&'a Service>>,
     /// By namespace and Service name.
     slices: HashMap<&'a str, HashMap<&'a str, Vec<&'a EndpointSlice>>>,
@@ -113,7 +122,7 @@ impl<'a> View<'a> {
                 slices.entry(&key.namespace).or_default().entry(service).or_default().push(slice);
             }
         }
-        Self { world, services, slices }
+        Self { world, entries: Entries::new(world), services, slices }
     }
 
     pub fn services_in(&self, namespace: &str) -> impl Iterator<Item = &'a Service> + '_ {

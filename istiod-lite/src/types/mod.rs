@@ -3,6 +3,7 @@
 //! rule) and not the whole list. What a value means is decided in `translate`, which also reports what it did not like.
 
 pub mod gateway;
+pub mod networking;
 pub mod security;
 
 use std::collections::BTreeMap;

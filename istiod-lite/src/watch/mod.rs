@@ -62,6 +62,8 @@ impl Watch {
         start.custom(|world| &mut world.http_routes);
         start.custom(|world| &mut world.authorization_policies);
         start.custom(|world| &mut world.peer_authentications);
+        start.custom(|world| &mut world.service_entries);
+        start.custom(|world| &mut world.workload_entries);
         watch
     }
 

@@ -11,7 +11,7 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::sync::watch;
 
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 enum Phase {
     Running,
     Draining,
@@ -52,11 +52,28 @@ pub fn channel() -> (DrainTrigger, DrainWatcher) {
 }
 
 impl DrainTrigger {
+    /// Tells everyone to finish and waits for nobody: [`Self::drain`] does that later.
+    pub fn begin(&self) {
+        self.phase.send_if_modified(|phase| {
+            let first = *phase < Phase::Draining;
+            *phase = (*phase).max(Phase::Draining);
+            first
+        });
+    }
+
+    /// Returns once every [`Guard`] is dropped. Safe to drop and call again.
+    pub fn finished(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut working = self.working.subscribe();
+        async move {
+            // The sender lives in each watcher: without one nobody is left who could work.
+            let _ = working.wait_for(|count| *count == 0).await;
+        }
+    }
+
     /// Tells everyone to finish, waits until every [`Guard`] is dropped or `deadline` has passed, and then cuts.
     pub async fn drain(self, deadline: Duration) -> Drained {
-        self.phase.send_replace(Phase::Draining);
-        let mut working = self.working.subscribe();
-        let finished = tokio::time::timeout(deadline, working.wait_for(|count| *count == 0)).await;
+        self.begin();
+        let finished = tokio::time::timeout(deadline, self.finished()).await;
         self.phase.send_replace(Phase::Cut);
         if finished.is_ok() { Drained::Clean } else { Drained::Cut }
     }

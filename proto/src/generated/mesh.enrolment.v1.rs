@@ -39,6 +39,12 @@ pub struct CaptureOptions {
     /// The pod's DNS, UDP and TCP to port 53, is captured and answered by ztunnel.
     #[prost(bool, tag = "4")]
     pub dns: bool,
+    /// TCP ports of destinations that the pod's own connections reach directly; sorted, each once.
+    #[prost(uint32, repeated, tag = "5")]
+    pub excluded_outbound_ports: ::prost::alloc::vec::Vec<u32>,
+    /// TCP ports of the pod at which plaintext is not captured; HBONE on 15008 still is. Sorted, each once.
+    #[prost(uint32, repeated, tag = "6")]
+    pub excluded_inbound_ports: ::prost::alloc::vec::Vec<u32>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Prefix {

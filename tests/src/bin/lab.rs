@@ -1,7 +1,7 @@
 //! `lab`: brings a mesh up on this machine, plays with it, tells its story. Usually run by `cargo xtask`.
 #![forbid(unsafe_code)]
 
-use std::io::Read as _;
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode};
 
@@ -78,6 +78,11 @@ fn main() -> ExitCode {
     }
 }
 
+/// Whoever read what was printed may have seen enough.
+fn printed(outcome: std::io::Result<()>) -> Result<()> {
+    outcome.or_else(|e| if e.kind() == ErrorKind::BrokenPipe { Ok(()) } else { Err(e.into()) })
+}
+
 fn run(id: &str, task: Task) -> Result<ExitCode> {
     let places = Places::find()?;
     match task {
@@ -112,32 +117,34 @@ fn up(places: &Places, id: &str, bare: bool) -> Result<()> {
         demo::install(&session)?;
     }
     session.keep()?;
-    println!("{}", demo::how_to_play(&session));
-    Ok(())
+    printed(writeln!(std::io::stdout(), "{}", demo::how_to_play(&session)))
 }
 
 fn down(places: &Places, id: &str) -> Result<()> {
     record::reap_dead()?;
     match Session::attach(id, places) {
         Ok(session) => session.stop(),
-        Err(_) => {
-            println!("no lab is up");
-            Ok(())
-        }
+        Err(_) => printed(writeln!(std::io::stdout(), "no lab is up")),
     }
 }
 
 fn status(places: &Places, id: &str) -> Result<()> {
-    for reaped in record::reap_dead()? {
-        println!("cleaned up after lab {reaped}, which was killed");
-    }
+    let reaped = record::reap_dead()?;
     let session = Session::attach(id, places)?;
-    println!("supervisor {}  run directory {}", session.record.owner.pid, session.record.run_dir.display());
+    printed(print_status(&reaped, &session))
+}
+
+fn print_status(reaped: &[String], session: &Session) -> std::io::Result<()> {
+    let mut out = std::io::stdout().lock();
+    for reaped in reaped {
+        writeln!(out, "cleaned up after lab {reaped}, which was killed")?;
+    }
+    writeln!(out, "supervisor {}  run directory {}", session.record.owner.pid, session.record.run_dir.display())?;
     for pod in session.pods() {
         let addresses: Vec<String> = pod.addresses.iter().map(ToString::to_string).collect();
-        println!("{:14} {:36} {:8} {}", pod.namespace, pod.name, pod.node, addresses.join(" "));
+        writeln!(out, "{:14} {:36} {:8} {}", pod.namespace, pod.name, pod.node, addresses.join(" "))?;
         for container in &pod.containers {
-            println!("{:14}   {} pid {} restarts {}", "", container.name, container.pid, container.restarts);
+            writeln!(out, "{:14}   {} pid {} restarts {}", "", container.name, container.pid, container.restarts)?;
         }
     }
     Ok(())

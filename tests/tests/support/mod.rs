@@ -39,7 +39,7 @@ pub fn run(id: &str, cases: &[Case]) {
                 println!("case {name} ... FAILED [{took:.1} s]: {reason}");
                 failed.push(format!("{name}: {reason}"));
                 // What a case that failed has left behind must not fail the next ones.
-                let kinds = "authorizationpolicies,peerauthentications,httproutes";
+                let kinds = "authorizationpolicies,peerauthentications,httproutes,serviceentries,workloadentries";
                 if let Err(e) = stage.kubectl(&["-n", "shop", "delete", kinds, "--all"]) {
                     println!("cannot tidy up: {e:#}");
                 }

@@ -13,13 +13,12 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UdpSocket};
 
 use super::message::Query;
+use super::with_scratch;
 use crate::ending::Ending;
 use crate::node::pod::LocalPod;
 
 /// How long a server may take.
 pub const TIMEOUT: Duration = Duration::from_secs(5);
-/// The longest datagram.
-const DATAGRAM: usize = 65_535;
 
 /// Why there is no answer.
 #[derive(Debug, Error)]
@@ -30,10 +29,30 @@ pub enum NoAnswer {
     Timeout(SocketAddr),
     #[error("{0} answered something else")]
     Mismatch(SocketAddr),
+    #[error("there is no server to ask: ztunnel's /etc/resolv.conf names none")]
+    NoServer,
     #[error(transparent)]
     Connect(#[from] Ending),
     #[error("more queries are under way than one pod may have")]
     Overloaded,
+}
+
+/// Asks one server after the other until one answers, as resolvers do.
+///
+/// # Errors
+/// What kept the last one's answer away.
+pub async fn first(pod: &LocalPod, servers: &[SocketAddr], query: &Query, bytes: &[u8]) -> Result<Vec<u8>, NoAnswer> {
+    let mut last = NoAnswer::NoServer;
+    // Together they may take as long as one: the client will not wait for more.
+    let each = TIMEOUT / u32::try_from(servers.len().max(1)).unwrap_or(1);
+    for server in servers {
+        match tokio::time::timeout(each, udp(pod, *server, query, bytes)).await {
+            Ok(Ok(answer)) => return Ok(answer),
+            Ok(Err(error)) => last = error,
+            Err(_) => last = NoAnswer::Timeout(*server),
+        }
+    }
+    Err(last)
 }
 
 /// Asks `server` by UDP. An answer that is truncated is handed on as it is: the client then comes by TCP.
@@ -45,15 +64,23 @@ pub async fn udp(pod: &LocalPod, server: SocketAddr, query: &Query, bytes: &[u8]
     let source = pod.address_like(server.ip()).ok_or(Ending::NoSource(server))?;
     let socket = UdpSocket::from_std(pod.netns.outgoing_udp(source).map_err(io)?.into()).map_err(io)?;
     socket.connect(server).await.map_err(io)?;
+    let _asking = pod.dns.note_query(socket.local_addr().map_err(io)?);
     let id = rand::random();
     socket.send(&Query::with_id(bytes, id)).await.map_err(io)?;
     let answered = async {
-        let mut buffer = vec![0; DATAGRAM];
         loop {
-            let length = socket.recv(&mut buffer).await?;
-            // What does not match was guessed by somebody else; the server's own may still come.
-            if query.is_answered_by(&buffer[..length], id) {
-                return Ok(Query::with_id(&buffer[..length], query.id()));
+            socket.readable().await?;
+            let answer: io::Result<Option<Vec<u8>>> = with_scratch(|buffer| {
+                let length = socket.try_recv(buffer)?;
+                // What does not match was guessed by somebody else; the server's own may still come.
+                let answer = &buffer[..length];
+                Ok(query.is_answered_by(answer, id).then(|| Query::with_id(answer, query.id())))
+            });
+            match answer {
+                Ok(Some(answer)) => return Ok(answer),
+                Ok(None) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
             }
         }
     };

@@ -15,7 +15,7 @@ use tokio::task::JoinSet;
 use super::forward::{self, NoAnswer};
 use super::message::Transport;
 use super::packet;
-use super::{Verdict, decide, forwarded};
+use super::{Verdict, decide, forwarded, with_scratch};
 use crate::node::pod::LocalPod;
 use crate::worker::{Place, Shared};
 
@@ -28,10 +28,17 @@ const RECEIVE_PAUSE: Duration = Duration::from_millis(100);
 
 /// A pod's DNS sockets of one family.
 pub struct DnsSocket {
-    /// Where the steering hands queries over.
+    /// Where queries are handed over.
     pub queries: std::net::UdpSocket,
-    /// A raw socket that sends whole packets.
-    pub answers: Socket,
+    pub answers: Answers,
+}
+
+/// How an answer gets the address of the server that was asked.
+pub enum Answers {
+    /// By a raw socket that sends whole packets.
+    InTheServersName(Socket),
+    /// By the socket the query came to: what rewrote the one will rewrite the other.
+    Same,
 }
 
 /// Serves a pod's captured UDP until its drain begins, and then the queries that are under way.
@@ -41,15 +48,27 @@ pub async fn udp(shared: Shared, pod: Arc<LocalPod>, socket: DnsSocket) {
         Ok(queries) => queries,
         Err(error) => return tracing::error!(%error, pod = %pod.name, "the DNS socket cannot be registered"),
     };
+    let queries = Arc::new(queries);
     let answers = Arc::new(socket.answers);
-    let mut buffer = vec![0; LONGEST_QUERY];
     // Bounded by the pod's permits; each ends with the time a server may take.
     let mut tasks = JoinSet::new();
+    let mut draining = false;
     loop {
-        let received = tokio::select! {
-            received = queries.async_io(Interest::READABLE, || receive(&queries, &mut buffer)) => received,
-            Some(_) = tasks.join_next() => continue,
-            () = pod.drain.draining() => break,
+        let received = if draining {
+            // What is in the queue when the drain begins would be lost with the socket.
+            match receive(&queries) {
+                Ok(received) => Ok(received),
+                Err(_) => break,
+            }
+        } else {
+            tokio::select! {
+                received = queries.async_io(Interest::READABLE, || receive(&queries)) => received,
+                Some(_) = tasks.join_next() => continue,
+                () = pod.drain.draining() => {
+                    draining = true;
+                    continue;
+                }
+            }
         };
         let received = match received {
             Ok(received) => received,
@@ -59,42 +78,53 @@ pub async fn udp(shared: Shared, pod: Arc<LocalPod>, socket: DnsSocket) {
                 continue;
             }
         };
-        let Some(Datagram { length, client, server }) = received else { continue };
+        let Some(Datagram { bytes, client, server }) = received else { continue };
+        if pod.dns.is_own(client) {
+            continue;
+        }
         // Dropped like by any server that is too busy: resolvers ask again.
         let Some(permit) = pod.dns.permit() else {
             metrics::counter!("ztunnel_dns_dropped_total").increment(1);
             continue;
         };
-        let (shared, pod, answers) = (shared.clone(), pod.clone(), answers.clone());
-        let bytes = buffer[..length].to_vec();
+        let (shared, pod, queries, answers) = (shared.clone(), pod.clone(), queries.clone(), answers.clone());
         tasks.spawn(async move {
-            let reply = match decide(&shared, &pod, server, Transport::Udp, &bytes).await {
+            let servers = pod.dns.servers(server);
+            let reply = match decide(&shared, &pod, servers.first().copied(), Transport::Udp, &bytes).await {
                 Verdict::Reply(reply) => Some(reply),
                 Verdict::Forward(query, labels) => {
-                    forwarded(&query, &labels, forward::udp(&pod, server, &query, &bytes)).await
+                    forwarded(&query, &labels, forward::first(&pod, &servers, &query, &bytes)).await
                 }
                 Verdict::Ignore => None,
             };
             drop(permit);
-            if let Some(reply) = reply
-                && let Err(error) = send(&answers, server, client, &reply)
-            {
-                tracing::debug!(target: "dns", pod = %pod.name, %client, %server, %error, "sending an answer");
+            let Some(reply) = reply else { return };
+            let sent = match (&*answers, server) {
+                (Answers::InTheServersName(raw), Some(server)) => send(raw, server, client, &reply),
+                (Answers::InTheServersName(_), None) => Ok(()),
+                (Answers::Same, _) => queries.send_to(&reply, client).await.map(drop),
+            };
+            if let Err(error) = sent {
+                tracing::debug!(target: "dns", pod = %pod.name, %client, %error, "sending an answer");
             }
         });
     }
     while tasks.join_next().await.is_some() {}
 }
 
-/// A query, from whom, and whom it was meant for.
+/// A query, from whom, and whom it was meant for, where that can be told.
 struct Datagram {
-    length: usize,
+    bytes: Vec<u8>,
     client: SocketAddr,
-    server: SocketAddr,
+    server: Option<SocketAddr>,
 }
 
 /// `None` for a datagram that is too long.
-fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<Option<Datagram>> {
+fn receive(socket: &UdpSocket) -> io::Result<Option<Datagram>> {
+    with_scratch(|buffer| receive_into(socket, &mut buffer[..LONGEST_QUERY]))
+}
+
+fn receive_into(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<Option<Datagram>> {
     let mut slices = [IoSliceMut::new(buffer)];
     let mut control = nix::cmsg_space!(libc::sockaddr_in6);
     let message =
@@ -108,7 +138,8 @@ fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<Option<Datagram>
         _ => None,
     });
     let client = message.address.as_ref().and_then(address);
-    Ok(server.zip(client).map(|(server, client)| Datagram { length: message.bytes, client, server }))
+    let length = message.bytes;
+    Ok(client.map(|client| Datagram { bytes: buffer[..length].to_vec(), client, server }))
 }
 
 fn address(from: &SockaddrStorage) -> Option<SocketAddr> {
@@ -120,6 +151,12 @@ fn send(raw: &Socket, server: SocketAddr, client: SocketAddr, reply: &[u8]) -> i
     let packet = packet::udp(server, client, reply).ok_or(io::ErrorKind::InvalidData)?;
     // The port is in the packet; a raw socket takes none.
     raw.send_to(&packet, &SocketAddr::new(client.ip(), 0).into()).map(drop)
+}
+
+/// Serves a connection that came to a port for DNS alone.
+pub async fn captured(at: Arc<Place>, client: TcpStream, _from: SocketAddr, server: SocketAddr) {
+    let server = at.pod.dns.servers(Some(server)).first().copied().unwrap_or(server);
+    Box::pin(tcp(&at, client, server)).await;
 }
 
 /// Serves a connection the pod's application opened to port 53 of `server`, one query after the other.
@@ -135,7 +172,7 @@ pub async fn tcp(at: &Place, mut client: TcpStream, server: SocketAddr) {
             },
             () = at.pod.drain.draining() => return,
         };
-        let reply = match decide(&at.shared, &at.pod, server, Transport::Tcp, &bytes).await {
+        let reply = match decide(&at.shared, &at.pod, Some(server), Transport::Tcp, &bytes).await {
             Verdict::Reply(reply) => Some(reply),
             Verdict::Ignore => return,
             Verdict::Forward(query, labels) if query.is_transfer() => {

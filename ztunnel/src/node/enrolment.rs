@@ -26,6 +26,9 @@ pub struct Enrolment {
     pub inbound: Inbound,
     pub dns: Dns,
     pub excluded: Vec<IpNet>,
+    /// TCP ports: of destinations the pod reaches directly, and of its own where plaintext is not captured.
+    pub excluded_ports_to: Vec<u16>,
+    pub excluded_ports_at: Vec<u16>,
     /// Where the kubelet calls the pod.
     pub probe_ports: Vec<u16>,
 }
@@ -60,8 +63,8 @@ pub enum BadEnrolment {
     Address(usize),
     #[error("an excluded destination has prefix length {0}, which its family does not have")]
     PrefixLength(u32),
-    #[error("probe port {0} is none")]
-    ProbePort(u32),
+    #[error("port {0} is none")]
+    Port(u32),
     #[error("failure mode {0} is not known")]
     FailureMode(i32),
     #[error("uid {0:?} has characters no Kubernetes UID has")]
@@ -92,7 +95,6 @@ impl TryFrom<wire::PodEnrolment> for Enrolment {
             Ok(wire::FailureMode::Open) => Failure::Open,
             Err(_) => return Err(BadEnrolment::FailureMode(options.failure_mode)),
         };
-        let probe_ports: Result<_, _> = pod.probe_ports.into_iter().map(port).collect();
         Ok(Self {
             uid: pod.uid,
             name: pod.name.into(),
@@ -112,13 +114,16 @@ impl TryFrom<wire::PodEnrolment> for Enrolment {
                     IpNet::new(address(&p.address)?, length).map(|n| n.trunc()).map_err(|_| bad())
                 })
                 .collect::<Result<_, _>>()?,
-            probe_ports: probe_ports?,
+            excluded_ports_to: ports(options.excluded_outbound_ports)?,
+            excluded_ports_at: ports(options.excluded_inbound_ports)?,
+            probe_ports: ports(pod.probe_ports)?,
         })
     }
 }
 
-fn port(number: u32) -> Result<u16, BadEnrolment> {
-    u16::try_from(number).ok().filter(|port| *port > 0).ok_or(BadEnrolment::ProbePort(number))
+fn ports(numbers: Vec<u32>) -> Result<Vec<u16>, BadEnrolment> {
+    let port = |n| u16::try_from(n).ok().filter(|port| *port > 0).ok_or(BadEnrolment::Port(n));
+    numbers.into_iter().map(port).collect()
 }
 
 fn address(bytes: &[u8]) -> Result<IpAddr, BadEnrolment> {
@@ -179,6 +184,8 @@ mod tests {
             workload_uid: "Kubernetes//Pod/shop/client".into(),
             capture: Some(wire::CaptureOptions {
                 excluded_destinations: vec![wire::Prefix { address: vec![10, 9, 9, 9].into(), length: 16 }],
+                excluded_outbound_ports: vec![5432],
+                excluded_inbound_ports: vec![9090],
                 ..Default::default()
             }),
             probe_ports: vec![8080],
@@ -190,6 +197,7 @@ mod tests {
         let pod = Enrolment::try_from(wire_pod()).unwrap();
         assert_eq!(pod.addresses, vec!["10.0.0.1".parse::<IpAddr>().unwrap()]);
         assert_eq!(pod.excluded, vec!["10.9.0.0/16".parse::<IpNet>().unwrap()]);
+        assert_eq!((pod.excluded_ports_to, pod.excluded_ports_at), (vec![5432], vec![9090]));
         assert_eq!(pod.probe_ports, [8080]);
         assert_eq!((pod.failure, pod.inbound, pod.dns), (Failure::Closed, Inbound::Capture, Dns::Direct));
         let mut dns = wire_pod();
@@ -206,7 +214,9 @@ mod tests {
         };
         assert_eq!(bad(|p| p.uid.clear()), BadEnrolment::Empty("uid"));
         assert_eq!(bad(|p| p.uid = "../x".into()), BadEnrolment::Uid("../x".into()));
-        assert_eq!(bad(|p| p.probe_ports = vec![80, 65_536]), BadEnrolment::ProbePort(65_536));
+        assert_eq!(bad(|p| p.probe_ports = vec![80, 65_536]), BadEnrolment::Port(65_536));
+        let none = |p: &mut wire::PodEnrolment| p.capture.as_mut().unwrap().excluded_inbound_ports = vec![0];
+        assert_eq!(bad(none), BadEnrolment::Port(0));
         assert_eq!(bad(|p| p.addresses = vec![vec![1, 2, 3].into()]), BadEnrolment::Address(3));
         assert_eq!(bad(|p| p.capture.as_mut().unwrap().failure_mode = 9), BadEnrolment::FailureMode(9));
         assert_eq!(

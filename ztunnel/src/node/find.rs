@@ -157,7 +157,7 @@ fn pod_uid(cgroups: &str, v2_prefix: &str) -> Option<String> {
 /// The pod a cgroup path belongs to: `/kubepods[/QOS]/podUID/...` (cgroupfs driver) or
 /// `/kubepods.slice[/kubepods-QOS.slice]/kubepods[-QOS]-podUID.slice/...` (systemd driver), below an optional kubelet
 /// directory. Seen from inside a cgroup namespace, leading `..` stand for the part of the path shared with us.
-fn pod_of_path(path: &str) -> Option<String> {
+pub(crate) fn pod_of_path(path: &str) -> Option<String> {
     let mut parts: Vec<&str> = path.split('/').filter(|p| !p.is_empty()).collect();
     let up = parts.iter().take_while(|p| **p == "..").count();
     parts.drain(..up);

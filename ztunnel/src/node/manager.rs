@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -21,6 +21,7 @@ use tokio_util::task::TaskTracker;
 use super::enrolment::{Desired, Enrolment};
 use super::find::{Finder, Found, Process};
 use super::host::Host;
+use super::keep::{Keeper, Keeping};
 use super::netns::Family;
 use super::pod::LocalPod;
 use super::tenure::Tenure;
@@ -42,6 +43,8 @@ const TAKEOVER: Duration = Duration::from_secs(60);
 const HBONE_ONLY: Duration = Duration::from_secs(5);
 /// How often a pod that left is looked at for being gone altogether.
 const GONE_CHECK: Duration = Duration::from_secs(2);
+/// How long a pod that a predecessor serves stays with it while we wait for the pod's certificate.
+const CERTIFICATE_WAIT: Duration = Duration::from_secs(5);
 /// Connections of a pod that left end when they end; a number is needed only because timers want one.
 const AS_LONG_AS_IT_TAKES: Duration = Duration::from_secs(365 * 24 * 3600);
 
@@ -68,6 +71,7 @@ struct Up {
     pod: Arc<LocalPod>,
     process: Process,
     reach: Reach,
+    keeping: Keeping,
 }
 
 /// What the manager needs from the rest.
@@ -82,9 +86,45 @@ pub struct Deps {
     pub tenure: Arc<Tenure>,
 }
 
+impl Deps {
+    /// Opens a pod's listeners of one family, gives them to the workers, and only then to the kernel: no connection
+    /// must wait at a listener from which nobody accepts.
+    async fn listen(&self, dns: &TaskTracker, pod: &Arc<LocalPod>, family: Family) -> Result<(), EnrolError> {
+        let workers = self.workers.count();
+        let mut own_addresses: Vec<SocketAddr> = Vec::new();
+        let mut leaders: Vec<(Slot, OwnedFd)> = Vec::new();
+        let mut shares: Vec<Vec<(Role, std::net::TcpListener)>> = (0..workers).map(|_| Vec::new()).collect();
+        for (slot, role) in slots(family) {
+            let group = pod.netns.listeners(family, workers).map_err(EnrolError::Listeners)?;
+            for (n, (listener, share)) in group.into_iter().zip(&mut shares).enumerate() {
+                // The kernel spreads connections over the group; one member stands for all of it in the map.
+                if n == 0 {
+                    own_addresses.push(listener.local_addr().map_err(EnrolError::Listeners)?);
+                    leaders.push((slot, listener.try_clone().map_err(EnrolError::Listeners)?.into()));
+                }
+                share.push((role, listener));
+            }
+        }
+        // Also where DNS is not captured now: a pod may change its mind, and the slot costs two sockets.
+        if self.shared.config.dns_capture {
+            let socket = pod.netns.dns(family).map_err(EnrolError::Listeners)?;
+            leaders.push((dns_slot(family), socket.queries.try_clone().map_err(EnrolError::Listeners)?.into()));
+            dns.spawn(dns::serve::udp(self.shared.clone(), pod.clone(), socket));
+        }
+        pod.add_listeners(&own_addresses);
+        self.workers.assign(pod, shares).await;
+        for (slot, leader) in leaders {
+            self.capture.set_listener(pod.cookie, slot, leader.as_fd())?;
+            pod.kept.add_listener(slot, leader);
+        }
+        Ok(())
+    }
+}
+
 /// Owns every pod of the node.
 pub struct Manager {
     deps: Deps,
+    keeper: Arc<Keeper>,
     entries: BTreeMap<String, Entry>,
     leaving: JoinSet<Arc<LocalPod>>,
     /// Each ends with its pod's drain.
@@ -109,8 +149,10 @@ impl Manager {
             tracing::warn!(%error, "reading what a predecessor captured");
             Vec::new()
         });
+        let keeper = Keeper::new(deps.capture.clone(), deps.shared.config.proc_root.clone(), deps.tenure.clone());
         let manager = Self {
             deps,
+            keeper: Arc::new(keeper),
             entries: BTreeMap::new(),
             leaving: JoinSet::new(),
             dns: TaskTracker::new(),
@@ -126,6 +168,8 @@ impl Manager {
     /// Runs until the drain begins. Pods stay enrolled then: a successor takes them over, or they fail closed.
     pub async fn run(mut self, drain: DrainWatcher) {
         let mut world = self.deps.shared.store.watch();
+        let mut looking = JoinSet::new();
+        looking.spawn(self.keeper.clone().look(self.deps.registry.clone(), drain.clone()));
         let mut upkeep = tokio::time::interval(UPKEEP);
         upkeep.set_missed_tick_behavior(MissedTickBehavior::Delay);
         upkeep.reset();
@@ -133,7 +177,10 @@ impl Manager {
             let desired = self.deps.desired.borrow_and_update().clone();
             self.take(desired.pods).await;
             self.prepare_host(desired.complete).await;
-            self.enrol_waiting().await;
+            // A successor enrols what is new; two would take the listeners' places from each other.
+            if !self.deps.tenure.is_lost() {
+                self.enrol_waiting().await;
+            }
             self.promote();
             self.collect(desired.complete);
             self.publish();
@@ -190,7 +237,7 @@ impl Manager {
             }
             entry.wanted = wanted;
             if let State::Up(up) = &entry.state
-                && let Err(error) = update(&self.deps, up, &entry.wanted).await
+                && let Err(error) = update(&self.deps, &self.keeper, &self.dns, up, &entry.wanted).await
             {
                 let (pod, namespace) = (&entry.wanted.name, &entry.wanted.namespace);
                 tracing::warn!(%pod, %namespace, %error, "updating a pod's capture");
@@ -263,61 +310,46 @@ impl Manager {
     async fn enrol(&self, wanted: &Enrolment, found: Vec<Found>) -> Result<Up, EnrolError> {
         let Found { netns, process } = choose(found, wanted)?;
         let config = &self.deps.shared.config;
-        let workers = self.deps.workers.count();
-        let mut own_addresses: Vec<SocketAddr> = Vec::new();
-        let mut leaders = Vec::new();
-        let mut shares: Vec<Vec<(Role, std::net::TcpListener)>> = (0..workers).map(|_| Vec::new()).collect();
-        for family in families(wanted, config.ipv6) {
-            for (slot, role) in slots(family) {
-                let group = netns.listeners(family, workers).map_err(EnrolError::Listeners)?;
-                for (n, (listener, share)) in group.into_iter().zip(&mut shares).enumerate() {
-                    // The kernel spreads connections over the group; one member stands for all of it in the map.
-                    if n == 0 {
-                        own_addresses.push(listener.local_addr().map_err(EnrolError::Listeners)?);
-                        leaders.push((slot, listener.try_clone().map_err(EnrolError::Listeners)?));
-                    }
-                    share.push((role, listener));
-                }
-            }
-        }
         let cookie = ebpf_loader::cookie_of(netns.file())?;
         // A predecessor of this pod that is still leaving must not take the steering away behind our back.
         for old in self.deps.registry.pods().iter().filter(|p| p.cookie == cookie) {
             old.superseded.store(true, Ordering::SeqCst);
         }
-        // Also where DNS is not captured now: a pod may change its mind, and the slot costs two sockets.
-        let mut dns_sockets = Vec::new();
-        for family in families(wanted, config.ipv6).filter(|_| config.dns_capture) {
-            dns_sockets.push((dns_slot(family), netns.dns(family).map_err(EnrolError::Listeners)?));
-        }
         let dns = captures_dns(wanted, config.dns_capture);
-        let pod = Arc::new(LocalPod::new(wanted, netns, cookie, own_addresses, DnsState::new(dns)));
+        let pod = Arc::new(LocalPod::new(wanted, netns, cookie, DnsState::new(dns)));
         let reach = self.reach_of(&pod);
         let enrolled = async {
             self.deps.capture.attach_netns(pod.netns.file())?;
-            for (slot, listener) in &leaders {
-                self.deps.capture.set_listener(cookie, *slot, listener.as_fd())?;
+            for family in families(wanted, config.ipv6) {
+                self.deps.listen(&self.dns, &pod, family).await?;
             }
-            for (slot, socket) in &dns_sockets {
-                self.deps.capture.set_listener(cookie, *slot, socket.queries.as_fd())?;
-            }
-            routing::ensure(&pod.netns, &config.proc_root, &wanted.addresses, routed(dns)).await?;
-            Ok(self.deps.capture.enrol(cookie, &pod_capture(wanted, reach, dns), Phase::Captured)?)
+            self.keeper.route(&pod).await?;
+            let capture = pod_capture(wanted, reach, dns, &config.excluded_ports);
+            Ok(self.deps.capture.enrol(cookie, &capture, Phase::Captured)?)
         };
-        // Workers first: a connection must not wait at a listener from which nobody accepts.
-        self.deps.workers.assign(&pod, shares).await;
+        if self.inherited.contains(&cookie) {
+            self.await_certificate(&pod).await;
+        }
         if let Err(error) = enrolled.await {
             pod.drain(Duration::ZERO).await;
             return Err(error);
-        }
-        for (_, socket) in dns_sockets {
-            self.dns.spawn(dns::serve::udp(self.deps.shared.clone(), pod.clone(), socket));
         }
         self.deps.registry.insert(&pod);
         if let Ok(identity) = self.identity_of(&pod) {
             self.deps.shared.certs.prefetch(identity);
         }
-        Ok(Up { pod, process, reach })
+        Ok(Up { keeping: self.keeper.keep(&pod), pod, process, reach })
+    }
+
+    /// A predecessor serves this pod and has its certificate; taking over without one would make connections wait, or
+    /// fail where the authority does. Where it does not come, the predecessor may be dead: then waiting helps nobody.
+    async fn await_certificate(&self, pod: &LocalPod) {
+        let Ok(identity) = self.identity_of(pod) else { return };
+        match tokio::time::timeout(CERTIFICATE_WAIT, self.deps.shared.certs.get(&identity)).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => tracing::warn!(%identity, %error, "taking over a pod without its certificate"),
+            Err(_) => tracing::warn!(%identity, "taking over a pod whose certificate takes long"),
+        }
     }
 
     /// Plaintext to the pod is captured once the control plane tells the mesh that this workload speaks HBONE; before
@@ -342,7 +374,8 @@ impl Manager {
             .collect();
         for uid in ready {
             let Some(Entry { wanted, state: State::Up(up) }) = self.entries.get_mut(&uid) else { continue };
-            let capture = pod_capture(wanted, Reach::Full, up.pod.dns.is_captured());
+            let ports = &self.deps.shared.config.excluded_ports;
+            let capture = pod_capture(wanted, Reach::Full, up.pod.dns.is_captured(), ports);
             match self.deps.capture.enrol(up.pod.cookie, &capture, Phase::Captured) {
                 Ok(()) => {
                     up.reach = Reach::Full;
@@ -355,25 +388,24 @@ impl Manager {
         }
     }
 
-    /// Repairs what was changed behind our back, and follows a pod whose namespace was made anew.
+    /// Follows a pod whose namespace was made anew, and clears away what dead namespaces left. What was changed inside
+    /// one is the keeper's.
     async fn look_after(&mut self) {
+        if self.deps.tenure.is_lost() {
+            return;
+        }
         self.deps.host.doubt();
-        let attached: BTreeSet<NetnsCookie> = match self.deps.capture.attached() {
-            Ok(attached) => attached.into_iter().collect(),
-            Err(error) => return tracing::warn!(%error, "reading the capture state"),
-        };
+        match self.deps.capture.collect_dead() {
+            Ok(dead) if dead.is_empty() => {}
+            Ok(dead) => tracing::debug!(count = dead.len(), "collected pins of namespaces that are gone"),
+            Err(error) => tracing::warn!(%error, "collecting pins of namespaces that are gone"),
+        }
         let mut lost = BTreeSet::new();
         let mut orphaned = BTreeSet::new();
         for (uid, entry) in &self.entries {
             let State::Up(up) = &entry.state else { continue };
-            if !attached.contains(&up.pod.cookie) {
-                lost.insert(uid.clone());
-            } else if !up.process.is_alive() {
+            if !up.process.is_alive() {
                 orphaned.insert(uid.clone());
-            }
-            let (proc_root, dns) = (&self.deps.shared.config.proc_root, routed(up.pod.dns.is_captured()));
-            if let Err(error) = routing::ensure(&up.pod.netns, proc_root, &up.pod.addresses(), dns).await {
-                tracing::warn!(pod = %up.pod.name, namespace = %up.pod.namespace, %error, "repairing a pod's routing");
             }
         }
         for (uid, found) in find(&self.deps.finder, &orphaned).await {
@@ -399,7 +431,8 @@ impl Manager {
 
     /// Takes a pod out of the mesh without touching its open connections.
     async fn leave(&mut self, up: Up) {
-        let pod = up.pod;
+        let Up { pod, keeping, .. } = up;
+        drop(keeping);
         tracing::info!(pod = %pod.name, namespace = %pod.namespace, open = pod.connections.len(), "leaving");
         // Resolvers may keep a socket, and its mark.
         if let Err(error) = routing::release_dns(&pod.netns, &pod.addresses()).await {
@@ -411,7 +444,7 @@ impl Manager {
         }
         let capture = self.deps.capture.clone();
         let finder = self.deps.finder.clone();
-        let proc_root = self.deps.shared.config.proc_root.clone();
+        let keeper = self.keeper.clone();
         self.leaving.spawn(async move {
             let here = pod.clone();
             let gone = until_gone(&finder, &here);
@@ -426,14 +459,14 @@ impl Manager {
             {
                 tracing::warn!(pod = %pod.name, namespace = %pod.namespace, %error, "detaching a pod");
             }
-            // A pod that is gone has nobody left to talk to: dropping the drain cuts what is open.
+            // A pod that is gone has nobody left to talk to.
             let patience = if is_gone { Duration::ZERO } else { AS_LONG_AS_IT_TAKES };
             tokio::select! {
                 () = pod.drain(patience) => {}
-                () = &mut gone, if !is_gone => {}
+                () = &mut gone, if !is_gone => pod.cut(),
             }
             if !pod.superseded.load(Ordering::SeqCst)
-                && let Err(error) = routing::remove(&pod.netns, &proc_root, &pod.addresses()).await
+                && let Err(error) = keeper.unroute(&pod).await
             {
                 tracing::debug!(pod = %pod.name, namespace = %pod.namespace, %error, "removing a pod's routing");
             }
@@ -517,15 +550,35 @@ fn state(uid: &str, state: WireState, reason: String) -> PodState {
 }
 
 /// New addresses or options for a pod that is enrolled.
-async fn update(deps: &Deps, up: &Up, wanted: &Enrolment) -> Result<(), EnrolError> {
+async fn update(
+    deps: &Deps,
+    keeper: &Keeper,
+    dns_tasks: &TaskTracker,
+    up: &Up,
+    wanted: &Enrolment,
+) -> Result<(), EnrolError> {
     if wanted.addresses.is_empty() {
         return Err(EnrolError::NoAddress);
     }
+    let config = &deps.shared.config;
+    for family in families(wanted, config.ipv6) {
+        if !up.pod.listens(family) {
+            deps.listen(dns_tasks, &up.pod, family).await?;
+        }
+    }
     up.pod.set_addresses(wanted.addresses.clone());
-    let dns = captures_dns(wanted, deps.shared.config.dns_capture);
-    up.pod.dns.set_captured(dns);
-    routing::ensure(&up.pod.netns, &deps.shared.config.proc_root, &wanted.addresses, routed(dns)).await?;
-    Ok(deps.capture.enrol(up.pod.cookie, &pod_capture(wanted, up.reach, dns), Phase::Captured)?)
+    let (dns, before) = (captures_dns(wanted, config.dns_capture), up.pod.dns.is_captured());
+    // Sockets that were marked once keep their mark, and the rule leads them to the steering: it stands only while that
+    // does, or their queries would come to nobody.
+    up.pod.dns.set_captured(dns && before);
+    keeper.route(&up.pod).await?;
+    let capture = pod_capture(wanted, up.reach, dns, &config.excluded_ports);
+    deps.capture.enrol(up.pod.cookie, &capture, Phase::Captured)?;
+    if dns && !before {
+        up.pod.dns.set_captured(true);
+        keeper.route(&up.pod).await?;
+    }
+    Ok(())
 }
 
 /// The one namespace that is the pod's: the only one, or the only one that holds an address of it.
@@ -559,10 +612,6 @@ const fn dns_slot(family: Family) -> Slot {
         Family::V4 => Slot::Dns4,
         Family::V6 => Slot::Dns6,
     }
-}
-
-const fn routed(dns: bool) -> routing::Dns {
-    if dns { routing::Dns::Captured } else { routing::Dns::Direct }
 }
 
 async fn find(finder: &Finder, wanted: &BTreeSet<String>) -> BTreeMap<String, Vec<Found>> {

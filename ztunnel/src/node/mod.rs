@@ -5,14 +5,17 @@
 //! Order when it leaves: no new capture, HBONE still answered; steering away; open connections live on; rules and
 //! route; listeners. A namespace is never touched that was not found by the pod's UID (see [`find`]).
 
+pub mod backend;
 pub mod enrolment;
 pub mod find;
 pub mod host;
+pub mod keep;
 pub mod manager;
 pub mod netns;
 pub mod pod;
 pub mod report;
 pub mod routing;
+pub mod sysctl;
 pub mod tenure;
 
 use std::collections::BTreeMap;
@@ -58,11 +61,11 @@ impl EnrolError {
 pub struct Registry(RwLock<BTreeMap<u64, Arc<LocalPod>>>);
 
 impl Registry {
-    fn insert(&self, pod: &Arc<LocalPod>) {
+    pub(crate) fn insert(&self, pod: &Arc<LocalPod>) {
         self.0.write().unwrap_or_else(PoisonError::into_inner).insert(Self::key(pod), pod.clone());
     }
 
-    fn remove(&self, pod: &Arc<LocalPod>) {
+    pub(crate) fn remove(&self, pod: &Arc<LocalPod>) {
         self.0.write().unwrap_or_else(PoisonError::into_inner).remove(&Self::key(pod));
     }
 
@@ -75,6 +78,12 @@ impl Registry {
     #[must_use]
     pub fn pods(&self) -> Vec<Arc<LocalPod>> {
         self.0.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    /// Open connections of all pods.
+    #[must_use]
+    pub fn open_connections(&self) -> usize {
+        self.pods().iter().map(|pod| pod.connections.len()).sum()
     }
 
     /// `workloadState` of `/config_dump`.

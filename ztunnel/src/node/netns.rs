@@ -7,14 +7,13 @@ use std::fs::File;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
 
 use ebpf_loader::abi::{MARK_BYPASS, MARK_LEG};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::dns::serve::DnsSocket;
+use crate::dns::serve::{Answers, DnsSocket};
 
 /// Pending handshakes per listener; bounded again by net.core.somaxconn.
 const BACKLOG: i32 = 4096;
@@ -76,6 +75,14 @@ impl Netns {
     #[must_use]
     pub fn file(&self) -> std::os::fd::BorrowedFd<'_> {
         self.file.as_fd()
+    }
+
+    /// Is it the one this process lives in?
+    ///
+    /// # Errors
+    /// Those of `fstat`.
+    pub fn is_own(&self) -> io::Result<bool> {
+        Ok(nix::sys::stat::fstat(&self.home)?.st_ino == self.inode)
     }
 
     /// Runs `make` with the thread inside the namespace. It must not block for long: a data path thread may run it.
@@ -157,7 +164,7 @@ impl Netns {
             // Of this protocol the sender writes the IP header.
             let answers = Socket::new(family.domain(), Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW)))?;
             answers.set_nonblocking(true)?;
-            Ok(DnsSocket { queries: queries.into(), answers })
+            Ok(DnsSocket { queries: queries.into(), answers: Answers::InTheServersName(answers) })
         })
     }
 
@@ -183,18 +190,19 @@ impl Netns {
         Ok(socket)
     }
 
-    /// Writes a sysctl below `/proc/sys/net`, which shows the namespace of the thread that opens it.
+    /// As [`Self::outgoing`], from an address that need not be the pod's: how the application is called in its
+    /// client's name where rules of others bring the answers back.
     ///
     /// # Errors
-    /// Those of opening and writing the file.
-    pub fn set_sysctl(&self, proc_root: &Path, name: &str, value: &str) -> io::Result<()> {
-        self.enter(|| {
-            let path = proc_root.join("sys/net").join(name);
-            if std::fs::read_to_string(&path)?.trim() == value {
-                return Ok(());
-            }
-            std::fs::write(&path, value)
-        })
+    /// Those of the socket calls; CAP_NET_ADMIN or CAP_NET_RAW is needed for a transparent socket.
+    pub fn outgoing_as(&self, client: IpAddr) -> io::Result<Socket> {
+        let family = Family::of(client);
+        let socket = self.enter(|| tcp(family))?;
+        transparent(&socket, family)?;
+        socket.set_mark(MARK_BYPASS)?;
+        setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
+        socket.bind(&SocketAddr::new(client, 0).into())?;
+        Ok(socket)
     }
 
     /// Is any of `addresses` configured in this namespace?

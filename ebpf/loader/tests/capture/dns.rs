@@ -1,7 +1,7 @@
 //! DNS over UDP.
 
 use std::{
-    io::{IoSlice, IoSliceMut},
+    io::{ErrorKind, IoSlice, IoSliceMut},
     net::{Ipv4Addr, SocketAddrV4, UdpSocket},
     os::fd::{AsFd, AsRawFd},
 };
@@ -65,6 +65,36 @@ fn other_udp_and_pods_that_did_not_ask_are_left_alone() {
         let mut buffer = [0; 64];
         let (length, source) = server.recv_from(&mut buffer).expect("it arrives");
         assert_eq!((&buffer[..length], source.ip()), (b"hello".as_slice(), POD4));
+    });
+}
+
+#[test]
+fn without_a_server_queries_are_refused_at_once() {
+    isolated(|lab| {
+        let capture = lab.open();
+        capture.capture_dns().expect("the hooks attach");
+        let options = PodCapture { dns: Dns::Capture, ..lab.pod_capture() };
+        let (_, _proxy) = lab.enrol(&capture, &options);
+        for (server, any) in [(SERVICE4, "0.0.0.0:0"), (SERVICE6, "[::]:0")] {
+            let client = lab.pod.run(|| UdpSocket::bind(any).expect("a socket"));
+            let error = client.send_to(b"query", at(server, 53)).expect_err("nobody would answer");
+            assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "of a socket that is not connected");
+            let error = client.connect(at(server, 53)).expect_err("nobody would answer");
+            assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
+        }
+        let mapped = lab.pod.run(|| UdpSocket::bind("[::]:0").expect("a socket"));
+        let server: std::net::SocketAddr = "[::ffff:10.96.0.1]:53".parse().expect("an address");
+        let error = mapped.send_to(b"query", server).expect_err("nobody would answer");
+        assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "over IPv4 from an IPv6 socket");
+
+        // The pod's own resolver, other ports and pods that did not ask.
+        let own = lab.pod.run(|| UdpSocket::bind((POD4, 53)).expect("a socket"));
+        set_patience(own.as_fd());
+        let client = lab.pod.run(|| UdpSocket::bind("0.0.0.0:0").expect("a socket"));
+        client.send_to(b"query", at(POD4, 53)).expect("its own business");
+        own.recv_from(&mut [0; 8]).expect("it arrives");
+        client.send_to(b"hello", at(PEER4, 5353)).expect("not DNS");
+        lab.peer.run(|| UdpSocket::bind("0.0.0.0:0").expect("a socket").send_to(b"query", at(POD4, 53)).expect("sent"));
     });
 }
 

@@ -101,26 +101,32 @@ fn leg_of_a_pod_that_calls_itself_needs_no_detour() {
 fn without_a_listener_is_refused_or_passed_as_the_pod_says() {
     isolated(|lab| {
         let capture = lab.open();
-        let app = lab.pod.listen(POD4, 80);
+        let apps = [POD4, POD6].map(|pod| lab.pod.listen(pod, 80));
         // An application may take the HBONE port; it must not be handed what peers encrypted for ztunnel.
-        let squatter = lab.pod.listen(POD4, 15008);
+        let squatters = [POD4, POD6].map(|pod| lab.pod.listen(pod, 15008));
         let (cookie, proxy) = lab.enrol(&capture, &lab.pod_capture());
         drop(proxy);
-        for port in [80, 15008] {
-            let error = lab.peer.connect(at(POD4, port)).expect_err("no ztunnel, no connection");
-            assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
+        for pod in [POD4, POD6] {
+            for port in [80, 15008] {
+                let error = lab.peer.connect(at(pod, port)).expect_err("no ztunnel, no connection");
+                assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
+            }
         }
         let counters = capture.counters().expect("counters");
-        assert_eq!((counters.dropped, counters.failed_open), (2, 0));
+        assert_eq!((counters.dropped, counters.failed_open), (4, 0));
 
         let options = PodCapture { failure: FailureMode::Open, ..lab.pod_capture() };
         capture.enrol(cookie, &options, ebpf_loader::Phase::Captured).expect("an update");
-        lab.peer.connect(at(POD4, 80)).expect("a direct connection");
-        app.accept().expect("the app got it");
-        let error = lab.peer.connect(at(POD4, 15008)).expect_err("HBONE never reaches the application");
-        assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
-        squatter.set_nonblocking(true).expect("a socket option");
-        assert_eq!(squatter.accept().expect_err("nothing arrives").kind(), ErrorKind::WouldBlock);
+        for (pod, app) in [POD4, POD6].into_iter().zip(apps) {
+            lab.peer.connect(at(pod, 80)).expect("a direct connection");
+            app.accept().expect("the app got it");
+            let error = lab.peer.connect(at(pod, 15008)).expect_err("HBONE never reaches the application");
+            assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
+        }
+        for squatter in squatters {
+            squatter.set_nonblocking(true).expect("a socket option");
+            assert_eq!(squatter.accept().expect_err("nothing arrives").kind(), ErrorKind::WouldBlock);
+        }
     });
 }
 

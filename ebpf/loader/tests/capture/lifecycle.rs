@@ -196,13 +196,146 @@ fn garbage_of_dead_and_forgotten_netns_is_collected() {
         expected.sort_unstable();
         assert_eq!(capture.collect_garbage(&[pod, dead_cookie]).expect("a clean-up"), expected);
         assert_eq!(capture.attached().expect("a list"), [pod]);
-        let pins: Vec<_> = fs::read_dir(lab.bpffs.join("v1/netns")).expect("the pins").flatten().collect();
+        let pins: Vec<_> = fs::read_dir(lab.layout().join("netns")).expect("the pins").flatten().collect();
         assert_eq!(pins.len(), 1);
         assert_eq!(capture.collect_garbage(&[pod]).expect("a clean-up"), []);
         // It is out of the mesh: nothing is refused there.
         forgotten.ip("link set lo up");
         let app = forgotten.listen(std::net::Ipv4Addr::LOCALHOST.into(), 80);
         forgotten.connect(app.local_addr().expect("an address")).expect("its own business");
+    });
+}
+
+/// What a build with another layout is: the same programs on other maps, pinned under another number.
+fn pin_as_another_layout(lab: &Lab) -> std::path::PathBuf {
+    let other = lab.bpffs.join("v9999");
+    fs::rename(lab.layout(), &other).expect("pins can be moved");
+    other
+}
+
+#[test]
+fn another_layout_hands_over_without_a_gap_while_both_are_alive() {
+    isolated(|lab| {
+        let old = lab.open();
+        let (cookie, old_proxy) = lab.enrol(&old, &lab.pod_capture());
+        let other = pin_as_another_layout(lab);
+        let new = lab.open();
+        assert_eq!(new.attached().expect("a list"), [cookie], "it knows what the other one captured");
+        let server = lab.peer.listen(PEER4, 80);
+
+        // Not enrolled here yet: still the other one's.
+        let mut before = lab.pod.connect(at(PEER4, 80)).expect("a captured connection");
+        let (mut before_proxy, _) = old_proxy.accept(Slot::Out4);
+        let _in = lab.peer.connect(at(POD4, 80)).expect("ztunnel answers");
+        old_proxy.accept(Slot::In4);
+
+        let (_, new_proxy) = lab.enrol(&new, &lab.pod_capture());
+        let both_ways = || {
+            for (service, pod, out, into, hbone) in [
+                (PEER4, POD4, Slot::Out4, Slot::In4, Slot::Hbone4),
+                (SERVICE6, POD6, Slot::Out6, Slot::In6, Slot::Hbone6),
+            ] {
+                let _out = lab.pod.connect(at(service, 80)).expect("a captured connection");
+                new_proxy.accept(out);
+                for (port, slot) in [(80, into), (15008, hbone)] {
+                    let _in = lab.peer.connect(at(pod, port)).expect("ztunnel answers");
+                    new_proxy.accept(slot);
+                }
+            }
+        };
+        both_ways();
+        old_proxy.assert_idle();
+        assert_joined(&mut before, &mut before_proxy);
+
+        // The other one ends. Its hooks are still attached, and must not refuse for want of its listeners.
+        drop((old, old_proxy));
+        both_ways();
+        assert_eq!(new.collect_garbage(&[cookie]).expect("a clean-up"), []);
+        assert!(!other.exists());
+        both_ways();
+        server.set_nonblocking(true).expect("a socket option");
+        assert_eq!(server.accept().expect_err("nothing went in clear").kind(), ErrorKind::WouldBlock);
+    });
+}
+
+#[test]
+fn what_a_dead_build_with_another_layout_captured_stays_closed_until_it_is_taken_over() {
+    isolated(|lab| {
+        let old = lab.open();
+        let (_, old_proxy) = lab.enrol(&old, &lab.pod_capture());
+        drop((old, old_proxy));
+        pin_as_another_layout(lab);
+        let new = lab.open();
+        let server = lab.peer.listen(PEER4, 80);
+        let app = lab.pod.listen(POD4, 80);
+        for (from, to) in [(&lab.pod, at(PEER4, 80)), (&lab.peer, at(POD4, 80))] {
+            assert_eq!(from.connect(to).expect_err("refused").kind(), ErrorKind::ConnectionRefused);
+        }
+        let (_, proxy) = lab.enrol(&new, &lab.pod_capture());
+        let _out = lab.pod.connect(at(PEER4, 80)).expect("captured at once");
+        proxy.accept(Slot::Out4);
+        let _in = lab.peer.connect(at(POD4, 80)).expect("ztunnel answers at once");
+        proxy.accept(Slot::In4);
+        for listener in [server, app] {
+            listener.set_nonblocking(true).expect("a socket option");
+            assert_eq!(listener.accept().expect_err("nothing went in clear").kind(), ErrorKind::WouldBlock);
+        }
+    });
+}
+
+#[test]
+fn what_was_found_in_a_netns_outlives_all_but_being_forgotten() {
+    isolated(|lab| {
+        let first = lab.open();
+        let (cookie, _proxy) = lab.enrol(&first, &lab.pod_capture());
+        assert_eq!(first.remember(cookie, 0b101).expect("kept"), 0b101);
+        drop(first);
+        let second = lab.open();
+        assert_eq!(second.remember(cookie, 0).expect("kept"), 0b101, "the first one's, not what we made of it");
+        second.detach(cookie).expect("the pod is out");
+        assert_eq!(second.remember(cookie, 0).expect("kept"), 0b101);
+        second.forget_found(cookie).expect("forgotten");
+        assert_eq!(second.remember(cookie, 0b10).expect("kept"), 0b10);
+        assert_eq!(second.collect_garbage(&[]).expect("a clean-up"), [cookie]);
+        assert_eq!(second.remember(cookie, 0).expect("kept"), 0);
+    });
+}
+
+#[test]
+fn pins_of_dead_netns_are_collected_while_running() {
+    isolated(|lab| {
+        let capture = lab.open();
+        let (cookie, _proxy) = lab.enrol(&capture, &lab.pod_capture());
+        let dying = Netns::new().expect("a netns");
+        let dead = capture.attach_netns(dying.fd.as_fd()).expect("sk_lookup attaches");
+        capture.enrol(dead, &lab.pod_capture(), Phase::Captured).expect("it is enrolled");
+        drop(dying);
+        let end = std::time::Instant::now() + PATIENCE;
+        // The kernel takes a namespace down in its own time.
+        while capture.collect_dead().expect("a list") != [dead] {
+            assert!(std::time::Instant::now() < end, "the netns does not die");
+            thread::yield_now();
+        }
+        assert_eq!(fs::read_dir(lab.layout().join("netns")).expect("the pins").count(), 1);
+        assert!(capture.is_attached(cookie).expect("a link"));
+    });
+}
+
+#[test]
+fn steering_and_listeners_that_are_gone_are_seen_and_put_back() {
+    isolated(|lab| {
+        let capture = lab.open();
+        let (cookie, proxy) = lab.enrol(&capture, &lab.pod_capture());
+        assert_eq!(capture.listening().expect("a list").len(), 6);
+        capture.clear_listener(cookie, Slot::In4).expect("emptied");
+        assert!(!capture.listening().expect("a list").contains(&(cookie, Slot::In4)));
+
+        fs::remove_file(lab.layout().join("netns").join(cookie.to_string())).expect("the link is gone with its pin");
+        assert!(!capture.is_attached(cookie).expect("no link"));
+        capture.attach_netns(lab.pod.fd.as_fd()).expect("attached again");
+        assert!(capture.is_attached(cookie).expect("a link"));
+        let _in = lab.peer.connect(at(POD6, 80)).expect("ztunnel answers");
+        proxy.accept(Slot::In6);
     });
 }
 

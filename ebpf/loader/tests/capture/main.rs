@@ -5,6 +5,7 @@
 //! the compiled programs; without them the tests say so and pass, unless `LAB=required`.
 
 mod dns;
+mod escapes;
 mod inbound;
 mod lifecycle;
 mod outbound;

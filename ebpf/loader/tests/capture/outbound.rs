@@ -3,7 +3,7 @@
 use std::{
     io::ErrorKind,
     net::{IpAddr, Ipv6Addr, SocketAddr},
-    os::fd::{AsFd, AsRawFd},
+    os::fd::AsFd,
     time::{Duration, Instant},
 };
 
@@ -193,20 +193,6 @@ fn of_a_reused_socket_loses_its_mark_when_it_goes_direct() {
     });
 }
 
-/// `connect(AF_UNSPEC)`.
-fn disconnect(socket: &Socket) {
-    let unspecified = libc::sockaddr { sa_family: libc::AF_UNSPEC as libc::sa_family_t, sa_data: [0; 14] };
-    // SAFETY: the address is as long as said and lives through the call.
-    let result = unsafe {
-        libc::connect(
-            socket.as_fd().as_raw_fd(),
-            &raw const unspecified,
-            size_of::<libc::sockaddr>() as libc::socklen_t,
-        )
-    };
-    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
-}
-
 #[test]
 fn without_a_listener_is_refused_at_once() {
     isolated(|lab| {
@@ -234,15 +220,19 @@ fn assert_refused_at_once(lab: &Lab, to: SocketAddr) {
 fn without_a_listener_goes_direct_where_the_pod_fails_open() {
     isolated(|lab| {
         let capture = lab.open();
-        let server = lab.peer.listen(PEER4, 80);
         let options = PodCapture { failure: FailureMode::Open, ..lab.pod_capture() };
         let (_, proxy) = lab.enrol(&capture, &options);
-        let _captured = lab.pod.connect(at(PEER4, 80)).expect("a captured connection");
-        proxy.accept(Slot::Out4);
+        for (peer, slot) in [(PEER4, Slot::Out4), (PEER6, Slot::Out6)] {
+            let _captured = lab.pod.connect(at(peer, 80)).expect("a captured connection");
+            proxy.accept(slot);
+        }
         drop(proxy);
-        lab.pod.connect(at(PEER4, 80)).expect("a direct connection");
-        server.accept().expect("the server got it");
-        assert_eq!(capture.counters().expect("counters").failed_open, 1);
+        for peer in [PEER4, PEER6] {
+            let server = lab.peer.listen(peer, 80);
+            lab.pod.connect(at(peer, 80)).expect("a direct connection");
+            server.accept().expect("the server got it");
+        }
+        assert_eq!(capture.counters().expect("counters").failed_open, 2);
     });
 }
 

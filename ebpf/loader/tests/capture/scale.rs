@@ -41,7 +41,7 @@ fn a_node_full_of_pods_costs_little_and_leaves_nothing() {
             capture.detach(cookie).expect("the pod is out");
         }
         assert_eq!(capture.attached().expect("a list"), []);
-        let pins = fs::read_dir(lab.bpffs.join("v1/netns")).expect("the pins").count();
+        let pins = fs::read_dir(lab.layout().join("netns")).expect("the pins").count();
         assert_eq!((pins, self::descriptors()), (0, descriptors));
     });
 }

@@ -10,6 +10,9 @@ use ebpf_loader::{Capture, LoadError, Slot};
 
 use crate::support::*;
 
+/// Of the kernel's `bpf.h`.
+const NO_PREALLOC: u32 = 1;
+
 #[test]
 fn verifier_accepts_every_program() {
     isolated(|lab| {
@@ -18,18 +21,21 @@ fn verifier_accepts_every_program() {
         let cookie = capture.attach_netns(lab.pod.fd.as_fd()).expect("sk_lookup");
         assert_eq!(capture.attached().expect("a list"), [cookie]);
         let hooks = |directory: &str| {
-            let entries = fs::read_dir(lab.bpffs.join("v1").join(directory)).expect("the pins").flatten();
+            let entries = fs::read_dir(lab.layout().join(directory)).expect("the pins").flatten();
             let mut names: Vec<_> = entries.map(|entry| entry.file_name().into_string().expect("text")).collect();
             names.sort();
             names
         };
-        assert_eq!(hooks("links"), ["connect4", "connect6", "sock_create"]);
-        assert_eq!(hooks("maps"), ["ADDRESSES", "COUNTERS", "ENROLLED", "EXCLUDED", "HOST", "LISTENERS", "PROBES"]);
+        assert_eq!(hooks("links"), ["connect4", "connect6", "sendmsg4", "sendmsg6", "sock_create"]);
+        assert_eq!(
+            hooks("maps"),
+            ["ADDRESSES", "COUNTERS", "ENROLLED", "EXCLUDED", "EXCLUDED_PORTS", "FOUND", "HOST", "LISTENERS", "PROBES"]
+        );
         assert_eq!(hooks("netns"), [cookie.to_string()]);
         drop(capture);
         // The second one finds all of it.
         lab.open();
-        assert_eq!(hooks("links"), ["connect4", "connect6", "sock_create"]);
+        assert_eq!(hooks("links"), ["connect4", "connect6", "sendmsg4", "sendmsg6", "sock_create"]);
     });
 }
 
@@ -37,7 +43,7 @@ fn verifier_accepts_every_program() {
 fn attaching_again_replaces_the_program_only_when_it_is_another() {
     isolated(|lab| {
         let program = |pin: &str| {
-            let link = PinnedLink::from_pin(lab.bpffs.join("v1").join(pin)).expect("a pinned link");
+            let link = PinnedLink::from_pin(lab.layout().join(pin)).expect("a pinned link");
             FdLink::from(link).info().expect("a link").program_id()
         };
         let netns = lab.pod.fd.as_fd();
@@ -53,7 +59,7 @@ fn attaching_again_replaces_the_program_only_when_it_is_another() {
         drop(second);
 
         // The same instructions, but on maps that nobody fills any more.
-        fs::remove_dir_all(lab.bpffs.join("v1/maps")).expect("the maps are unpinned");
+        fs::remove_dir_all(lab.layout().join("maps")).expect("the maps are unpinned");
         let third = lab.open();
         let (_, proxy) = lab.enrol(&third, &lab.pod_capture());
         assert_ne!(program(&steer), steer_before);
@@ -117,15 +123,27 @@ fn drop_capabilities() {
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
 }
 
+/// A map of the right name and the wrong make, as a build that changed it without a new version would leave.
 #[test]
 fn pins_of_another_build_are_refused() {
     isolated(|lab| {
         lab.open().destroy().expect("a clean start");
-        let maps = lab.bpffs.join("v1/maps");
+        let maps = lab.layout().join("maps");
         fs::create_dir_all(&maps).expect("a directory");
-        let strange = HashMap::<MapData, u32, u64>::create(8, 0).expect("a map");
-        strange.pin(maps.join("ENROLLED")).expect("a pin");
-        let error = Capture::open(&lab.bpffs, &lab.cgroup).err().expect("another layout");
-        assert!(matches!(&error, LoadError::IncompatiblePins { path } if path.ends_with("ENROLLED")), "{error}");
+        let (pin, netns) = (maps.join("ENROLLED"), ebpf_loader::abi::MAX_NETNS);
+        let refuse = |why: &str| {
+            let error = Capture::open(&lab.bpffs, &lab.cgroup).err().unwrap_or_else(|| panic!("{why} was taken"));
+            assert!(matches!(&error, LoadError::IncompatiblePins { path } if path.ends_with("ENROLLED")), "{error}");
+            fs::remove_file(&pin).expect("the pin can go");
+        };
+        HashMap::<MapData, u32, u64>::create(netns, NO_PREALLOC).expect("a map").pin(&pin).expect("a pin");
+        refuse("other keys and values");
+        HashMap::<MapData, u64, u32>::create(netns / 2, NO_PREALLOC).expect("a map").pin(&pin).expect("a pin");
+        refuse("fewer entries");
+        HashMap::<MapData, u64, u32>::create(netns, 0).expect("a map").pin(&pin).expect("a pin");
+        refuse("other flags");
+        // The real one: what the refusals are measured by.
+        HashMap::<MapData, u64, u32>::create(netns, NO_PREALLOC).expect("a map").pin(&pin).expect("a pin");
+        lab.open();
     });
 }

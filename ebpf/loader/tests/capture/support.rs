@@ -15,7 +15,7 @@ use std::{
 
 use ebpf_loader::{
     Capture, LoadError, NetnsCookie, Phase, PodCapture, Slot,
-    abi::{MARK_CAPTURE, MARK_MASK, ROUTE_TABLE, RULE_PREF_DNS, RULE_PREF_TCP},
+    abi::{MARK_CAPTURE, MARK_MASK, ROUTE_TABLE, RULE_PREF_DNS, RULE_PREF_TCP, VERSION},
     ensure_bpffs, has_programs,
 };
 use nix::{
@@ -182,6 +182,11 @@ impl Lab {
         pod.run(|| fs::write("/proc/sys/net/ipv4/tcp_fwmark_accept", "1").expect("the sysctl"));
     }
 
+    /// Where this build pins.
+    pub fn layout(&self) -> PathBuf {
+        self.bpffs.join(format!("v{VERSION}"))
+    }
+
     pub fn open(&self) -> Capture {
         Capture::open(&self.bpffs, &self.cgroup).expect("capture opens")
     }
@@ -245,7 +250,8 @@ impl Netns {
         assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
     }
 
-    fn path(&self) -> String {
+    /// Where another process finds it.
+    pub fn path(&self) -> String {
         format!("/proc/{}/fd/{}", process::id(), self.fd.as_raw_fd())
     }
 
@@ -347,6 +353,20 @@ pub fn set_option(socket: BorrowedFd<'_>, level: libc::c_int, option: libc::c_in
         )
     };
     assert_eq!(result, 0, "socket option {level}/{option}: {}", io::Error::last_os_error());
+}
+
+/// As `connect(AF_UNSPEC)`.
+pub fn disconnect(socket: &Socket) {
+    let unspecified = libc::sockaddr { sa_family: libc::AF_UNSPEC as libc::sa_family_t, sa_data: [0; 14] };
+    // SAFETY: the address is as long as said and lives through the call.
+    let result = unsafe {
+        libc::connect(
+            socket.as_fd().as_raw_fd(),
+            &raw const unspecified,
+            size_of::<libc::sockaddr>() as libc::socklen_t,
+        )
+    };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
 }
 
 /// No accept, read or write blocks for longer.

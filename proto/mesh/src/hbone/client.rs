@@ -98,12 +98,7 @@ impl Opener {
         // From here on the handle must not keep a connection alive that the pool has let go.
         drop(send);
         let response = response.await.map_err(|error| {
-            let unprocessed = match error.reason() {
-                Some(Reason::REFUSED_STREAM) => true,
-                Some(Reason::NO_ERROR) => error.is_go_away(),
-                _ => false,
-            };
-            if unprocessed {
+            if sent_away(&error) {
                 OpenError::Unprocessed(error)
             } else {
                 OpenError::Final(TunnelError::from_h2(error, TunnelError::Stream))
@@ -115,6 +110,15 @@ impl Opener {
         }
         let stream = HboneStream::new(body, recv, Some(permit));
         Ok(Tunnel { stream, peer: self.peer.clone(), response: ConnectHeaders::parse(&parts.headers) })
+    }
+}
+
+/// Whether the peer says that it has not acted on a request and another connection shall be tried.
+pub(super) fn sent_away(error: &h2::Error) -> bool {
+    match error.reason() {
+        Some(Reason::REFUSED_STREAM) => true,
+        Some(Reason::NO_ERROR) => error.is_go_away(),
+        _ => false,
     }
 }
 

@@ -83,6 +83,10 @@ pub struct PoolStats {
 /// Pooled connections would otherwise be tried one after another for ever while a peer restarts.
 const MAX_TRIES: usize = 8;
 
+/// Connections made for one tunnel. More than one only where the peer says that it has not acted: a proxy that hands over
+/// to its successor may take a connection as its last and send the tunnel away.
+const MAX_DIALS: usize = 3;
+
 /// The client connections of one worker. Dropping the last clone cuts them.
 #[derive(Clone)]
 pub struct Pool(Arc<Inner>);
@@ -122,15 +126,15 @@ impl Pool {
         headers: &ConnectHeaders,
     ) -> Result<Tunnel, TunnelError>
     where
-        D: FnOnce() -> F,
+        D: FnMut() -> F,
         F: Future<Output = io::Result<TcpStream>>,
     {
-        let mut dial = Some(dial);
+        let mut dials = Dials { dial, left: MAX_DIALS };
         for _ in 0..MAX_TRIES {
             let (opener, permit) = match self.0.reserve(&key, cert) {
                 Some(reserved) => reserved,
                 // Boxed, because most connections find one that is open.
-                None => Box::pin(self.establish(&key, cert, &mut dial)).await?,
+                None => Box::pin(self.establish(&key, cert, &mut dials)).await?,
             };
             let request = client::request(authority, headers)?;
             match timeout(self.0.settings.response_timeout, opener.open(request, permit)).await {
@@ -139,8 +143,8 @@ impl Pool {
                 Err(_) => return Err(TunnelError::ResponseTimeout),
                 Ok(Err(OpenError::Unprocessed(error))) => {
                     self.0.discard(&key, &opener);
-                    // The one made for us has failed as well: trying again would only dial in a loop.
-                    if dial.is_none() {
+                    // One made for us has failed as well: unless the peer asks for it, trying again would only repeat that.
+                    if dials.left < MAX_DIALS && (dials.left == 0 || !client::sent_away(&error)) {
                         return Err(TunnelError::from_h2(error, TunnelError::Stream));
                     }
                 }
@@ -154,10 +158,10 @@ impl Pool {
         &self,
         key: &PoolKey,
         cert: &WorkloadCertificate,
-        dial: &mut Option<D>,
+        dials: &mut Dials<D>,
     ) -> Result<(Opener, StreamPermit), TunnelError>
     where
-        D: FnOnce() -> F,
+        D: FnMut() -> F,
         F: Future<Output = io::Result<TcpStream>>,
     {
         let settings = &self.0.settings;
@@ -171,8 +175,8 @@ impl Pool {
         if let Some(reserved) = self.0.reserve(key, cert) {
             return Ok(reserved);
         }
-        let dial = dial.take().ok_or(TunnelError::Unstable)?;
-        let stream = timeout(settings.connect_timeout, dial())
+        dials.left = dials.left.checked_sub(1).ok_or(TunnelError::Unstable)?;
+        let stream = timeout(settings.connect_timeout, (dials.dial)())
             .await
             .map_err(|_| TunnelError::ConnectTimeout)?
             .map_err(from_dial)?;
@@ -215,6 +219,12 @@ impl Pool {
         let open = || state.keys.values().flat_map(|connections| &connections.open);
         PoolStats { connections: open().count(), streams: open().map(|opener| opener.usage.streams() as usize).sum() }
     }
+}
+
+/// How to dial, and how often still.
+struct Dials<D> {
+    dial: D,
+    left: usize,
 }
 
 /// Somebody's wish for a new connection. However it ends, also by being given up half-way, a key that it leaves without

@@ -67,6 +67,11 @@ impl ConnectRequest {
         Ok(HboneStream::new(send, self.body, None))
     }
 
+    /// Says that nothing was done, so that the peer tries again on another connection.
+    pub fn send_away(mut self) {
+        self.respond.send_reset(Reason::REFUSED_STREAM);
+    }
+
     /// Answers `status` and nothing else.
     pub fn reject(mut self, status: StatusCode) {
         refuse(&mut self.respond, status);

@@ -415,6 +415,32 @@ async fn goaway_lets_tunnels_finish() {
 }
 
 #[tokio::test]
+async fn a_tunnel_sent_away_on_a_fresh_connection_opens_on_the_next() {
+    let ca = FileCa::generate("td", Duration::from_secs(3600), Clock::system()).unwrap();
+    let (client, server) = (Arc::new(ca.sign(&id("client")).unwrap()), Arc::new(ca.sign(&id("server")).unwrap()));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    let (_trigger, watcher) = drain::channel();
+    // The first connection is the last of a proxy that goes; the second is its successor's.
+    let serving = tokio::spawn(async move {
+        for n in 0..2 {
+            let (socket, peer) = listener.accept().await.unwrap();
+            let (stream, peer) = tls::accept(&server, socket, peer).await.unwrap();
+            let handler = move |request: ConnectRequest| async move {
+                if n == 0 { request.send_away() } else { echo(request).await }
+            };
+            tokio::spawn(serve(stream, peer, H2Settings::default(), watcher.clone(), handler));
+        }
+    });
+    let pool = Pool::new(PoolSettings::default());
+    let key = PoolKey::new(id("client"), vec![id("server")], addr, addr.ip());
+    let (authority, headers) = ("10.0.0.1:80".parse().unwrap(), ConnectHeaders::default());
+    let connect = pool.connect(key, &client, || TcpStream::connect(addr), &authority, &headers);
+    round_trip(&mut within(connect).await.unwrap(), b"by the successor").await;
+    within(serving).await.unwrap();
+}
+
+#[tokio::test]
 async fn unused_connections_are_closed() {
     let settings = PoolSettings { unused_release: Duration::from_millis(50), ..PoolSettings::default() };
     let world = world(H2Settings::default(), settings).await;

@@ -146,6 +146,11 @@ impl CertificateManager {
         self.shared.entries().by_identity.remove(identity);
     }
 
+    /// Drops all certificates and keys. Open connections keep what they were made with.
+    pub fn forget_all(&self) {
+        self.shared.entries().by_identity.clear();
+    }
+
     pub fn snapshot(&self) -> Vec<CertificateStatus> {
         let entries = self.shared.entries();
         entries

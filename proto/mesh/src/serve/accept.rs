@@ -1,6 +1,6 @@
 //! One accept loop for every listener.
 
-use std::{future::Future, io, time::Duration};
+use std::{future::Future, io, net::SocketAddr, time::Duration};
 
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -15,11 +15,15 @@ use crate::{
 /// When the process has no file descriptors left, asking again at once would only burn the CPU that frees some.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
 
+/// Connections taken off the queue of a listener that is about to close: as long as the longest queue.
+const LAST_ACCEPTS: usize = 65_536;
+
 /// Tasks that watch the cut themselves get this long to record that they were drained; the others are aborted then.
 const CUT_GRACE: Duration = Duration::from_millis(200);
 
-/// Hands each connection to `handler`, whose futures run as tasks of this loop. On drain the listener is closed and the
-/// tasks may finish until the cut; dropping the future of this function cuts them at once.
+/// Hands each connection to `handler`, whose futures run as tasks of this loop. On drain what is in the listener's queue
+/// is served still, as closing the listener would reset it; then the listener is closed and the tasks may finish until
+/// the cut. Dropping the future of this function cuts them at once.
 pub async fn accept_loop<H, F>(listener: TcpListener, drain: DrainWatcher, handler: H)
 where
     H: Fn(TcpStream, PeerAddr) -> F + Send,
@@ -33,20 +37,17 @@ where
             biased;
             () = &mut draining => break,
             accepted = listener.accept() => match accepted {
-                Ok((stream, peer)) => {
-                    if let Err(error) = tune(&stream) {
-                        tracing::debug!(%error, "connection closed before it was served");
-                        continue;
-                    }
-                    tasks.spawn(handler(stream, PeerAddr(canonical(peer))));
-                }
+                Ok((stream, peer)) => start(&mut tasks, &handler, stream, peer),
                 Err(error) => pause_after(&error).await,
             },
             // Reaps what has finished.
             Some(_) = tasks.join_next() => {}
         }
     }
-    drop(listener);
+    match listener.into_std() {
+        Ok(listener) => last_accepts(&listener, |stream, peer| start(&mut tasks, &handler, stream, peer)),
+        Err(error) => tracing::warn!(%error, "emptying a listener's queue"),
+    }
     tokio::select! {
         () = async { while tasks.join_next().await.is_some() {} } => return,
         () = drain.cut() => {}
@@ -54,6 +55,36 @@ where
     let last_words = async { while tasks.join_next().await.is_some() {} };
     if tokio::time::timeout(CUT_GRACE, last_words).await.is_err() {
         tasks.shutdown().await;
+    }
+}
+
+/// Takes what is queued, asking the kernel itself: the runtime may not have heard of the latest.
+fn last_accepts(listener: &std::net::TcpListener, mut take: impl FnMut(TcpStream, SocketAddr)) {
+    // Bounded, because whoever is still steered here would otherwise keep it from ending.
+    for _ in 0..LAST_ACCEPTS {
+        let accepted = listener.accept().and_then(|(stream, peer)| {
+            stream.set_nonblocking(true)?;
+            Ok((TcpStream::from_std(stream)?, peer))
+        });
+        match accepted {
+            Ok((stream, peer)) => take(stream, peer),
+            // That one is gone; the next may not be.
+            Err(error) if crate::net::is_hang_up(error.kind()) => {}
+            Err(_) => return,
+        }
+    }
+}
+
+fn start<H, F>(tasks: &mut JoinSet<()>, handler: &H, stream: TcpStream, peer: SocketAddr)
+where
+    H: Fn(TcpStream, PeerAddr) -> F,
+    F: Future<Output = ()> + Send + 'static,
+{
+    match tune(&stream) {
+        Ok(()) => {
+            tasks.spawn(handler(stream, PeerAddr(canonical(peer))));
+        }
+        Err(error) => tracing::debug!(%error, "connection closed before it was served"),
     }
 }
 
@@ -70,6 +101,30 @@ async fn pause_after(error: &io::Error) {
 mod tests {
     use super::*;
     use crate::drain;
+
+    #[tokio::test]
+    async fn what_is_queued_when_the_drain_begins_is_served() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (trigger, watcher) = drain::channel();
+        let guard = watcher.guard();
+        let draining = tokio::spawn(trigger.drain(Duration::from_secs(5)));
+        watcher.draining().await;
+        let mut clients = Vec::new();
+        for _ in 0..20 {
+            clients.push(TcpStream::connect(address).await.unwrap());
+        }
+        let served = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let count = served.clone();
+        accept_loop(listener, watcher, move |_stream, _peer| {
+            count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            async {}
+        })
+        .await;
+        assert_eq!(served.load(std::sync::atomic::Ordering::Relaxed), clients.len());
+        drop(guard);
+        draining.await.unwrap();
+    }
 
     #[tokio::test]
     async fn a_task_that_is_cut_may_still_say_so() {

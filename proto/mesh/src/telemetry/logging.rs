@@ -1,6 +1,12 @@
 //! Log lines as Istio's components write them: tab-separated text, or JSON.
 
-use std::{fmt, io, str::FromStr, sync::Arc};
+use std::{
+    collections::VecDeque,
+    fmt,
+    io::{self, Write},
+    str::FromStr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use serde_json::{Map, Value};
 use time::{OffsetDateTime, format_description::BorrowedFormatItem, macros::format_description};
@@ -49,6 +55,51 @@ pub struct LogError(String);
 pub struct LogHandle {
     initial: Arc<str>,
     filter: reload::Handle<EnvFilter, Registry>,
+    format: LogFormat,
+    output: Output,
+}
+
+/// Bytes of lines that are kept while nobody takes them.
+const KEPT: usize = 1 << 20;
+
+/// Where lines go: standard output, or a store from which somebody takes them.
+#[derive(Clone, Default)]
+struct Output(Arc<Mutex<Option<Kept>>>);
+
+#[derive(Default)]
+struct Kept {
+    lines: VecDeque<String>,
+    bytes: usize,
+    /// Lines there was no room for.
+    lost: u64,
+}
+
+impl Output {
+    fn kept(&self) -> MutexGuard<'_, Option<Kept>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Write for Output {
+    /// A line at a time, and never an error: whoever logs cannot do anything about it, and telling so on a standard error
+    /// that is gone as well would be a panic.
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        if let Some(kept) = &mut *self.kept() {
+            if kept.bytes + line.len() > KEPT {
+                kept.lost += 1;
+            } else {
+                kept.bytes += line.len();
+                kept.lines.push_back(String::from_utf8_lossy(line).trim_end().to_owned());
+            }
+            return Ok(line.len());
+        }
+        let _ = io::stdout().write_all(line);
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 impl LogHandle {
@@ -69,6 +120,41 @@ impl LogHandle {
         self.set_filter(&self.initial)
     }
 
+    /// From now on lines are not written but kept, a megabyte of them, for [`Self::take_kept`].
+    pub fn keep(&self) {
+        self.output.kept().get_or_insert_default();
+    }
+
+    /// Lines that were kept, the oldest first and about `most` bytes of them, and how many were lost since the last time.
+    pub fn take_kept(&self, most: usize) -> (Vec<String>, u64) {
+        let (mut taken, mut bytes) = (Vec::new(), 0);
+        let mut output = self.output.kept();
+        let Some(kept) = &mut *output else { return (taken, 0) };
+        while bytes < most
+            && let Some(line) = kept.lines.pop_front()
+        {
+            bytes += line.len() + 1;
+            taken.push(line);
+        }
+        kept.bytes = kept.bytes.saturating_sub(bytes);
+        (taken, std::mem::take(&mut kept.lost))
+    }
+
+    /// Writes a line that another generation of this process has kept, with its name.
+    pub fn pass_on(&self, line: &str, generation: &str) {
+        let line = one_line(line.to_owned());
+        let line = match self.format {
+            LogFormat::Plain => format!("{line} generation={generation:?}\n"),
+            LogFormat::Json => {
+                let Ok(mut fields) = serde_json::from_str::<Map<String, Value>>(&line) else { return };
+                fields.insert("generation".into(), generation.into());
+                format!("{}\n", Value::Object(fields))
+            }
+        };
+        // Writing there does not fail.
+        let _ = self.output.clone().write_all(line.as_bytes());
+    }
+
     pub fn current(&self) -> String {
         self.filter.with_current(ToString::to_string).unwrap_or_default()
     }
@@ -81,12 +167,14 @@ fn parse_filter(filter: &str) -> Result<EnvFilter, LogError> {
 /// Starts logging to standard output. Called once, by `main`.
 pub fn init_logging(filter: &str, format: LogFormat) -> Result<LogHandle, LogError> {
     let (filter_layer, handle) = reload::Layer::new(parse_filter(filter)?);
-    let lines = tracing_subscriber::fmt::layer().event_format(Lines(format)).with_writer(io::stdout);
+    let output = Output::default();
+    let writer = output.clone();
+    let lines = tracing_subscriber::fmt::layer().event_format(Lines(format)).with_writer(move || writer.clone());
     tracing_subscriber::registry()
         .with(lines.with_filter(filter_layer))
         .try_init()
         .map_err(|e| LogError(format!("logging is already set up: {e}")))?;
-    Ok(LogHandle { initial: filter.into(), filter: handle })
+    Ok(LogHandle { initial: filter.into(), filter: handle, format, output })
 }
 
 /// Writes one event as one line.
@@ -259,6 +347,20 @@ mod tests {
         let (time, rest) = got.split_once('\t').expect("time and the rest");
         assert!(time.ends_with('Z') && time.len() == "2026-01-01T00:00:00.000000Z".len(), "{time}");
         assert_eq!(rest, "info\taccess\tconnection complete\tsrc.addr=10.0.0.1:80 src.workload=\"a\" bytes_sent=3\n");
+    }
+
+    #[test]
+    fn lines_that_are_kept_are_bounded_and_come_out_in_order() {
+        let mut output = Output::default();
+        output.kept().get_or_insert_default();
+        let (_, filter) = reload::Layer::new(parse_filter("info").expect("a filter"));
+        let log = LogHandle { initial: "info".into(), filter, format: LogFormat::Plain, output: output.clone() };
+        output.write_all(b"first\n").expect("never fails");
+        output.write_all(b"second\n").expect("never fails");
+        output.write_all(&vec![b'x'; KEPT]).expect("never fails");
+        assert_eq!(log.take_kept(3), (vec!["first".to_owned()], 1));
+        log.pass_on("a\nb", "g");
+        assert_eq!(log.take_kept(KEPT), (vec!["second".to_owned(), "a\\nb generation=\"g\"".to_owned()], 0));
     }
 
     #[test]

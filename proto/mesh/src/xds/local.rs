@@ -418,6 +418,10 @@ struct LocalEnrolment {
     #[serde(default)]
     excluded_destinations: Vec<IpNet>,
     #[serde(default)]
+    excluded_outbound_ports: Vec<u16>,
+    #[serde(default)]
+    excluded_inbound_ports: Vec<u16>,
+    #[serde(default)]
     probe_ports: Vec<u16>,
     #[serde(default = "captured")]
     dns_capture: bool,
@@ -465,6 +469,8 @@ impl From<LocalEnrolment> for PodEnrolment {
                 bypass_inbound: e.bypass_inbound,
                 excluded_destinations: e.excluded_destinations.into_iter().map(prefix).collect(),
                 dns: e.dns_capture,
+                excluded_outbound_ports: e.excluded_outbound_ports.into_iter().map(u32::from).collect(),
+                excluded_inbound_ports: e.excluded_inbound_ports.into_iter().map(u32::from).collect(),
             }),
         }
     }

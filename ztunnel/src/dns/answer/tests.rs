@@ -158,6 +158,36 @@ fn a_headless_service_is_its_healthy_endpoints() {
     assert_eq!(ask(&world, &CLIENT, "api", Kind::A), ": 10.0.0.1 10.0.0.2");
     assert_eq!(ask(&world, &CLIENT, "api", Kind::Aaaa), ": fd00::1");
     assert_eq!(ask(&world, &CLIENT, "db-0.api", Kind::A), "-", "single pods are the cluster DNS's to name");
+    let all = headless()
+        .but(|s| s.load_balancing.health_policy = mesh::model::HealthPolicy::AllowAll)
+        .endpoint(&["10.0.0.1"], |w| w.status = HealthStatus::Unhealthy);
+    assert_eq!(all.told("api", Kind::A), ": 10.0.0.1", "it publishes those that are not ready");
+}
+
+#[test]
+fn names_of_service_entries_are_told_by_the_address_they_were_given() {
+    let given = &["240.240.0.1", "2001:2::1"][..];
+    let endpoint = |w: &mut Workload| w.hostname = "mirror.example.net".into();
+    let world = World::default()
+        .service("shop", "api.example.com", given)
+        .endpoint(&[], endpoint)
+        .service("shop", "waiting.example.com", &[])
+        .endpoint(&[], endpoint)
+        .service("shop", "*.wild.example.com", &[])
+        .service("shop", "single", &["240.240.0.2"])
+        .known();
+    for (name, kind, expected) in [
+        ("api.example.com", Kind::A, ": 240.240.0.1"),
+        ("api.example.com", Kind::Aaaa, ": 2001:2::1"),
+        ("api.example.com.shop.svc.cluster.local", Kind::A, "api.example.com: 240.240.0.1"),
+        // Without an address there is nothing to tell: the name is whoever's it was before.
+        ("waiting.example.com", Kind::A, "-"),
+        ("a.wild.example.com", Kind::A, "-"),
+        ("single", Kind::A, ": 240.240.0.2"),
+        ("single.shop.svc.cluster.local", Kind::A, "single: 240.240.0.2"),
+    ] {
+        assert_eq!(ask(&world, &CLIENT, name, kind), expected, "{name} {kind:?}");
+    }
 }
 
 #[test]

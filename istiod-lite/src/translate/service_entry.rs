@@ -1,0 +1,435 @@
+//! ServiceEntries as the mesh's services, one for each host, and the endpoints they list.
+//!
+//! A part that cannot be used costs itself and is named in the condition [`ACCEPTED`]. Where a namespace has several
+//! objects for one host, a Kubernetes Service has it, else the oldest entry.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use mesh_proto::workload::{
+    Address, AppProtocol, LoadBalancing, NetworkAddress, Port, PortList, Service, Visibility, address, load_balancing,
+};
+
+use super::allocate::{self, Allocation};
+use super::binding::{self, Binding, TrafficType};
+use super::service::{TRAFFIC_DISTRIBUTION, app_protocol_named, distributed};
+use super::verdict::{Kind, Report, Status, Verdict, Wanted};
+use super::workload_entry::{self, Endpoint};
+use super::world::World;
+use super::{Translation, address_bytes, address_resource};
+use crate::types::networking::{self, ServiceEntrySpec, WorkloadEntrySpec};
+use crate::types::{Key, Lenient, Object, annotation, label, matches_labels};
+
+/// Whether all of an entry is enforced.
+pub const ACCEPTED: &str = "Accepted";
+/// How far an entry is seen.
+const VISIBILITY: &str = "istio.io/VisibilityApplied";
+const OWNED: &[&str] = &[ACCEPTED, VISIBILITY, "istio.io/WaypointBound"];
+/// `false` keeps an entry without addresses of its own without any.
+const AUTO_ALLOCATE: &str = "networking.istio.io/enable-autoallocate-ip";
+
+/// How a destination is found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Resolution {
+    /// Where the client dialled.
+    None,
+    Static,
+    Dns,
+}
+
+/// A ServiceEntry that can be read.
+#[derive(Debug)]
+pub struct Entry<'a> {
+    pub key: &'a Key,
+    pub object: &'a Object<ServiceEntrySpec>,
+    spec: &'a ServiceEntrySpec,
+    /// `None`: one we don't know; the entry then does nothing.
+    resolution: Option<Resolution>,
+    /// In lower case; those that another object of the namespace has are left out.
+    pub hosts: Vec<String>,
+    /// `spec.addresses`.
+    pub vips: Vec<IpNet>,
+    ports: Vec<&'a networking::Port>,
+    pub wants_addresses: bool,
+    visibility: Option<Visibility>,
+    problems: Vec<String>,
+}
+
+/// All of them.
+#[derive(Debug, Default)]
+pub struct Entries<'a> {
+    /// By namespace, the oldest first.
+    by_namespace: BTreeMap<&'a str, Vec<Entry<'a>>>,
+    /// Who has a host where several namespaces have one.
+    canonical: HashMap<String, &'a Key>,
+}
+
+impl<'a> Entries<'a> {
+    pub fn new(world: &'a World) -> Self {
+        if world.service_entries.is_empty() {
+            return Self::default();
+        }
+        let mut objects: Vec<_> = world.service_entries.iter().collect();
+        objects.sort_by_cached_key(|(_, object)| object.age());
+        let services: HashMap<String, &str> =
+            world.services.keys().map(|key| (world.hostname(key), &*key.namespace)).collect();
+        let mut this = Self::default();
+        let mut had: HashMap<(&str, String), &Key> = HashMap::new();
+        for (key, object) in objects {
+            let Ok(spec) = &object.spec else { continue };
+            let mut entry = Entry::new(key, object, spec);
+            entry.hosts.retain(|host| {
+                let by = match services.get(host) {
+                    Some(namespace) if *namespace == &*key.namespace => "a Service".to_owned(),
+                    _ => match had.insert((&key.namespace, host.clone()), key) {
+                        None => return true,
+                        // Listed twice.
+                        Some(other) if other == key => return false,
+                        Some(other) => {
+                            had.insert((&key.namespace, host.clone()), other);
+                            format!("ServiceEntry {}", other.name)
+                        }
+                    },
+                };
+                entry.problems.push(format!("hosts: {host:?} belongs to {by} of this namespace"));
+                false
+            });
+            for host in &entry.hosts {
+                if entry.visibility == Some(Visibility::Public) && !services.contains_key(host) {
+                    this.canonical.entry(host.clone()).or_insert(key);
+                }
+            }
+            this.by_namespace.entry(&key.namespace).or_default().push(entry);
+        }
+        this
+    }
+
+    /// The oldest first.
+    pub fn by_age(&self) -> Vec<&Entry<'a>> {
+        let mut all: Vec<&Entry<'a>> = self.by_namespace.values().flatten().collect();
+        all.sort_by_cached_key(|entry| entry.object.age());
+        all
+    }
+
+    /// Those that select what has these labels.
+    fn selecting<'s>(
+        &'s self,
+        namespace: &str,
+        labels: Option<&'s BTreeMap<String, String>>,
+    ) -> impl Iterator<Item = &'s Entry<'a>> {
+        let entries = self.by_namespace.get(namespace).into_iter().flatten();
+        entries.filter(move |entry| entry.selector().is_some_and(|wanted| matches_labels(wanted, labels)))
+    }
+}
+
+impl<'a> Entry<'a> {
+    fn new(key: &'a Key, object: &'a Object<ServiceEntrySpec>, spec: &'a ServiceEntrySpec) -> Self {
+        let mut problems = Vec::new();
+        let resolution = match spec.resolution.as_str() {
+            "" | "NONE" => Some(Resolution::None),
+            "STATIC" => Some(Resolution::Static),
+            "DNS" | "DNS_ROUND_ROBIN" => Some(Resolution::Dns),
+            other => {
+                problems.push(format!("resolution: {other} is not supported; the entry does nothing"));
+                None
+            }
+        };
+        if !matches!(spec.location.as_str(), "" | "MESH_EXTERNAL" | "MESH_INTERNAL") {
+            problems.push(format!("location: {:?} is not a known value", spec.location));
+        }
+        let has_endpoints = !spec.endpoints.is_empty();
+        let selects = spec.workload_selector.is_some();
+        if has_endpoints && selects {
+            problems.push("endpoints: left out, for there is a workloadSelector".into());
+        }
+        if spec.workload_selector.as_ref().is_some_and(|selector| selector.labels.is_empty()) {
+            problems.push("workloadSelector: without labels it selects nothing".into());
+        }
+        match resolution {
+            Some(Resolution::None) if has_endpoints || selects => {
+                problems.push("resolution: NONE goes where the client dials; endpoints are not used".into());
+            }
+            Some(Resolution::Static) if !has_endpoints && !selects => {
+                problems.push("endpoints: STATIC needs some, or a workloadSelector; connections are refused".into());
+            }
+            _ => {}
+        }
+        let implicit = resolution == Some(Resolution::Dns) && !has_endpoints && !selects;
+        let hosts = spec.hosts.iter().filter_map(|host| {
+            let host = host.to_ascii_lowercase();
+            let reason = match host.strip_prefix("*.") {
+                _ if resolution.is_none() => return None,
+                Some(_) if implicit => "a wildcard cannot be looked up; name endpoints",
+                rest if is_hostname(rest.unwrap_or(&host)) => return Some(host),
+                _ => "not a host name",
+            };
+            problems.push(format!("hosts: {host:?}: {reason}"));
+            None
+        });
+        let hosts = hosts.collect();
+        let vips = spec.addresses.iter().filter_map(|address| {
+            let parsed = address.parse::<IpNet>().or_else(|_| address.parse::<IpAddr>().map(IpNet::from));
+            parsed.map(|net| net.trunc()).map_err(|_| problems.push(format!("addresses: {address:?} is none"))).ok()
+        });
+        let vips = vips.collect();
+        let ports = spec.ports.iter().filter_map(|port| match port {
+            Lenient::Good(port) if port.number > 0 => {
+                if protocol(&port.protocol).is_none() {
+                    problems.push(format!("ports: protocol {:?} is not known; bytes are passed on", port.protocol));
+                }
+                Some(port)
+            }
+            Lenient::Good(_) => {
+                problems.push("ports: 0 is no port".into());
+                None
+            }
+            Lenient::Bad(reason) => {
+                problems.push(format!("ports: {reason}"));
+                None
+            }
+        });
+        let ports = ports.collect();
+        for name in spec.subject_alt_names.iter().filter(|name| !name.starts_with("spiffe://")) {
+            problems.push(format!("subjectAltNames: {name:?} is not a SPIFFE identity; nothing else is verified"));
+        }
+        let visibility = match &*spec.export_to {
+            [] => Some(Visibility::Public),
+            all if all.iter().any(|to| to == "*") => Some(Visibility::Public),
+            [none] if none == "~" => None,
+            some => {
+                let beyond: Vec<_> = some.iter().filter(|to| *to != "." && **to != *key.namespace).cloned().collect();
+                if !beyond.is_empty() {
+                    let beyond = beyond.join(", ");
+                    problems.push(format!("exportTo: only \".\" and \"*\" are supported; {beyond} does not see it"));
+                }
+                Some(Visibility::Namespace)
+            }
+        };
+        let opted_out = label(&object.meta, AUTO_ALLOCATE).is_some_and(|value| value.eq_ignore_ascii_case("false"));
+        let wants_addresses = spec.addresses.is_empty()
+            && !opted_out
+            && visibility.is_some()
+            && matches!(resolution, Some(Resolution::Static | Resolution::Dns));
+        Self { key, object, spec, resolution, hosts, vips, ports, wants_addresses, visibility, problems }
+    }
+
+    fn selector(&self) -> Option<&BTreeMap<String, String>> {
+        let is_used = !matches!(self.resolution, None | Some(Resolution::None));
+        let labels = &self.spec.workload_selector.as_ref()?.labels;
+        (is_used && !labels.is_empty()).then_some(labels)
+    }
+
+    /// The names of its services, with the ports of one endpoint behind each.
+    fn services(&self, hosts: &[String], named: &BTreeMap<String, u16>) -> BTreeMap<String, PortList> {
+        let ports: Vec<Port> = self
+            .ports
+            .iter()
+            .map(|port| port_of(port, named.get(&port.name).copied().filter(|own| *own > 0)))
+            .collect();
+        let service = |host: &String| (self.service_name(host), PortList { ports: ports.clone() });
+        hosts.iter().map(service).collect()
+    }
+
+    fn service_name(&self, host: &str) -> String {
+        format!("{}/{host}", self.key.namespace)
+    }
+}
+
+/// The names of services that select what has these labels, with its ports behind each.
+pub fn services_selecting(
+    entries: &Entries<'_>,
+    namespace: &str,
+    labels: Option<&BTreeMap<String, String>>,
+    named: &BTreeMap<String, u16>,
+) -> BTreeMap<String, PortList> {
+    entries.selecting(namespace, labels).flat_map(|entry| entry.services(&entry.hosts, named)).collect()
+}
+
+/// Emits all of them; returns what each service is bound to, by its name.
+pub fn translate(world: &World, entries: &Entries<'_>, out: &mut Translation) -> BTreeMap<String, (Key, Binding)> {
+    let all = entries.by_age();
+    let allocation = Allocation::new(&world.mesh.allocation, &all);
+    let mut bindings = BTreeMap::new();
+    for entry in all {
+        let binding = binding::resolve(world, &entry.object.meta, TrafficType::Service);
+        let mut problems = entry.problems.clone();
+        let mut addresses = Vec::new();
+        for host in &entry.hosts {
+            let Some(visibility) = entry.visibility else { continue };
+            let allocated = allocation.of(entry.key, host);
+            if allocation.exhausted.contains(&(entry.key, host.as_str())) {
+                problems.push(format!("hosts: no address is left for {host}"));
+            }
+            addresses.extend(allocated.iter().map(|ip| (host.clone(), *ip)));
+            // Told once it is written: nobody shall see an address that a restart could change.
+            let written: Vec<IpAddr> =
+                allocate::in_status(&entry.object.status, host).filter(|ip| allocated.contains(ip)).collect();
+            let is_canonical = entries.canonical.get(host).is_some_and(|key| *key == entry.key);
+            let message = Service {
+                name: entry.key.name.to_string(),
+                namespace: entry.key.namespace.to_string(),
+                hostname: host.clone(),
+                addresses: vips(world, entry, &written),
+                ports: entry.ports.iter().map(|port| port_of(port, None)).collect(),
+                subject_alt_names: spiffe_names(entry.spec),
+                waypoint: binding.address.clone(),
+                load_balancing: load_balancing(world, entry),
+                canonical: is_canonical,
+                ingress_use_waypoint: binding::ingress_uses_waypoint(world, &entry.object.meta),
+                visibility: visibility.into(),
+                ..Service::default()
+            };
+            let aliases = message.addresses.iter().map(|vip| alias(vip).into()).collect();
+            let name = entry.service_name(host);
+            let resource = Address { r#type: Some(address::Type::Service(message)) };
+            out.resources.push(address_resource(name.clone(), &resource, aliases));
+            // No Service has such a name.
+            bindings.insert(name, (Key::new(&*entry.key.namespace, format!("ServiceEntry/{host}")), binding.clone()));
+        }
+        if entry.visibility.is_some() && !entry.hosts.is_empty() {
+            endpoints(world, entry, out, &mut problems);
+        }
+        out.verdicts.push(verdict(entry, problems, &binding, addresses));
+    }
+    let unreadable = world.service_entries.iter().filter_map(|(key, object)| {
+        let reason = object.spec.as_ref().err()?;
+        let wanted = vec![Wanted::new(ACCEPTED, Status::False, "Invalid", format!("{reason}; the entry does nothing"))];
+        let report = Report::Conditions { owned: OWNED, wanted };
+        Some(Verdict { kind: Kind::ServiceEntry, key: key.clone(), generation: object.generation(), report })
+    });
+    out.verdicts.extend(unreadable);
+    bindings
+}
+
+fn vips(world: &World, entry: &Entry<'_>, allocated: &[IpAddr]) -> Vec<NetworkAddress> {
+    let network = world.network();
+    let own = entry.vips.iter().map(|net| {
+        let length = (net.prefix_len() < net.max_prefix_len()).then(|| u32::from(net.prefix_len()));
+        (net.addr(), length)
+    });
+    let all = own.chain(allocated.iter().map(|ip| (*ip, None)));
+    all.map(|(ip, length)| NetworkAddress { network: network.into(), address: address_bytes(ip), length }).collect()
+}
+
+/// `network/IP`, and for a range its length too.
+fn alias(vip: &NetworkAddress) -> String {
+    let ip = match (<[u8; 4]>::try_from(&*vip.address), <[u8; 16]>::try_from(&*vip.address)) {
+        (Ok(v4), _) => IpAddr::from(v4),
+        (_, Ok(v6)) => IpAddr::from(v6),
+        _ => return String::new(),
+    };
+    match vip.length {
+        Some(length) => format!("{}/{ip}/{length}", vip.network),
+        None => format!("{}/{ip}", vip.network),
+    }
+}
+
+fn spiffe_names(spec: &ServiceEntrySpec) -> Vec<String> {
+    spec.subject_alt_names.iter().filter(|name| name.starts_with("spiffe://")).cloned().collect()
+}
+
+fn load_balancing(world: &World, entry: &Entry<'_>) -> Option<LoadBalancing> {
+    use load_balancing::{HealthPolicy, Mode};
+    if entry.resolution == Some(Resolution::None) {
+        return Some(LoadBalancing {
+            mode: Mode::Passthrough.into(),
+            health_policy: HealthPolicy::AllowAll.into(),
+            ..LoadBalancing::default()
+        });
+    }
+    let of_namespace = || annotation(&world.namespace(&entry.key.namespace)?.metadata, TRAFFIC_DISTRIBUTION);
+    let (mode, scopes) = distributed(annotation(&entry.object.meta, TRAFFIC_DISTRIBUTION).or_else(of_namespace));
+    (mode != Mode::UnspecifiedMode).then(|| LoadBalancing {
+        routing_preference: scopes.iter().map(|scope| i32::from(*scope)).collect(),
+        mode: mode.into(),
+        ..LoadBalancing::default()
+    })
+}
+
+/// The endpoints it lists; by DNS and without any, each host is its own.
+fn endpoints(world: &World, entry: &Entry<'_>, out: &mut Translation, problems: &mut Vec<String>) {
+    if matches!(entry.resolution, None | Some(Resolution::None)) || entry.spec.workload_selector.is_some() {
+        return;
+    }
+    let uid =
+        |address: &str| format!("{}/{}/ServiceEntry/{}/{address}", world.mesh.cluster_id, networking::GROUP, entry.key);
+    let mut emit = |uid: String, spec: &WorkloadEntrySpec, hosts: &[String]| {
+        let services = entry.services(hosts, &spec.ports);
+        let endpoint = Endpoint { uid, spec: spec.clone(), services, ..Endpoint::default() };
+        let by_name = entry.resolution == Some(Resolution::Dns);
+        workload_entry::resource(world, &entry.object.meta, &endpoint, by_name)
+            .map(|resource| out.resources.push(resource))
+    };
+    if entry.spec.endpoints.is_empty() && entry.resolution == Some(Resolution::Dns) {
+        for host in &entry.hosts {
+            let spec = WorkloadEntrySpec { address: host.clone(), ..WorkloadEntrySpec::default() };
+            // A host name is always an address.
+            let _ = emit(uid(host), &spec, std::slice::from_ref(host));
+        }
+    }
+    let mut times: HashMap<&str, u32> = HashMap::new();
+    for endpoint in &entry.spec.endpoints {
+        let outcome = match endpoint {
+            Lenient::Good(spec) => {
+                let count = times.entry(&spec.address).or_default();
+                *count += 1;
+                // The same address again, with other ports.
+                let again = if *count > 1 { format!("/{count}") } else { String::new() };
+                emit(uid(&spec.address) + &again, spec, &entry.hosts)
+            }
+            Lenient::Bad(reason) => Err(reason.clone()),
+        };
+        problems.extend(outcome.err().map(|reason| format!("endpoints: {reason}")));
+    }
+}
+
+fn verdict(entry: &Entry<'_>, problems: Vec<String>, binding: &Binding, addresses: Vec<(String, IpAddr)>) -> Verdict {
+    let accepted = match (problems.is_empty(), entry.hosts.is_empty()) {
+        (true, false) => Wanted::new(ACCEPTED, Status::True, "Accepted", "all of it is enforced"),
+        (true, true) => Wanted::new(ACCEPTED, Status::False, "Invalid", "hosts: there is none"),
+        (false, false) => Wanted::new(ACCEPTED, Status::True, "PartiallyInvalid", problems.join("; ")),
+        (false, true) => Wanted::new(ACCEPTED, Status::False, "Invalid", problems.join("; ")),
+    };
+    let (reason, message) = match entry.visibility {
+        Some(Visibility::Public) => ("Public", "every namespace sees it"),
+        Some(Visibility::Namespace) => ("Namespace", "only its own namespace sees it"),
+        None => ("Nobody", "nobody sees it (exportTo: ~)"),
+    };
+    let wanted = [accepted, Wanted::new(VISIBILITY, Status::True, reason, message)];
+    Verdict {
+        kind: Kind::ServiceEntry,
+        key: entry.key.clone(),
+        generation: entry.object.generation(),
+        report: Report::Addressed {
+            owned: OWNED,
+            wanted: wanted.into_iter().chain(binding.condition.clone()).collect(),
+            addresses,
+        },
+    }
+}
+
+fn port_of(port: &networking::Port, own: Option<u16>) -> Port {
+    let target = own.or(Some(port.target_port).filter(|target| *target > 0)).unwrap_or(port.number);
+    Port {
+        service_port: port.number.into(),
+        target_port: target.into(),
+        app_protocol: protocol(&port.protocol).unwrap_or(AppProtocol::Unknown).into(),
+    }
+}
+
+/// An empty one says nothing, which is known too.
+fn protocol(text: &str) -> Option<AppProtocol> {
+    if text.is_empty() { Some(AppProtocol::Unknown) } else { app_protocol_named(text) }
+}
+
+/// Letters, digits, hyphens and underscores between dots (RFC 1123, and what DNS is used for beside).
+pub fn is_hostname(text: &str) -> bool {
+    let is_label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && label.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'))
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    text.len() <= 253 && text.split('.').all(is_label) && text.parse::<IpAddr>().is_err()
+}

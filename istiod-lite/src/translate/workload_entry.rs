@@ -1,0 +1,153 @@
+//! WorkloadEntries, and endpoints that ServiceEntries list, as the mesh's workloads.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use mesh_proto::workload::{
+    Address, GatewayAddress, Locality, PortList, TunnelProtocol, Workload, WorkloadStatus, WorkloadType, address,
+};
+
+use super::binding::{self, TrafficType};
+use super::service_entry::{self, is_hostname};
+use super::verdict::{Kind, Report, Status, Verdict, Wanted};
+use super::workload::{self, NATIVE_TUNNEL, elide};
+use super::world::{View, World};
+use super::{address_bytes, address_resource};
+use crate::resources::Resource;
+use crate::types::networking::{self, WorkloadEntrySpec};
+use crate::types::{Key, Object, annotation};
+
+const OWNED: &[&str] = &[service_entry::ACCEPTED, "istio.io/WaypointBound"];
+/// `true`: the condition `Healthy` says whether the workload may receive connections.
+const HEALTH_CHECKED: &str = "proxy.istio.io/health-checks-enabled";
+
+/// One endpoint and what is known around it.
+#[derive(Debug, Default)]
+pub struct Endpoint {
+    pub uid: String,
+    pub spec: WorkloadEntrySpec,
+    pub services: BTreeMap<String, PortList>,
+    pub is_unhealthy: bool,
+    pub policies: Vec<String>,
+    pub waypoint: Option<GatewayAddress>,
+}
+
+/// Labels of the object and of the workload, the latter's first.
+pub fn labels(object: &Object<WorkloadEntrySpec>) -> BTreeMap<String, String> {
+    let mut labels = object.meta.labels.clone().unwrap_or_default();
+    if let Ok(spec) = &object.spec {
+        labels.extend(spec.labels.clone());
+    }
+    labels
+}
+
+/// The services that select it, its ports behind each.
+pub fn services(view: &View<'_>, object: &Object<WorkloadEntrySpec>) -> BTreeMap<String, PortList> {
+    let Ok(spec) = &object.spec else { return BTreeMap::new() };
+    let labels = labels(object);
+    let mut services = workload::services_of_labels(view, object.namespace(), &labels, &spec.ports);
+    let selecting = service_entry::services_selecting(&view.entries, object.namespace(), Some(&labels), &spec.ports);
+    services.extend(selecting);
+    services
+}
+
+/// The workload of a WorkloadEntry, and what became of the object.
+pub fn translate(
+    view: &View<'_>,
+    key: &Key,
+    object: &Object<WorkloadEntrySpec>,
+    policies: Vec<String>,
+) -> (Option<Resource>, Verdict) {
+    let world = view.world;
+    let (resource, wanted) = match &object.spec {
+        Err(reason) => (None, vec![invalid(reason)]),
+        Ok(spec) => {
+            let binding = binding::resolve(world, &object.meta, TrafficType::Workload);
+            let endpoint = Endpoint {
+                uid: format!("{}/{}/WorkloadEntry/{key}", world.mesh.cluster_id, networking::GROUP),
+                spec: spec.clone(),
+                services: services(view, object),
+                is_unhealthy: !is_healthy(object),
+                policies,
+                waypoint: binding.address,
+            };
+            match resource(world, &object.meta, &endpoint, true) {
+                Ok(resource) => {
+                    let accepted =
+                        Wanted::new(service_entry::ACCEPTED, Status::True, "Accepted", "all of it is enforced");
+                    (Some(resource), [accepted].into_iter().chain(binding.condition).collect())
+                }
+                Err(reason) => (None, vec![invalid(&reason)]),
+            }
+        }
+    };
+    let report = Report::Conditions { owned: OWNED, wanted };
+    (resource, Verdict { kind: Kind::WorkloadEntry, key: key.clone(), generation: object.generation(), report })
+}
+
+fn invalid(reason: &str) -> Wanted {
+    Wanted::new(service_entry::ACCEPTED, Status::False, "Invalid", format!("{reason}; it is not known to the mesh"))
+}
+
+/// The workload that `meta`'s object lists; an error says why there is none. `by_name`: its address may be a host name.
+pub fn resource(world: &World, meta: &ObjectMeta, endpoint: &Endpoint, by_name: bool) -> Result<Resource, String> {
+    let Endpoint { uid, spec, services, is_unhealthy, policies, waypoint } = endpoint;
+    let (addresses, hostname) = match spec.address.parse::<IpAddr>() {
+        Ok(ip) => (vec![ip], String::new()),
+        Err(_) if spec.address.is_empty() => return Err("address: there is none".into()),
+        Err(_) if spec.address.starts_with("unix://") => return Err("address: sockets are not supported".into()),
+        Err(_) if !is_hostname(&spec.address) => {
+            return Err(format!("address: {:?} is neither an IP address nor a host name", spec.address));
+        }
+        Err(_) if !by_name => return Err(format!("address: {:?} needs resolution DNS", spec.address)),
+        Err(_) => (Vec::new(), spec.address.to_ascii_lowercase()),
+    };
+    let key = Key::of(meta);
+    let mut labels = meta.labels.clone().unwrap_or_default();
+    labels.extend(spec.labels.clone());
+    let first = |keys: &[&str]| keys.iter().find_map(|key| labels.get(*key)).cloned();
+    // Only who says so itself: nobody captures it.
+    let native_tunnel = labels.get(NATIVE_TUNNEL).is_some_and(|value| value == "http");
+    let network = if spec.network.is_empty() { world.network() } else { &spec.network };
+    let mut place = spec.locality.split('/').map(str::to_owned);
+    let mut next = || place.next().unwrap_or_default();
+    let locality = Locality { region: next(), zone: next(), subzone: next() };
+    let aliases = addresses.iter().map(|ip| format!("{network}/{ip}").into()).collect();
+    let message = Workload {
+        uid: uid.clone(),
+        name: key.name.to_string(),
+        namespace: key.namespace.to_string(),
+        addresses: addresses.into_iter().map(address_bytes).collect(),
+        hostname,
+        network: network.to_owned(),
+        tunnel_protocol: if native_tunnel { TunnelProtocol::Hbone } else { TunnelProtocol::None }.into(),
+        trust_domain: elide(&world.mesh.trust_domain, "cluster.local"),
+        service_account: elide(&spec.service_account, "default"),
+        waypoint: waypoint.clone(),
+        canonical_name: first(&["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"])
+            .unwrap_or_else(|| key.name.to_string()),
+        canonical_revision: first(&["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"])
+            .unwrap_or_else(|| "latest".into()),
+        workload_type: WorkloadType::Pod.into(),
+        workload_name: key.name.to_string(),
+        native_tunnel,
+        authorization_policies: policies.clone(),
+        status: if *is_unhealthy { WorkloadStatus::Unhealthy } else { WorkloadStatus::Healthy }.into(),
+        cluster_id: world.mesh.cluster_id.clone(),
+        services: services.clone(),
+        locality: (locality != Locality::default()).then_some(locality),
+        capacity: (spec.weight > 0).then_some(spec.weight),
+        ..Workload::default()
+    };
+    let address = Address { r#type: Some(address::Type::Workload(message)) };
+    Ok(address_resource(uid.clone(), &address, aliases))
+}
+
+fn is_healthy(object: &Object<WorkloadEntrySpec>) -> bool {
+    if annotation(&object.meta, HEALTH_CHECKED) != Some("true") {
+        return true;
+    }
+    let conditions = object.status["conditions"].as_array().into_iter().flatten();
+    conditions.into_iter().any(|condition| condition["type"] == "Healthy" && condition["status"] == "True")
+}

@@ -1,0 +1,339 @@
+//! Keeps enrolled pods captured: sees what was changed behind our back, and puts it back.
+//!
+//! ```text
+//!   rules, routes, links, addresses    the kernel says so, in a netlink socket of each namespace ─┐
+//!   sysctls, sk_lookup, listeners      nobody says so: looked at, for all pods, once each LOOK  ──┴─► doubt ─► repair
+//! ```
+//! One small task for each pod and no thread. What is idle costs a few system calls per pod and LOOK, without a change
+//! of namespace. The first repair comes at once, since until then captured connections have lost their way; after that
+//! a pod gets one each PACE at most, so that somebody who fights with us costs little. Our own changes come back as
+//! news; the look that follows finds nothing to repair, which ends it.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
+
+use ebpf_loader::{Capture, LoadError, Slot};
+use mesh::drain::DrainWatcher;
+use rtnetlink::sys::protocols::NETLINK_ROUTE;
+use rtnetlink::sys::{Socket, SocketAddr};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, MissedTickBehavior};
+
+use super::backend::Backend;
+use super::netns::Netns;
+use super::pod::LocalPod;
+use super::routing::{self, Dns, Part};
+use super::sysctl::Sysctls;
+use super::tenure::Tenure;
+use super::{EnrolError, Registry};
+
+/// How often what the kernel does not tell is looked at. A repair shall come within a second.
+const LOOK: Duration = Duration::from_millis(800);
+/// Shortest time between two repairs of one pod, and while somebody fights with us.
+const PACE: Duration = Duration::from_millis(100);
+const PACE_IN_FIGHT: Duration = Duration::from_millis(500);
+/// What could not be repaired is tried again after this.
+const RETRY: Duration = Duration::from_secs(1);
+/// Without any news a pod is looked at all the same.
+const DISTRUST: Duration = Duration::from_secs(300);
+/// So many repairs of a pod within [`CALM`] of each other are a fight, which is told once.
+const FIGHT: u32 = 10;
+const CALM: Duration = Duration::from_secs(10);
+/// Messages that are thrown away in one go; who makes more of them waits.
+const HANDFUL: usize = 256;
+
+/// Bits of `RTMGRP_*`: links, addresses and routes of both families, and their rules.
+const GROUPS: u32 = 1 | 0x10 | 0x100 | 0x40 | 0x400 | 0x80 | (1 << (19 - 1));
+
+/// What is needed to put a pod's capture back, kept with the pod.
+#[derive(Debug, Default)]
+pub struct Kept {
+    /// One listener of each slot, for a slot that was emptied. Closed with the drain.
+    listeners: Mutex<Vec<(Slot, OwnedFd)>>,
+    sysctls: OnceLock<Sysctls>,
+    /// Held while rules and routes are changed, so that nobody repairs half of a change of ours.
+    routing: tokio::sync::Mutex<()>,
+    doubt: Notify,
+}
+
+impl Kept {
+    /// Remembers a listener that is in the kernel's map.
+    pub fn add_listener(&self, slot: Slot, listener: OwnedFd) {
+        self.listeners().push((slot, listener));
+    }
+
+    /// Nobody will accept any more: a listener that stays open would let connections wait for ever.
+    pub fn close_listeners(&self) {
+        self.listeners().clear();
+    }
+
+    fn listeners(&self) -> std::sync::MutexGuard<'_, Vec<(Slot, OwnedFd)>> {
+        self.listeners.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The task that keeps one pod; ends when dropped.
+#[derive(Debug)]
+pub struct Keeping(JoinHandle<()>);
+
+impl Drop for Keeping {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Puts things in place and back.
+pub struct Keeper {
+    capture: Arc<Capture>,
+    proc_root: PathBuf,
+    tenure: Arc<Tenure>,
+}
+
+impl Keeper {
+    #[must_use]
+    pub const fn new(capture: Arc<Capture>, proc_root: PathBuf, tenure: Arc<Tenure>) -> Self {
+        Self { capture, proc_root, tenure }
+    }
+
+    /// Makes the pod's marked packets go to lo, for the first time or after its addresses or options have changed.
+    ///
+    /// # Errors
+    /// The step that was refused.
+    pub async fn route(&self, pod: &LocalPod) -> Result<BTreeSet<Part>, EnrolError> {
+        let _alone = pod.kept.routing.lock().await;
+        let sysctls = self.sysctls(pod)?;
+        let dns = if pod.dns.is_captured() { Dns::Captured } else { Dns::Direct };
+        Ok(routing::ensure(&pod.netns, sysctls, &pod.addresses(), dns).await?)
+    }
+
+    /// Takes back what [`Self::route`] did; sysctls become what they were before the first ztunnel came.
+    ///
+    /// # Errors
+    /// The step that was refused.
+    pub async fn unroute(&self, pod: &LocalPod) -> Result<(), EnrolError> {
+        let _alone = pod.kept.routing.lock().await;
+        let found = self.capture.remember(pod.cookie, 0)?;
+        routing::remove(&pod.netns, self.sysctls(pod)?, found).await?;
+        Ok(self.capture.forget_found(pod.cookie)?)
+    }
+
+    fn sysctls<'a>(&self, pod: &'a LocalPod) -> Result<&'a Sysctls, EnrolError> {
+        if let Some(sysctls) = pod.kept.sysctls.get() {
+            return Ok(sysctls);
+        }
+        let sysctls = Sysctls::open(&pod.netns, &self.proc_root)?;
+        self.capture.remember(pod.cookie, sysctls.found()?)?;
+        Ok(pod.kept.sysctls.get_or_init(|| sysctls))
+    }
+
+    /// Begins to keep a pod that is enrolled. Ends with what is returned.
+    pub fn keep(self: &Arc<Self>, pod: &Arc<LocalPod>) -> Keeping {
+        let (this, pod) = (self.clone(), pod.clone());
+        // Ended by the drop of `Keeping`.
+        Keeping(tokio::spawn(async move { this.run(&pod).await }))
+    }
+
+    async fn run(&self, pod: &LocalPod) {
+        let (name, namespace) = (&pod.name, &pod.namespace);
+        let news = match News::open(&pod.netns) {
+            Ok(news) => Some(news),
+            Err(error) => {
+                tracing::warn!(pod = %name, %namespace, %error, "changes of a pod's routing will not be seen");
+                None
+            }
+        };
+        let mut fight = Fight::default();
+        let mut failing = false;
+        // What happened before we listened.
+        pod.kept.doubt.notify_one();
+        loop {
+            tokio::select! {
+                () = News::next(news.as_ref()) => {}
+                () = pod.kept.doubt.notified() => {}
+                () = tokio::time::sleep(if failing { RETRY } else { DISTRUST }) => {}
+            }
+            // Two that repair would fight with each other.
+            if self.tenure.is_lost() {
+                return;
+            }
+            // Whatever comes from now on is seen by the next turn.
+            if let Some(news) = &news {
+                news.drain();
+            }
+            match self.repair(pod).await {
+                Ok(parts) if parts.is_empty() => failing = false,
+                Ok(parts) => {
+                    failing = false;
+                    for part in &parts {
+                        metrics::counter!("ztunnel_capture_repairs_total", "what" => part.as_str()).increment(1);
+                    }
+                    let parts: Vec<_> = parts.iter().map(|part| part.as_str()).collect();
+                    match fight.repaired(Instant::now()) {
+                        Told::Repair => tracing::info!(pod = %name, %namespace, ?parts, "repaired a pod's capture"),
+                        Told::Fight => {
+                            tracing::warn!(pod = %name, %namespace, ?parts, "something undoes the pod's capture again and again");
+                        }
+                        Told::Nothing => {}
+                    }
+                }
+                Err(error) => {
+                    if !std::mem::replace(&mut failing, true) {
+                        tracing::warn!(pod = %name, %namespace, %error, "repairing a pod's capture");
+                    }
+                }
+            }
+            tokio::time::sleep(if fight.is_on() { PACE_IN_FIGHT } else { PACE }).await;
+        }
+    }
+
+    async fn repair(&self, pod: &LocalPod) -> Result<BTreeSet<Part>, EnrolError> {
+        let mut parts = self.route(pod).await?;
+        if !self.capture.is_attached(pod.cookie)? {
+            self.capture.attach_netns(pod.netns.file())?;
+            parts.insert(Part::Steering);
+        }
+        let listening = self.capture.listening()?;
+        for (slot, listener) in pod.kept.listeners().iter() {
+            if !listening.contains(&(pod.cookie, *slot)) {
+                self.capture.set_listener(pod.cookie, *slot, listener.as_fd())?;
+                parts.insert(Part::Listener);
+            }
+        }
+        Ok(parts)
+    }
+
+    /// Looks at what the kernel does not tell, of all pods of `registry` that are kept, until the drain begins.
+    pub async fn look(self: Arc<Self>, registry: Arc<Registry>, drain: DrainWatcher) {
+        let mut ticks = tokio::time::interval(LOOK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                _ = ticks.tick() => {}
+                () = drain.draining() => return,
+            }
+            if let Err(error) = self.doubt(&registry) {
+                tracing::warn!(%error, "reading the capture state");
+            }
+        }
+    }
+
+    fn doubt(&self, registry: &Registry) -> Result<(), LoadError> {
+        let is_kept = |pod: &Arc<LocalPod>| pod.backend == Backend::Ebpf && !pod.superseded.load(Ordering::Relaxed);
+        let pods: Vec<_> = registry.pods().into_iter().filter(is_kept).collect();
+        if pods.is_empty() || self.tenure.is_lost() {
+            return Ok(());
+        }
+        let listening = self.capture.listening()?;
+        for pod in pods {
+            let kept = &pod.kept;
+            let heard = kept.listeners().iter().all(|(slot, _)| listening.contains(&(pod.cookie, *slot)));
+            let set = kept.sysctls.get().is_none_or(Sysctls::are_set);
+            if !(heard && set && self.capture.is_attached(pod.cookie)?) {
+                // Nobody waits for it once the pod is leaving.
+                kept.doubt.notify_one();
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Tells a fight from an accident.
+#[derive(Default)]
+struct Fight {
+    repairs: u32,
+    last: Option<Instant>,
+}
+
+/// What the log is told of a repair.
+#[derive(Debug, PartialEq, Eq)]
+enum Told {
+    Repair,
+    Fight,
+    Nothing,
+}
+
+impl Fight {
+    /// There was a repair at this moment.
+    fn repaired(&mut self, now: Instant) -> Told {
+        if self.last.is_none_or(|last| now - last > CALM) {
+            self.repairs = 0;
+        }
+        self.last = Some(now);
+        self.repairs = self.repairs.saturating_add(1);
+        match self.repairs {
+            ..FIGHT => Told::Repair,
+            FIGHT => Told::Fight,
+            _ => Told::Nothing,
+        }
+    }
+
+    const fn is_on(&self) -> bool {
+        self.repairs >= FIGHT
+    }
+}
+
+/// What the kernel tells of the rules, routes, links and addresses of one namespace.
+struct News(AsyncFd<Socket>);
+
+impl News {
+    fn open(netns: &Netns) -> io::Result<Self> {
+        let socket = netns.enter(|| {
+            let mut socket = Socket::new(NETLINK_ROUTE)?;
+            socket.set_non_blocking(true)?;
+            socket.bind(&SocketAddr::new(0, GROUPS))?;
+            Ok(socket)
+        })?;
+        Ok(Self(AsyncFd::register(socket)?))
+    }
+
+    /// Returns when there is some. Without a socket there never is.
+    async fn next(news: Option<&Self>) {
+        let Some(news) = news else { return std::future::pending().await };
+        // Registered for as long as this runtime lives.
+        if news.0.readable().await.is_err() {
+            std::future::pending().await
+        }
+    }
+
+    /// Throws away what has come: a look at everything follows. Too much of it is no error either.
+    fn drain(&self) {
+        for _ in 0..HANDFUL {
+            // Truncated: what it says does not matter.
+            let mut message = [0_u8; 16];
+            let read = self.0.try_io(tokio::io::Interest::READABLE, |socket| socket.recv(&mut &mut message[..], 0));
+            match read {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                // ENOBUFS: the kernel had more to tell than fits.
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
+                Err(_) => return,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fight_is_told_once_and_again_after_a_calm() {
+        let mut fight = Fight::default();
+        let start = Instant::now();
+        let mut fights = |at: u64, repairs: u32| -> usize {
+            let moments = (0..repairs).map(|n| start + Duration::from_secs(at) + PACE * n);
+            moments.filter(|now| fight.repaired(*now) == Told::Fight).count()
+        };
+        assert_eq!(fights(0, FIGHT - 1), 0, "accidents");
+        assert_eq!(fights(2, 50), 1, "a fight");
+        assert_eq!(fights(60, FIGHT - 1), 0, "a calm in between");
+        assert_eq!(fights(62, 1), 1);
+    }
+}

@@ -1,0 +1,11 @@
+//! ztunnels fed from files, and what an application and somebody on the wire see of the mesh.
+//!
+//! Needs root, the BPF programs and some programs of a Linux system. Where one is missing a test says so and passes,
+//! unless `LAB=required`.
+
+#![forbid(unsafe_code)]
+
+mod life;
+mod repair;
+mod support;
+mod two_nodes;
