@@ -89,11 +89,7 @@ fn config_dump(shared: &Shared, registry: &Registry, generations: &Generations) 
     dump.insert("certificates".into(), serde_json::json!(shared.certs.snapshot()));
     dump.insert("config".into(), shared.config.dump());
     dump.insert("workloadState".into(), registry.dump());
-<<<<<<< HEAD
-    dump.insert("version".into(), serde_json::json!({ "version": crate::VERSION }));
-=======
     dump.insert("generations".into(), serde_json::json!(generations.list()));
-    dump.insert("version".into(), serde_json::json!({ "version": env!("CARGO_PKG_VERSION") }));
->>>>>>> main
+    dump.insert("version".into(), serde_json::json!({ "version": crate::VERSION }));
     serde_json::Value::Object(dump)
 }
