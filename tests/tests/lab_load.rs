@@ -33,7 +33,7 @@ fn joining_and_leaving_the_mesh_fails_no_new_connection_and_loses_no_open_one() 
 }
 
 #[test]
-fn no_new_connection_fails_while_ztunnels_are_upgraded() -> Result<()> {
+fn an_upgrade_fails_no_new_connection_and_loses_no_open_one() -> Result<()> {
     play(Act::Upgrade).map(drop)
 }
 

@@ -108,7 +108,7 @@ impl Act {
 
     /// Whether connections from before must live on.
     fn keeps_open_ones(self) -> bool {
-        self == Act::Enrol
+        matches!(self, Act::Enrol | Act::Upgrade)
     }
 }
 
