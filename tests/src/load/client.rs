@@ -134,7 +134,7 @@ async fn drive(options: &Options) -> Result<Tally> {
     tokio::select! {
         all = opened.wait_for(|open| *open >= options.long) => { all?; }
         () = sleep(Duration::from_secs(60)) => bail!("only {} of {} long-lived connections came up: {:?}",
-            shared.open.borrow(), options.long, Tally::by_kind(&shared.tally().losses)),
+            *shared.open.borrow(), options.long, Tally::by_kind(&shared.tally().losses)),
         _ = terminate.recv() => bail!("ended before all connections were open"),
     }
     println!("{READY}");
@@ -263,12 +263,7 @@ async fn keep(shared: Shared, flow: Flow, n: u32, options: Options) {
         let mut stream = match open(&flow).await {
             Ok(stream) => stream,
             Err(trouble) => {
-                // A new connection like any other.
-                let mut tally = shared.tally();
-                tally.opened += 1;
-                tally.failed += 1;
-                tell(&mut tally.failures, &flow, begun, trouble);
-                drop(tally);
+                never_open(&shared, &flow, begun, trouble);
                 sleep(AGAIN).await;
                 continue;
             }
@@ -287,6 +282,14 @@ async fn keep(shared: Shared, flow: Flow, n: u32, options: Options) {
             }
         }
     }
+}
+
+/// A new connection like any other.
+fn never_open(shared: &Shared, flow: &Flow, begun_ms: u64, trouble: Trouble) {
+    let mut tally = shared.tally();
+    tally.opened += 1;
+    tally.failed += 1;
+    tell(&mut tally.failures, flow, begun_ms, trouble);
 }
 
 fn lose(shared: &Shared, flow: &Flow, trouble: Trouble) {
