@@ -121,9 +121,9 @@ pub fn measure(places: &Places, id: &str, options: &Options, interrupt: &Interru
     let pid = ztunnel.main()?.pid;
     let (before, slab) = (memory(pid)?, slab_kib()?);
 
+    let enabled = |pod: &Pod| pod.annotations().get(ANNOTATION).is_some_and(|value| value == "enabled");
     let began = Instant::now();
     let labelled = std::thread::scope(|scope| {
-        let enabled = |pod: &Pod| pod.annotations().get(ANNOTATION).is_some_and(|value| value == "enabled");
         let all = scope.spawn(|| {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             runtime.block_on(until(&kubeconfig, count, UP, enabled))?;
