@@ -20,8 +20,7 @@ use std::time::Duration;
 use ebpf_loader::{Capture, LoadError, Slot};
 use mesh::drain::DrainWatcher;
 use rtnetlink::sys::protocols::NETLINK_ROUTE;
-use rtnetlink::sys::{Socket, SocketAddr};
-use tokio::io::unix::AsyncFd;
+use rtnetlink::sys::{AsyncSocket, SocketAddr, TokioSocket};
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior};
@@ -280,38 +279,30 @@ impl Fight {
 }
 
 /// What the kernel tells of the rules, routes, links and addresses of one namespace.
-struct News(AsyncFd<Socket>);
+struct News(TokioSocket);
 
 impl News {
     fn open(netns: &Netns) -> io::Result<Self> {
         let socket = netns.enter(|| {
-            let mut socket = Socket::new(NETLINK_ROUTE)?;
-            socket.set_non_blocking(true)?;
-            socket.bind(&SocketAddr::new(0, GROUPS))?;
+            let mut socket = TokioSocket::new(NETLINK_ROUTE)?;
+            socket.socket_mut().bind(&SocketAddr::new(0, GROUPS))?;
             Ok(socket)
         })?;
-        Ok(Self(AsyncFd::register(socket)?))
+        Ok(Self(socket))
     }
 
     /// Returns when there is some. Without a socket there never is.
     async fn next(news: Option<&Self>) {
         let Some(news) = news else { return std::future::pending().await };
-        // Registered for as long as this runtime lives.
-        if news.0.readable().await.is_err() {
-            std::future::pending().await
-        }
+        // What the message says does not matter, nor that the kernel had more to tell than fits (ENOBUFS).
+        let _ = std::future::poll_fn(|context| news.0.poll_recv(context, &mut &mut [0_u8; 16][..])).await;
     }
 
     /// Throws away what has come: a look at everything follows. Too much of it is no error either.
     fn drain(&self) {
         for _ in 0..HANDFUL {
-            // Truncated: what it says does not matter.
-            let mut message = [0_u8; 16];
-            let read = self.0.try_io(tokio::io::Interest::READABLE, |socket| socket.recv(&mut &mut message[..], 0));
-            match read {
+            match self.0.socket_ref().recv(&mut &mut [0_u8; 16][..], 0) {
                 Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                // ENOBUFS: the kernel had more to tell than fits.
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
                 Err(_) => return,
             }

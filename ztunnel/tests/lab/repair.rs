@@ -1,5 +1,6 @@
 //! A pod with NET_ADMIN breaks its own capture: what is put back, how soon, and what got out meanwhile.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use crate::support::*;
@@ -85,13 +86,9 @@ fn what_a_pod_breaks_of_its_capture_is_put_back_and_counted() {
     assert!(!marker && ports.iter().all(|port| *port == 15008), "{ports:?}");
 
     // Our own repairs are no reason for more.
-    let repairs = || {
+    let repairs = || -> BTreeSet<String> {
         let metrics = lab.http('a', 15020, "/metrics");
-        metrics
-            .lines()
-            .filter(|l| l.starts_with("ztunnel_capture_repairs_total"))
-            .map(str::to_owned)
-            .collect::<Vec<_>>()
+        metrics.lines().filter(|l| l.starts_with("ztunnel_capture_repairs_total")).map(str::to_owned).collect()
     };
     let before = repairs();
     let looked = Instant::now();

@@ -167,7 +167,7 @@ impl Lab {
             let protocol = if *pod == mesh.left { "TCP" } else { "HBONE" };
             writeln!(
                 text,
-                r#"- {{uid: "Kubernetes//Pod/shop/{pod}", name: {pod}, namespace: shop, serviceAccount: {pod}, workloadIps: ["{v4}", "{v6}"], protocol: {protocol}, canonicalName: the-{pod}, services: {{{serves}}}}}"#
+                r#"- {{uid: "Kubernetes//Pod/shop/{pod}", name: {pod}, namespace: shop, serviceAccount: {pod}, workloadIps: ["{v4}", "{v6}"], protocol: {protocol}, services: {{{serves}}}}}"#
             )
             .expect(told);
         }
