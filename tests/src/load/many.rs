@@ -21,7 +21,7 @@ use super::watch::Watch;
 use crate::bench::interrupt::Interrupt;
 use crate::bench::report::{self, Better, Budget, Machine, Report, Round, Row};
 use crate::bench::serve;
-use crate::bench::usage::Sample;
+use crate::bench::usage::{self, Sample};
 use crate::cluster::api;
 use crate::places::Places;
 use crate::topology::Netns;
@@ -118,8 +118,8 @@ pub fn measure(places: &Places, id: &str, options: &Options, interrupt: &Interru
 
     let ztunnel = cluster.session.pods().into_iter().find(|pod| pod.node == NODE && pod.name.starts_with("ztunnel"));
     let ztunnel = ztunnel.context("no ztunnel on the node")?;
-    let pid = ztunnel.main()?.pid;
-    let (before, slab) = (memory(pid)?, slab_kib()?);
+    let cgroup = ztunnel.main()?.cgroup.clone();
+    let (before, slab) = (memory(&cgroup)?, slab_kib()?);
 
     let enabled = |pod: &Pod| pod.annotations().get(ANNOTATION).is_some_and(|value| value == "enabled");
     let began = Instant::now();
@@ -135,9 +135,8 @@ pub fn measure(places: &Places, id: &str, options: &Options, interrupt: &Interru
     let enrolled = labelled.context("pods to be enrolled")?;
 
     idle(Duration::from_secs(6), interrupt)?;
-    let (after, slab_after) = (memory(pid)?, slab_kib()?);
+    let (after, slab_after) = (memory(&cgroup)?, slab_kib()?);
     // CPU of the ztunnel's own cgroup; of the rest of the lab, only that it is the lab's.
-    let cgroup = ztunnel.main()?.cgroup.clone();
     let first = Sample::take(&cluster.session.record.cgroup, std::slice::from_ref(&cgroup))?;
     let window = Instant::now();
     idle(Duration::from_secs(options.secs), interrupt)?;
@@ -205,10 +204,14 @@ async fn until(kubeconfig: &Path, count: usize, deadline: Duration, wanted: impl
     }
 }
 
-/// Resident and proportional memory in KiB.
-fn memory(pid: u32) -> Result<(u64, u64)> {
-    let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
-    Ok((field(&text, "Rss:")?, field(&text, "Pss:")?))
+/// Resident and proportional memory in KiB of all processes of a container.
+fn memory(cgroup: &Path) -> Result<(u64, u64)> {
+    let mut total = (0, 0);
+    for pid in usage::processes(cgroup)? {
+        let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+        total = (total.0 + field(&text, "Rss:")?, total.1 + field(&text, "Pss:")?);
+    }
+    Ok(total)
 }
 
 fn slab_kib() -> Result<u64> {
