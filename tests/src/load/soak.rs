@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use clap::{Args, ValueEnum};
 use nix::sys::signal::Signal;
 
@@ -206,13 +206,17 @@ pub fn run(options: &Options) -> Result<()> {
 /// # Errors
 /// When the stage or the load breaks; what the load saw is in the verdict.
 pub fn play(places: &Places, id: &str, act: Act, scale: &Scale) -> Result<Verdict> {
-    for program in ["bench", "ztunnel", "istiod-lite", "lab"] {
-        let path = places.binaries.join(program);
-        ensure!(path.exists(), "{} is missing: run `cargo xtask build`", path.display());
-    }
+    let present = |programs: &[&str]| {
+        let missing = programs.iter().find(|program| !places.binaries.join(program).exists());
+        missing.map_or(Ok(()), |program| Err(anyhow!("{program} is missing: run `cargo xtask build`")))
+    };
+    present(&["bench", "ztunnel"])?;
     match act {
         Act::Sigterm | Act::Kill => with_files(places, id, act, scale),
-        Act::Enrol | Act::Upgrade | Act::KillPod => with_cluster(places, id, act, scale),
+        Act::Enrol | Act::Upgrade | Act::KillPod => {
+            present(&["istiod-lite", "lab"])?;
+            with_cluster(places, id, act, scale)
+        }
     }
 }
 
