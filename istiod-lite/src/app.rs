@@ -1,7 +1,7 @@
 //! Wiring of the control plane: start order, the loop from a changed world to published resources, and the writers that
 //! bring the API up to date. Decisions live elsewhere.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,6 +13,7 @@ use kube::api::{Patch, PatchParams};
 use kube::{Api, Client};
 use mesh::clock::Clock;
 use mesh::drain::DrainWatcher;
+use mesh_proto::enrolment::POD_ENROLMENT_TYPE;
 use mesh_proto::workload::ADDRESS_TYPE;
 use serde_json::json;
 use time::OffsetDateTime;
@@ -23,8 +24,11 @@ use tokio::time::Instant;
 use crate::auth::TokenReviewer;
 use crate::ca::Authority;
 use crate::config::Config;
-use crate::enrol::{self, Annotate, LEAVE_DEADLINE, Leaving, REDIRECTION, Reports, Written};
-use crate::resources::{Acks, ResourceStore};
+use crate::enrol::notices::{self, Told};
+use crate::enrol::{
+    self, Annotate, LEAVE_DEADLINE, Leaving, PATIENCE as PENDING_PATIENCE, REDIRECTION, Reports, Stays, Written,
+};
+use crate::resources::{Acks, Resource, ResourceStore};
 use crate::translate::enrolment;
 use crate::translate::translate;
 use crate::translate::verdict::Verdict;
@@ -71,7 +75,7 @@ pub async fn run(config: Config, client: Client, drain: DrainWatcher) -> anyhow:
     let (passes_in, passes) = watch::channel(None);
     tasks.spawn(translate_changes(Arc::clone(&watch), Arc::clone(&store), Arc::clone(&acks), passes_in));
     tasks.spawn(write_statuses(client.clone(), passes.clone()));
-    tasks.spawn(write_annotations(client.clone(), Arc::clone(&reports), passes.clone()));
+    tasks.spawn(write_pods(client.clone(), Arc::clone(&reports), passes.clone()));
     tasks.spawn(apply_objects(client.clone(), config.clone(), Arc::clone(&authority), passes));
 
     let deps = serve::Deps {
@@ -113,6 +117,7 @@ async fn translate_changes(
     passes: watch::Sender<Option<Arc<Pass>>>,
 ) {
     let mut leaving = Leaving::default();
+    let mut stays = Stays::default();
     let mut unreadable = BTreeSet::new();
     let (left, mut all_left) = mpsc::unbounded_channel::<(u64, Vec<String>)>();
     // Owned here: ends with this task.
@@ -131,6 +136,7 @@ async fn translate_changes(
         }
         let mut world = watch.snapshot();
         world.leaving = leaving.observe(&world);
+        world.epochs = stays.epochs();
         let started = Instant::now();
         let translated = tokio::task::spawn_blocking(move || (translate(&world), world)).await;
         let Ok((translation, world)) = translated else {
@@ -138,6 +144,7 @@ async fn translate_changes(
             continue;
         };
         let resources = translation.resources.len();
+        stays.observe(&world, &enrolled(&translation.resources), milliseconds());
         let generation = store.publish(translation.resources);
         tracing::debug!(generation, resources, elapsed = ?started.elapsed(), "published");
         tell_unreadable(&world, &mut unreadable);
@@ -155,6 +162,20 @@ async fn translate_changes(
         }
         passes.send_replace(Some(Arc::new(Pass { world, verdicts: translation.verdicts })));
     }
+}
+
+/// UIDs of the pods that their nodes are told to enrol.
+fn enrolled(resources: &[Resource]) -> HashSet<&str> {
+    resources
+        .iter()
+        .filter(|resource| resource.type_url == POD_ENROLMENT_TYPE)
+        .map(|resource| &*resource.name)
+        .collect()
+}
+
+/// Since 1970.
+fn milliseconds() -> u64 {
+    u64::try_from(OffsetDateTime::now_utc().unix_timestamp_nanos() / 1_000_000).unwrap_or_default()
 }
 
 /// Says once which pods' annotations are not read: they are captured as if they had none, which nobody else would tell.
@@ -219,9 +240,9 @@ async fn apply_objects(client: Client, config: Config, authority: Arc<Authority>
     .await;
 }
 
-/// Annotations follow both the world and the nodes' reports.
-async fn write_annotations(client: Client, reports: Arc<Reports>, mut passes: Passes) {
-    let mut written = Written::default();
+/// Annotations and events of pods follow both the world and the nodes' reports.
+async fn write_pods(client: Client, reports: Arc<Reports>, mut passes: Passes) {
+    let (mut written, mut told) = (Written::default(), Told::default());
     loop {
         let pass = passes.borrow_and_update().clone();
         let mut done = true;
@@ -235,12 +256,22 @@ async fn write_annotations(client: Client, reports: Arc<Reports>, mut passes: Pa
                     false => done = false,
                 }
             }
+            let events = told.fresh(&pass.world, &reports);
+            let outcomes = stream::iter(events).map(|event| async { (notices::write(&client, &event).await, event) });
+            let mut outcomes = std::pin::pin!(outcomes.buffer_unordered(CONCURRENT_ANNOTATIONS));
+            while let Some((outcome, event)) = outcomes.next().await {
+                if !outcome {
+                    told.forget(&event);
+                    done = false;
+                }
+            }
         }
         // Nothing is lost by cancelling a branch: each is a wake-up, and the state is read again above.
         tokio::select! {
             changed = passes.changed() => if changed.is_err() { return },
             () = reports.changed() => {}
             () = tokio::time::sleep(RETRY), if !done => {}
+            () = tokio::time::sleep(PENDING_PATIENCE), if reports.any_pending() => {}
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Settings of the control plane: raw environment in, one typed [`Config`] out, with *all* mistakes listed at once.
 //! Names are Istio's where one exists. Nothing reads the environment after this.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::SocketAddr;
 use std::str::FromStr;
@@ -53,6 +53,7 @@ impl Config {
             trust_domain: env.text("TRUST_DOMAIN", &defaults.trust_domain),
             root_namespace: env.text("POD_NAMESPACE", &defaults.root_namespace),
             cluster_domain: env.text("CLUSTER_DOMAIN", &defaults.cluster_domain),
+            excluded_namespaces: env.list("EXCLUDE_NAMESPACES").unwrap_or(defaults.excluded_namespaces),
             allocation: env.allocation(defaults.allocation),
         };
         let serve = serve::Settings {
@@ -98,6 +99,12 @@ impl Env {
         self.vars.get(name).filter(|value| !value.is_empty()).map_or(default, String::as_str).to_owned()
     }
 
+    /// Names between commas.
+    fn list(&self, name: &str) -> Option<BTreeSet<String>> {
+        let value = self.vars.get(name).filter(|value| !value.is_empty())?;
+        Some(value.split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect())
+    }
+
     fn parsed<T: FromStr<Err: fmt::Display>>(&mut self, name: &str) -> Option<T> {
         let value = self.vars.get(name).filter(|value| !value.is_empty())?;
         match value.parse() {
@@ -140,6 +147,15 @@ mod tests {
         assert_eq!(config.mesh, MeshSettings::default());
         assert_eq!(config.serve.grpc.port(), 15012);
         assert_eq!(config.waypoint, WaypointSettings::default());
+    }
+
+    #[test]
+    fn excluded_namespaces_are_names_between_commas() {
+        let excluded = |value| config(&[("EXCLUDE_NAMESPACES", value)]).unwrap().mesh.excluded_namespaces;
+        let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<BTreeSet<_>>();
+        assert_eq!(excluded("kube-system, legacy,"), names(&["kube-system", "legacy"]));
+        assert_eq!(excluded(""), names(&["kube-system"]), "empty is the default");
+        assert_eq!(excluded(","), names(&[]), "none at all");
     }
 
     #[test]

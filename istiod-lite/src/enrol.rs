@@ -11,6 +11,9 @@
 //! ```
 //! The state is in the API and in the nodes' reports; a restarted control plane goes on from there.
 
+pub mod notices;
+pub mod rules;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -19,44 +22,22 @@ use k8s_openapi::api::core::v1::Pod;
 use mesh_proto::enrolment::PodState;
 use mesh_proto::enrolment::pod_state::State;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use crate::resources::{ReportSink, lock};
-use crate::translate::binding::MANAGED_LABEL;
 use crate::translate::world::World;
-use crate::types::{annotation, label};
+use crate::types::annotation;
 
 /// On pods: `enabled` = answers HBONE; `pending` = its node could not capture it.
 pub const REDIRECTION: &str = "ambient.istio.io/redirection";
-pub const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
-/// Present where a sidecar was injected.
-const SIDECAR_STATUS: &str = "sidecar.istio.io/status";
-/// As Istio's default `excludeNamespaces`.
-const EXCLUDED_NAMESPACES: [&str; 1] = ["kube-system"];
 /// How long peers get to learn that a pod left before its enrolment is withdrawn anyway.
 pub const LEAVE_DEADLINE: Duration = Duration::from_secs(5);
+/// How long a node may look for a pod before the user is told.
+pub const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The labels ask for it and nothing forbids it.
 pub fn is_wanted(world: &World, pod: &Pod) -> bool {
-    let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
-    let asked = match label(&pod.metadata, DATAPLANE_MODE) {
-        Some("ambient") => true,
-        Some("none") => false,
-        _ => world.namespace_label(namespace, DATAPLANE_MODE) == Some("ambient"),
-    };
-    let ended = matches!(pod.status.as_ref().and_then(|status| status.phase.as_deref()), Some("Succeeded" | "Failed"));
-    asked && !ended && may_be_captured(world, pod)
-}
-
-/// Never: the host's network, sidecars, system namespaces, the mesh's own proxies.
-pub fn may_be_captured(world: &World, pod: &Pod) -> bool {
-    let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
-    let host_network = pod.spec.as_ref().and_then(|spec| spec.host_network) == Some(true);
-    let node_proxy = namespace == world.mesh.root_namespace && label(&pod.metadata, "app") == Some("ztunnel");
-    !host_network
-        && !node_proxy
-        && !EXCLUDED_NAMESPACES.contains(&namespace)
-        && annotation(&pod.metadata, SIDECAR_STATUS).is_none()
-        && label(&pod.metadata, MANAGED_LABEL).is_none()
+    rules::judge(world, pod).is_ok()
 }
 
 /// A change to make to a pod's annotation; `None` removes it.
@@ -89,8 +70,26 @@ impl Written {
     }
 }
 
-/// By pod UID: the state, and why.
-type NodeReport = BTreeMap<String, (State, String)>;
+/// What a node last said about a pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Heard {
+    pub state: State,
+    pub reason: String,
+    /// Which stay of the pod in the mesh it is about.
+    epoch: u64,
+    /// Since when it has said so.
+    since: Instant,
+}
+
+impl Heard {
+    /// Has the node been looking for the pod for longer than starting one takes?
+    pub fn is_overdue(&self, now: Instant) -> bool {
+        self.state == State::Pending && now >= self.since + PATIENCE
+    }
+}
+
+/// By pod UID.
+type NodeReport = BTreeMap<String, Heard>;
 
 /// What node proxies say. The sink side of the report service.
 #[derive(Debug, Default)]
@@ -101,9 +100,16 @@ pub struct Reports {
 }
 
 impl Reports {
-    /// The state of a pod according to `node`, the node it runs on.
-    fn state(&self, node: &str, uid: &str) -> Option<State> {
-        lock(&self.nodes).get(node)?.get(uid).map(|(state, _)| *state)
+    /// What `node`, the node it runs on, says about a pod in its present stay. What it said of an earlier one is not
+    /// known to be true any more.
+    pub fn of(&self, world: &World, node: &str, uid: &str) -> Option<Heard> {
+        let epoch = world.epochs.get(uid).copied().unwrap_or_default();
+        lock(&self.nodes).get(node)?.get(uid).filter(|heard| heard.epoch == epoch).cloned()
+    }
+
+    /// Is any node still looking for a pod? Then time alone makes news.
+    pub fn any_pending(&self) -> bool {
+        lock(&self.nodes).values().flat_map(BTreeMap::values).any(|heard| heard.state == State::Pending)
     }
 
     /// Resolves after the next report.
@@ -114,15 +120,20 @@ impl Reports {
 
 impl ReportSink for Reports {
     fn report(&self, node: &str, states: Vec<PodState>) {
+        let now = Instant::now();
         let mut all = lock(&self.nodes);
         let known = all.entry(node.to_owned()).or_default();
         let mut next = BTreeMap::new();
-        for state in states {
-            let entry = (state.state(), state.reason.clone());
-            if known.get(&state.uid) != Some(&entry) && !entry.1.is_empty() {
-                tracing::warn!(node, pod.uid = state.uid, state = ?entry.0, reason = entry.1, "pod not enrolled");
+        for said in states {
+            let mut heard = Heard { state: said.state(), reason: said.reason, epoch: said.epoch, since: now };
+            let before = known.get(&said.uid);
+            if let Some(before) = before.filter(|b| b.state == heard.state && b.epoch == heard.epoch) {
+                heard.since = before.since;
             }
-            next.insert(state.uid, entry);
+            if before != Some(&heard) && !heard.reason.is_empty() {
+                tracing::warn!(node, pod.uid = said.uid, state = ?heard.state, reason = heard.reason, "pod not enrolled");
+            }
+            next.insert(said.uid, heard);
         }
         *known = next;
         drop(all);
@@ -140,7 +151,7 @@ fn annotate(world: &World, pod: &Pod, reports: &Reports) -> Option<Annotate> {
     let current = annotation(&pod.metadata, REDIRECTION);
     let wanted = if is_wanted(world, pod) {
         let node = pod.spec.as_ref()?.node_name.as_deref()?;
-        match reports.state(node, uid) {
+        match reports.of(world, node, uid).map(|heard| heard.state) {
             Some(State::Enrolled) => Some("enabled"),
             // Its node gave up on it: it does not answer HBONE.
             Some(State::Failed) => Some("pending"),
@@ -209,8 +220,43 @@ impl Leaving {
     }
 }
 
+/// Tells the stays of a pod in the mesh apart, so that what a node said of one is not believed of the next: a pod that
+/// leaves and comes back within a moment may be reported as it was before.
+#[derive(Debug, Default)]
+pub struct Stays {
+    /// By UID, of pods that have been outside.
+    epochs: BTreeMap<String, u64>,
+    /// Those that are enrolled now.
+    inside: BTreeSet<String>,
+    started: bool,
+}
+
+impl Stays {
+    /// The stays as of the next translation.
+    pub fn epochs(&self) -> Arc<BTreeMap<String, u64>> {
+        Arc::new(self.epochs.clone())
+    }
+
+    /// After a translation that enrols the pods `enrolled`: who is outside and was not before, or is when we start and
+    /// may have been, begins another stay when it joins. `now` (milliseconds since 1970) names it, so that it is
+    /// another one also after a restart of the control plane.
+    pub fn observe(&mut self, world: &World, enrolled: &HashSet<&str>, now: u64) {
+        let alive: BTreeSet<&str> = world.pods.values().filter_map(|pod| pod.metadata.uid.as_deref()).collect();
+        let gone_out = std::mem::take(&mut self.inside).into_iter().filter(|uid| !enrolled.contains(uid.as_str()));
+        let at_start =
+            alive.iter().filter(|uid| !self.started && !enrolled.contains(**uid)).map(|uid| (*uid).to_owned());
+        for uid in gone_out.chain(at_start).filter(|uid| alive.contains(uid.as_str())) {
+            self.epochs.insert(uid, now);
+        }
+        self.started = true;
+        self.inside = enrolled.iter().map(|uid| (*uid).to_owned()).collect();
+        self.epochs.retain(|uid, _| alive.contains(uid.as_str()));
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use super::rules::DATAPLANE_MODE;
     use super::*;
     use crate::types::Key;
     use serde_json::json;
@@ -230,7 +276,7 @@ mod tests {
     }
 
     fn state(state: State) -> PodState {
-        PodState { uid: "u1".into(), state: state.into(), reason: String::new() }
+        PodState { uid: "u1".into(), state: state.into(), ..PodState::default() }
     }
 
     fn value(world: &World, reports: &Reports) -> Option<Option<&'static str>> {
@@ -321,5 +367,26 @@ mod tests {
         assert_eq!(second.iter().map(|change| change.value).collect::<Vec<_>>(), [Some("pending")]);
         reports.report("n1", vec![state(State::Enrolled)]);
         assert_eq!(written.remaining(annotations(&world, &reports)), first, "said otherwise since");
+    }
+
+    #[test]
+    fn what_was_said_of_an_earlier_stay_counts_for_nothing() {
+        let (mut inside, reports, mut stays) =
+            (world(Some("ambient"), json!({})), Reports::default(), Stays::default());
+        reports.report("n1", vec![state(State::Enrolled)]);
+        stays.observe(&inside, &HashSet::from(["u1"]), 1000);
+        inside.epochs = stays.epochs();
+        assert_eq!(value(&inside, &reports), Some(Some("enabled")), "its first stay");
+        // Withdrawn and wanted again before its node has heard either.
+        stays.observe(&inside, &HashSet::new(), 2000);
+        stays.observe(&inside, &HashSet::new(), 2500);
+        stays.observe(&inside, &HashSet::from(["u1"]), 3000);
+        inside.epochs = stays.epochs();
+        assert_eq!(inside.epochs.get("u1"), Some(&2000), "from when it was withdrawn");
+        assert_eq!(value(&inside, &reports), None, "the node speaks of the first stay");
+        reports.report("n1", vec![PodState { epoch: 2000, ..state(State::Enrolled) }]);
+        assert_eq!(value(&inside, &reports), Some(Some("enabled")));
+        stays.observe(&World::default(), &HashSet::new(), 4000);
+        assert!(stays.epochs().is_empty(), "a pod that is gone is forgotten");
     }
 }

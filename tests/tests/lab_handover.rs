@@ -598,7 +598,6 @@ fn parents(path: &Path) -> String {
     below.map(|p| p.display().to_string()).collect::<Vec<_>>().join(" ")
 }
 
-/// Not to be kept once it is known what a lab owns.
 #[test]
 fn a_draining_ztunnel_is_taken_down_with_its_lab() -> Result<()> {
     if !raw::available() {

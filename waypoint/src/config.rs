@@ -87,6 +87,7 @@ impl Config {
             headers: env.with_prefix(&format!("{name}_HEADER_")).map(|(k, v)| (k.to_owned(), v.to_owned())).collect(),
             cluster_id: cluster_id.clone(),
             alt_hostname: env.text(&format!("ALT_{name}_HOSTNAME")).map(str::to_owned),
+            dialer: mesh::grpc::Dialer::default(),
         };
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let grace = env.value("TERMINATION_GRACE_PERIOD_SECONDS", 30_u64, "a number of seconds");

@@ -1,6 +1,10 @@
-//! The small HTTP servers: admin on localhost, metrics and readiness for the kubelet and the scraper.
+//! The small HTTP servers: admin on localhost, or in dedicated mode on a unix socket; metrics and readiness for the
+//! kubelet and the scraper.
 
+use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context;
@@ -8,11 +12,11 @@ use http::Method;
 use mesh::serve::{AdminServer, json};
 use mesh::telemetry::{LogHandle, MetricsHandle};
 use mesh::{drain::DrainWatcher, serve::Readiness};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::config::Config;
+use crate::config::{Config, Mode};
 use crate::handover::follow::Generations;
 use crate::node::Registry;
 use crate::worker::Shared;
@@ -29,9 +33,25 @@ pub struct Deps {
     pub quit: watch::Sender<bool>,
 }
 
+/// Where the admin server listens.
+enum Admin {
+    Loopback(TcpListener),
+    /// With the file, which goes when the server ends.
+    Unix(UnixListener, SocketFile),
+}
+
+/// A socket in the filesystem; removed with this.
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
 /// The servers' sockets.
 pub struct Ports {
-    admin: TcpListener,
+    admin: Admin,
     stats: TcpListener,
     readiness: TcpListener,
 }
@@ -43,8 +63,14 @@ impl Ports {
     /// A port that cannot be bound, with the setting that chooses another.
     pub async fn bind(config: &Config) -> anyhow::Result<Self> {
         let everywhere: &[IpAddr] = &[Ipv6Addr::UNSPECIFIED.into(), Ipv4Addr::UNSPECIFIED.into()];
+        let admin = match &config.mode {
+            Mode::Shared => {
+                Admin::Loopback(bind("ADMIN_PORT", &[Ipv4Addr::LOCALHOST.into()], config.admin_port).await?)
+            }
+            Mode::Dedicated(settings) => bind_unix(&settings.admin_socket)?,
+        };
         Ok(Self {
-            admin: bind("ADMIN_PORT", &[Ipv4Addr::LOCALHOST.into()], config.admin_port).await?,
+            admin,
             stats: bind("STATS_PORT", everywhere, config.stats_port).await?,
             readiness: bind("READINESS_PORT", everywhere, config.readiness_port).await?,
         })
@@ -66,7 +92,16 @@ pub fn start(ports: Ports, deps: Deps, tasks: &mut JoinSet<()>, drain: &DrainWat
     });
     let stats = AdminServer::new("stats").metrics(deps.metrics);
     let ready = AdminServer::new("readiness").readiness(deps.readiness);
-    tasks.spawn(admin.serve(ports.admin, drain.clone()));
+    match ports.admin {
+        Admin::Loopback(listener) => tasks.spawn(admin.serve(listener, drain.clone())),
+        Admin::Unix(listener, file) => {
+            let drain = drain.clone();
+            tasks.spawn(async move {
+                let _file = file;
+                admin.serve_unix(listener, drain).await;
+            })
+        }
+    };
     tasks.spawn(stats.serve(ports.stats, drain.clone()));
     tasks.spawn(ready.serve(ports.readiness, drain.clone()));
 }
@@ -82,6 +117,33 @@ async fn bind(setting: &str, addresses: &[IpAddr], port: u16) -> anyhow::Result<
     }
     let error = last.unwrap_or_else(|| std::io::Error::other("no address"));
     Err(error).with_context(|| format!("listening on port {port} (set {setting} to choose another)"))
+}
+
+/// A socket for root and our own user, in place of one that nobody answers any more.
+fn bind_unix(path: &Path) -> anyhow::Result<Admin> {
+    let bound = || -> anyhow::Result<UnixListener> {
+        if let Some(directory) = path.parent() {
+            fs::create_dir_all(directory)?;
+        }
+        anyhow::ensure!(!is_answered(path), "another ztunnel answers there");
+        match fs::symlink_metadata(path) {
+            Ok(found) if found.file_type().is_socket() => fs::remove_file(path)?,
+            Ok(_) => anyhow::bail!("something that is no socket is in the way"),
+            Err(_) => {}
+        }
+        let listener = UnixListener::bind(path)?;
+        fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+        Ok(listener)
+    };
+    let listener =
+        bound().with_context(|| format!("listening on {} (set ADMIN_SOCKET to choose another)", path.display()))?;
+    Ok(Admin::Unix(listener, SocketFile(path.to_owned())))
+}
+
+/// Is there a live ztunnel behind this socket?
+#[must_use]
+pub fn is_answered(socket: &Path) -> bool {
+    std::os::unix::net::UnixStream::connect(socket).is_ok()
 }
 
 fn config_dump(shared: &Shared, registry: &Registry, generations: &Generations) -> serde_json::Value {

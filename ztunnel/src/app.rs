@@ -26,7 +26,8 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use crate::config::Config;
+use crate::config::{CaSource, Config, Dedicated, Mode};
+use crate::dedicated::open::{self, Open};
 use crate::dns::resolv;
 use crate::handover::cgroup::Shelter;
 use crate::handover::drainer::Drainer;
@@ -35,6 +36,7 @@ use crate::handover::supervisor::Leash;
 use crate::handover::{self, live_on};
 use crate::names::{Names, Servers};
 use crate::node::backend::redirect;
+use crate::node::enrolment::Desired;
 use crate::node::find::Finder;
 use crate::node::host::Host;
 use crate::node::manager::{self, Manager};
@@ -42,7 +44,7 @@ use crate::node::tenure::Tenure;
 use crate::node::{Registry, enrolment, report};
 use crate::worker::{Shared, Workers};
 use crate::zds::{self, agent::Agent, pods::Pods};
-use crate::{admin, capture, certs, privileges};
+use crate::{admin, capture, certs, dedicated, privileges};
 
 /// Control plane, enrolment, metrics and admin: enough that one slow task does not hold up another.
 const CONTROL_THREADS: usize = 2;
@@ -66,14 +68,18 @@ const SETTLE_POLL: Duration = Duration::from_millis(20);
 ///
 /// # Errors
 /// What kept it from starting.
-pub fn run(config: Config, log: LogHandle) -> anyhow::Result<()> {
+pub fn run(mut config: Config, log: LogHandle) -> anyhow::Result<()> {
     // Before there is a second thread.
     let leash = config.supervisor.map(Leash::tie).transpose().context("ZTUNNEL_SUPERVISOR")?;
     let metrics = telemetry::metrics_handle();
     telemetry::record_build("ztunnel", &config.version_tag);
-    privileges::check(config.agent.is_some())?;
+    privileges::check(&config)?;
     privileges::lift_file_limit();
     let source = Source::open(&config)?;
+    if config.mode.dedicated().is_some() {
+        let ca = if let CaSource::Remote(ca) = &mut config.ca { Some(ca) } else { None };
+        config.xds.iter_mut().chain(ca).for_each(|plane| plane.dialer = dedicated::control::dialer());
+    }
     let control = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(CONTROL_THREADS)
         .thread_name("control")
@@ -83,7 +89,7 @@ pub fn run(config: Config, log: LogHandle) -> anyhow::Result<()> {
     let config = Arc::new(config);
     let generation = handover::generation();
     let registry = Arc::new(Registry::default());
-    let generations = Generations::new(&generation, &config.version_tag, &registry);
+    let generations = Generations::new(&generation, &config.version_tag, &registry, config.draining_generations);
     let (workers, certs, shelter) = control.block_on(async {
         let ports = admin::Ports::bind(&config).await?;
         // Enrolment ends first; what feeds open connections (policy, certificates) when they have ended.
@@ -99,10 +105,14 @@ pub fn run(config: Config, log: LogHandle) -> anyhow::Result<()> {
 
         let finder = match &source {
             Source::ControlPlane { finder, .. } => Some(finder.clone()),
-            Source::Agent { .. } => None,
+            Source::Agent { .. } | Source::Uncaptured { .. } => None,
         };
-        let PodSource { runner, handler: pods, reports, settled, successor } =
+        let PodSource { runner, handler: pods, reports, settled, successor, search } =
             source.into_pods(&shared, &workers, &registry, &enrolling);
+        if let Some(Search { settings, publish }) = search {
+            let store = shared.store.clone();
+            tasks.spawn(dedicated::follow(config.clone(), settings, store, publish, enrolling.clone()));
+        }
         let mut ready: Vec<_> = settled.into_iter().map(|sign| ("pods", sign)).collect();
         if let Some(path) = &config.local_xds {
             let local = LocalSource::new(path, shared.store.clone(), pods.clone());
@@ -148,6 +158,7 @@ pub fn run(config: Config, log: LogHandle) -> anyhow::Result<()> {
                 match runner {
                     Runner::Manager(manager) => manager.run(enrolling).await,
                     Runner::Agent(agent, _) => agent.run().await,
+                    Runner::Open(open) => open.run(enrolling).await,
                 }
             }
         });
@@ -182,6 +193,10 @@ pub fn run(config: Config, log: LogHandle) -> anyhow::Result<()> {
         enrolment_end.drain(Duration::ZERO).await;
         let shelter = drain_pods(&config, &registry, &successor, leash.as_ref().map(|_| &*generation)).await;
         feeds_end.drain(Duration::ZERO).await;
+        if config.mode.dedicated().is_some_and(|d| d.release_on_exit) && !successor.serves_all(&registry) {
+            dedicated::release::take_away(&config).await.context("releasing this network namespace")?;
+            tracing::info!("released: nothing is captured any more");
+        }
         admin_end.drain(Duration::ZERO).await;
         tasks.shutdown().await;
         anyhow::Ok((workers, certs, shelter))
@@ -211,12 +226,30 @@ pub fn run(config: Config, log: LogHandle) -> anyhow::Result<()> {
     outcome
 }
 
+/// Where pods are looked for, and the namespace their probes come from.
+fn surroundings(config: &Config, capture: &Capture) -> anyhow::Result<(Host, Finder)> {
+    if config.mode.dedicated().is_some() {
+        return Ok((Host::none(), Finder::own()));
+    }
+    let netns = &config.host_netns;
+    let opening = || format!("opening the node's network namespace {}", netns.display());
+    let host = Host::open(netns).with_context(opening)?;
+    if let Some(file) = host.file() {
+        capture.set_host(file)?;
+    }
+    let finder = Finder::new(&config.proc_root, &config.cgroup_root, host.inode())
+        .with_context(|| format!("reading {} and {}", config.proc_root.display(), config.cgroup_root.display()))?;
+    Ok((host, finder))
+}
+
 /// Where pods come from, opened.
 enum Source {
     /// The control plane names them; capture is ours.
     ControlPlane { capture: Arc<Capture>, host: Host, finder: Finder },
     /// A CNI agent hands them over, and captures.
     Agent { path: PathBuf, dns_servers: Vec<SocketAddr> },
+    /// The one workload of dedicated mode, with capture off.
+    Uncaptured { dns_servers: Vec<SocketAddr> },
 }
 
 /// Who runs the pods, and what the rest needs to know of it.
@@ -227,12 +260,20 @@ struct PodSource {
     reports: Option<watch::Receiver<Vec<PodState>>>,
     settled: Option<watch::Receiver<bool>>,
     successor: Successor,
+    search: Option<Search>,
+}
+
+/// In dedicated mode: how the one workload is told, once it is found.
+struct Search {
+    settings: Dedicated,
+    publish: watch::Sender<Desired>,
 }
 
 enum Runner {
     Manager(Box<Manager>),
     /// With its readiness, which may be lost again.
     Agent(Box<Agent>, watch::Receiver<bool>),
+    Open(Box<Open>),
 }
 
 impl Source {
@@ -241,14 +282,17 @@ impl Source {
             let text = std::fs::read_to_string(RESOLV_CONF).with_context(|| format!("reading {RESOLV_CONF}"))?;
             return Ok(Self::Agent { path: path.clone(), dns_servers: resolv::servers(&text) });
         }
+        if config.mode.is_capture_off() {
+            let text = std::fs::read_to_string(RESOLV_CONF).with_context(|| format!("reading {RESOLV_CONF}"))?;
+            return Ok(Self::Uncaptured { dns_servers: resolv::servers(&text) });
+        }
+        if config.mode.dedicated().is_some() {
+            dedicated::release::refuse_foreign_pins(config)?;
+        }
         let capture =
             capture::open(&config.bpffs_dir, &config.cgroup_root, &config.excluded_destinations, config.dns_capture)
                 .context("setting up capture")?;
-        let host = Host::open(&config.host_netns)
-            .with_context(|| format!("opening the node's network namespace {}", config.host_netns.display()))?;
-        capture.set_host(host.file())?;
-        let finder = Finder::new(&config.proc_root, &config.cgroup_root, host.inode())
-            .with_context(|| format!("reading {} and {}", config.proc_root.display(), config.cgroup_root.display()))?;
+        let (host, finder) = surroundings(config, &capture)?;
         Ok(Self::ControlPlane { capture, host, finder })
     }
 
@@ -263,25 +307,44 @@ impl Source {
         match self {
             Self::ControlPlane { capture, host, finder } => {
                 let tenure = Arc::new(Tenure::new(&shared.config.bpffs_dir));
-                let (handler, desired) = enrolment::handler();
+                let (handler, desired, search) = match &shared.config.mode {
+                    Mode::Shared => {
+                        let (handler, desired) = enrolment::handler();
+                        (Some(handler), desired, None)
+                    }
+                    // The one pod is no enrolment of the control plane's.
+                    Mode::Dedicated(settings) => {
+                        let (publish, desired) = watch::channel(Desired::default());
+                        (None, desired, Some(Search { settings: settings.clone(), publish }))
+                    }
+                };
                 let successor = Successor::Tenure(tenure.clone());
                 let deps = manager::Deps { shared, capture, host, finder, workers, registry, desired, tenure };
                 let (manager, reports, settled) = Manager::new(deps);
-                let (reports, settled) = (Some(reports), Some(settled));
                 PodSource {
                     runner: Runner::Manager(Box::new(manager)),
-                    handler: Some(handler),
-                    reports,
-                    settled,
+                    reports: handler.is_some().then_some(reports),
+                    handler,
+                    settled: Some(settled),
                     successor,
+                    search,
                 }
+            }
+            Self::Uncaptured { dns_servers } => {
+                let (publish, desired) = watch::channel(Desired::default());
+                let search = shared.config.mode.dedicated().map(|d| Search { settings: d.clone(), publish });
+                let successor = Successor::Listeners { own: workers.count() };
+                let deps = open::Deps { shared, workers, registry, desired, dns_servers: dns_servers.into() };
+                let (open, settled) = Open::new(deps);
+                let runner = Runner::Open(Box::new(open));
+                PodSource { runner, handler: None, reports: None, settled: Some(settled), successor, search }
             }
             Self::Agent { path, dns_servers } => {
                 let successor = Successor::Listeners { own: workers.count() };
                 let pods = Pods::new(zds::pods::Deps { shared, workers, registry, dns_servers: dns_servers.into() });
                 let (agent, ready) = Agent::new(&path, pods, enrolling.clone());
                 let runner = Runner::Agent(Box::new(agent), ready);
-                PodSource { runner, handler: None, reports: None, settled: None, successor }
+                PodSource { runner, handler: None, reports: None, settled: None, successor, search: None }
             }
         }
     }

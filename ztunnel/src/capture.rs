@@ -83,6 +83,7 @@ mod tests {
             inbound: Inbound::Capture,
             dns,
             probe_ports: Vec::new(),
+            epoch: 0,
             excluded: Vec::new(),
             excluded_ports_to: Vec::new(),
             excluded_ports_at: Vec::new(),

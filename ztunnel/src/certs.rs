@@ -1,4 +1,4 @@
-//! Where the identities of this node's workloads come from: the control plane, or a key on disk.
+//! Where the identities of the workloads served here come from: the control plane, or a key on disk.
 
 use std::sync::Arc;
 
@@ -22,8 +22,10 @@ pub fn open(config: &Config) -> anyhow::Result<(CertificateManager, Rotation)> {
         }
         CaSource::Remote(remote) => {
             let channel = mesh::grpc::channel(remote.clone()).context("CA_ADDRESS")?;
-            // A node proxy asks in the name of its pods; the control plane checks that they run here.
-            let how = CaConfig { ttl: config.certificate_ttl, impersonate: true };
+            // A node proxy asks in the name of its pods; the control plane checks that they run here. A dedicated one
+            // asks for itself, with the workload's own token.
+            let impersonate = config.mode.dedicated().is_none();
+            let how = CaConfig { ttl: config.certificate_ttl, impersonate };
             Arc::new(CaClient::new(channel, how, clock.clone()))
         }
     };

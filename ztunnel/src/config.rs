@@ -10,13 +10,14 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ipnet::IpNet;
-use mesh::grpc::{GrpcConfig, RootCa, TokenSource};
+use mesh::grpc::{Dialer, GrpcConfig, RootCa, TokenSource};
 use mesh::settings::Environment;
 pub use mesh::settings::Mistakes;
 use mesh::telemetry::LogFormat;
 use mesh::xds::NodeInfo;
 
 use crate::handover::supervisor::SUPERVISOR;
+use crate::node::enrolment::{Failure, Inbound};
 
 /// Where bytes of control-plane trust come from.
 const DEFAULT_CONTROL_PLANE: &str = "istiod.istio-system.svc:15012";
@@ -29,13 +30,47 @@ const DEFAULT_RUN_DIR: &str = "/var/run/ztunnel";
 /// Enough for a pod to be replaced on a slow node; policy cannot be asked in the meantime.
 const DEFAULT_ORPHANED_DRAIN: Duration = Duration::from_secs(60);
 const DEFAULT_BPFFS_DIR: &str = "/sys/fs/bpf/ztunnel";
+/// A node's ztunnel may run on the same kernel; each has its own pins.
+const DEDICATED_BPFFS_DIR: &str = "/sys/fs/bpf/ztunnel-dedicated";
+const DEFAULT_ADMIN_SOCKET: &str = "/var/run/ztunnel/admin.sock";
 /// The metadata service of cloud machines: instance credentials, reachable by link-local address only.
 const DEFAULT_EXCLUDED: &str = "169.254.169.254/32";
+
+/// Known variables that make no sense in dedicated mode, and why.
+const NOT_DEDICATED: [(&str, &str); 4] = [
+    ("DETACHED_DRAIN", "connections of a dedicated ztunnel end with it"),
+    ("INPOD_UDS", "a ztunnel of dedicated mode captures its workload by itself"),
+    ("ADMIN_PORT", "in dedicated mode the admin server is on a unix socket; ADMIN_SOCKET says where"),
+    ("HOST_NETNS", "a ztunnel of dedicated mode knows no namespace but its own"),
+];
+/// Settings of capture, which mean nothing where it is off.
+const ONLY_CAPTURING: [&str; 8] = [
+    "EXCLUDED_INBOUND_PORTS",
+    "EXCLUDED_PORTS",
+    "CGROUP_ROOT",
+    "BPFFS_DIR",
+    "EXCLUDED_DESTINATIONS",
+    "CAPTURE_FAILURE_MODE",
+    "BYPASS_INBOUND_CAPTURE",
+    "RELEASE_ON_EXIT",
+];
+const ONLY_DEDICATED: [&str; 8] = [
+    "EXCLUDED_INBOUND_PORTS",
+    "CAPTURE",
+    "PROXY_WORKLOAD_INFO",
+    "WORKLOAD_UID",
+    "CAPTURE_FAILURE_MODE",
+    "BYPASS_INBOUND_CAPTURE",
+    "RELEASE_ON_EXIT",
+    "ADMIN_SOCKET",
+];
 
 /// What the command line asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Command {
     Run,
+    /// Take away what a dedicated ztunnel left in the kernel.
+    Release,
     Version,
     Help,
 }
@@ -45,6 +80,7 @@ pub const USAGE: &str = "\
 ztunnel: the node proxy of the mesh
 
 usage: ztunnel [proxy ztunnel]      run (settings come from the environment, see README.md)
+       ztunnel release              take away what a ztunnel of dedicated mode left in the kernel (same environment)
        ztunnel --version            print the version and exit
        ztunnel --help               print this and exit";
 
@@ -67,6 +103,7 @@ pub fn parse_args<I: IntoIterator<Item = String>>(args: I) -> Result<Command, Mi
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     match words.as_slice() {
         [] | ["proxy" | "ztunnel"] | ["proxy", "ztunnel"] => {}
+        ["release"] if command == Command::Run => command = Command::Release,
         ["cni", ..] => mistakes.push("mode cni is not supported: pods are found by their cgroup"),
         other => mistakes.push(format!("unknown argument(s) {:?}; the only form is `proxy ztunnel`", other.join(" "))),
     }
@@ -82,9 +119,44 @@ pub enum CaSource {
     Directory(PathBuf),
 }
 
+/// Whom this ztunnel serves (`PROXY_MODE`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Mode {
+    /// The pods of a node that the control plane names.
+    Shared,
+    /// One workload, in whose network namespace this process runs.
+    Dedicated(Dedicated),
+}
+
+/// Settings of the dedicated mode. Name, namespace and service account of the workload are those of [`Config`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Dedicated {
+    /// Name of the Workload resource, where it is neither a pod's nor a WorkloadEntry's of the usual name.
+    pub workload_uid: Option<String>,
+    pub capture: Capture,
+    pub failure: Failure,
+    pub inbound: Inbound,
+    /// Where plaintext goes to the application directly, whether or not a ztunnel is alive.
+    pub excluded_inbound_ports: Vec<u16>,
+    /// An orderly end takes the capture away, as `ztunnel release` does; a crash never does.
+    pub release_on_exit: bool,
+    /// The admin server listens here: every process of the namespace can reach a loopback port.
+    pub admin_socket: PathBuf,
+}
+
+/// How the workload's connections come to a dedicated ztunnel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Capture {
+    /// By our programs.
+    Ebpf,
+    /// Not at all: peers dial port 15008, and who wants more redirects to 15001, 15006 and 15053.
+    Off,
+}
+
 /// The whole of ztunnel's settings.
 #[derive(Debug, Clone)]
 pub struct Config {
+    pub mode: Mode,
     /// xDS server; `None` when only a file feeds this ztunnel.
     pub xds: Option<GrpcConfig>,
     pub ca: CaSource,
@@ -147,10 +219,28 @@ pub struct Config {
     pub detached_drain: Duration,
     /// How long of that without a successor.
     pub orphaned_drain: Duration,
+    /// How many ztunnels of the node may be draining at a time; of more the oldest ends.
+    pub draining_generations: usize,
     /// Of the node and for root alone: where draining ztunnels and their successors meet.
     pub run_dir: PathBuf,
     /// The process that waits for this one on behalf of the container's runtime.
     pub supervisor: Option<u32>,
+}
+
+impl Mode {
+    /// Is this a dedicated ztunnel that captures nothing?
+    #[must_use]
+    pub const fn is_capture_off(&self) -> bool {
+        matches!(self, Self::Dedicated(Dedicated { capture: Capture::Off, .. }))
+    }
+
+    #[must_use]
+    pub const fn dedicated(&self) -> Option<&Dedicated> {
+        match self {
+            Self::Shared => None,
+            Self::Dedicated(settings) => Some(settings),
+        }
+    }
 }
 
 impl Config {
@@ -182,6 +272,16 @@ impl Config {
             })
         };
         serde_json::json!({
+            "proxyMode": match &self.mode { Mode::Shared => "Shared", Mode::Dedicated(_) => "Dedicated" },
+            "dedicated": self.mode.dedicated().map(|d| serde_json::json!({
+                "workloadUid": d.workload_uid,
+                "capture": match d.capture { Capture::Ebpf => "ebpf", Capture::Off => "off" },
+                "captureFailureMode": match d.failure { Failure::Closed => "closed", Failure::Open => "open" },
+                "bypassInboundCapture": d.inbound == Inbound::Bypass,
+                "excludedInboundPorts": d.excluded_inbound_ports,
+                "releaseOnExit": d.release_on_exit,
+                "adminSocket": d.admin_socket,
+            })),
             "xds": self.xds.as_ref().map(plane),
             "ca": match &self.ca {
                 CaSource::Remote(p) => plane(p),
@@ -224,6 +324,7 @@ impl Config {
             "excludedPorts": self.excluded_ports,
             "detachedDrain": seconds(self.detached_drain),
             "orphanedDrain": seconds(self.orphaned_drain),
+            "drainingGenerations": self.draining_generations,
             "runDir": self.run_dir,
         })
     }
@@ -245,8 +346,16 @@ impl Raw {
     fn refuse_what_is_not_done(&mut self) {
         let no = &["false", "0"];
         let yes = &["true", "1"];
-        self.0.only("PROXY_MODE", &["shared"], "only the shared mode (one ztunnel per node) exists");
-        self.0.only("PROXY_WORKLOAD_INFO", &[], "it belongs to the dedicated mode");
+        self.0.only("PROXY_MODE", &["shared", "dedicated"], "it is shared (one ztunnel per node) or dedicated");
+        if self.is_dedicated() {
+            for (name, why) in NOT_DEDICATED {
+                self.0.only(name, &[], why);
+            }
+        } else {
+            for name in ONLY_DEDICATED {
+                self.0.only(name, &[], "it belongs to the dedicated mode");
+            }
+        }
         self.0.only("PROXY_CONFIG", &[], "set the environment variables themselves");
         self.0.only("ENABLE_PROXY", yes, "a ztunnel without a data plane has no purpose");
         self.0.only("INPOD_ENABLED", yes, "pods are always captured in their own network namespace");
@@ -295,8 +404,11 @@ impl Raw {
         if xds.is_none() && local_xds.is_none() {
             self.0.mistakes.push("XDS_ADDRESS is empty and LOCAL_XDS_PATH is not set: nothing says which pods exist");
         }
+        let mode = self.mode();
+        let dedicated = mode.dedicated().is_some();
+        let [pod_namespace, pod_name, service_account] = self.workload(dedicated);
         let node_name = self.0.string("NODE_NAME", "");
-        if node_name.is_empty() && xds.is_some() {
+        if node_name.is_empty() && xds.is_some() && !dedicated {
             self.0.mistakes.push("NODE_NAME is not set: it names the node whose pods are served (downward API)");
         }
         let (termination_deadline, drain_deadline) = self.deadlines();
@@ -304,6 +416,7 @@ impl Raw {
         let proc_root = PathBuf::from(self.0.string("PROC_ROOT", "/proc"));
         let host_default = proc_root.join("1/ns/net");
         Config {
+            mode,
             xds,
             ca,
             local_xds,
@@ -313,9 +426,9 @@ impl Raw {
             network: self.0.string("NETWORK", ""),
             trust_domain: self.0.string("TRUST_DOMAIN", "cluster.local"),
             node_name,
-            pod_name: self.0.string("POD_NAME", ""),
-            pod_namespace: self.0.string("POD_NAMESPACE", ""),
-            service_account: self.0.string("SERVICE_ACCOUNT", ""),
+            pod_name,
+            pod_namespace,
+            service_account,
             instance_ip: self.0.parse("INSTANCE_IP", None, "an IP address", |v| v.parse().ok().map(Some)),
             version_tag: self.0.string("ISTIO_META_ISTIO_VERSION", crate::VERSION),
             node_metadata: BTreeMap::new(),
@@ -344,16 +457,77 @@ impl Raw {
             log_format: self.0.value("LOG_FORMAT", LogFormat::Plain, "plain or json"),
             agent: self.0.text("INPOD_UDS").map(PathBuf::from),
             cgroup_root: self.0.text("CGROUP_ROOT").map_or(cgroup_default, PathBuf::from),
-            bpffs_dir: PathBuf::from(self.0.string("BPFFS_DIR", DEFAULT_BPFFS_DIR)),
+            bpffs_dir: PathBuf::from(
+                self.0.string("BPFFS_DIR", if dedicated { DEDICATED_BPFFS_DIR } else { DEFAULT_BPFFS_DIR }),
+            ),
             proc_root,
             host_netns: self.0.text("HOST_NETNS").map_or(host_default, PathBuf::from),
             excluded_destinations: self.prefixes("EXCLUDED_DESTINATIONS", DEFAULT_EXCLUDED),
             excluded_ports: self.ports("EXCLUDED_PORTS"),
             detached_drain: self.0.duration("DETACHED_DRAIN", Duration::ZERO),
             orphaned_drain: self.0.duration("ORPHANED_DRAIN", DEFAULT_ORPHANED_DRAIN),
+            draining_generations: self.0.parse("DRAINING_GENERATIONS", 2, "a number from 1 to 100", |v| {
+                v.parse().ok().filter(|n| (1..=100).contains(n))
+            }),
             run_dir: PathBuf::from(self.0.string("RUN_DIR", DEFAULT_RUN_DIR)),
             supervisor: self.0.parse(SUPERVISOR, None, "a process", |v| v.parse().ok().map(Some)),
         }
+    }
+
+    fn is_dedicated(&self) -> bool {
+        self.0.text("PROXY_MODE").is_some_and(|mode| mode.eq_ignore_ascii_case("dedicated"))
+    }
+
+    fn mode(&mut self) -> Mode {
+        if !self.is_dedicated() {
+            return Mode::Shared;
+        }
+        let failure = self.0.parse("CAPTURE_FAILURE_MODE", Failure::Closed, "closed or open", |mode| match mode {
+            "closed" => Some(Failure::Closed),
+            "open" => Some(Failure::Open),
+            _ => None,
+        });
+        let bypass = self.0.bool("BYPASS_INBOUND_CAPTURE", false);
+        let capture = self.0.parse("CAPTURE", Capture::Ebpf, "ebpf or off", |mode| match mode {
+            "ebpf" => Some(Capture::Ebpf),
+            "off" => Some(Capture::Off),
+            _ => None,
+        });
+        if capture == Capture::Off {
+            for name in ONLY_CAPTURING {
+                self.0.only(name, &[], "with CAPTURE=off nothing is captured");
+            }
+        }
+        Mode::Dedicated(Dedicated {
+            workload_uid: self.0.text("WORKLOAD_UID").map(str::to_owned),
+            capture,
+            failure,
+            excluded_inbound_ports: self.ports("EXCLUDED_INBOUND_PORTS"),
+            inbound: if bypass { Inbound::Bypass } else { Inbound::Capture },
+            release_on_exit: self.0.bool("RELEASE_ON_EXIT", false),
+            admin_socket: PathBuf::from(self.0.string("ADMIN_SOCKET", DEFAULT_ADMIN_SOCKET)),
+        })
+    }
+
+    /// Namespace, name and service account: our own pod's, or in dedicated mode those of the workload, which must be
+    /// known and may stand in one variable as Istio's ztunnel wants them.
+    fn workload(&mut self, dedicated: bool) -> [String; 3] {
+        let own = ["POD_NAMESPACE", "POD_NAME", "SERVICE_ACCOUNT"].map(|name| self.0.string(name, ""));
+        if !dedicated {
+            return own;
+        }
+        let info = self.0.parse("PROXY_WORKLOAD_INFO", None, "namespace/name/service-account", |text| {
+            let parts: Vec<String> = text.split('/').map(str::to_owned).collect();
+            <[String; 3]>::try_from(parts).ok().filter(|parts| parts.iter().all(|part| !part.is_empty())).map(Some)
+        });
+        let named = info.unwrap_or(own);
+        if named.iter().any(String::is_empty) && self.0.text("PROXY_WORKLOAD_INFO").is_none() {
+            self.0.mistakes.push(
+                "PROXY_MODE=dedicated needs PROXY_WORKLOAD_INFO=namespace/name/service-account, or POD_NAMESPACE, \
+                 POD_NAME and SERVICE_ACCOUNT: the workload this ztunnel is for",
+            );
+        }
+        named
     }
 
     /// `XDS_*` or `CA_*`. An address set to "" turns the part off; one that is not set means the usual control plane,
@@ -377,6 +551,7 @@ impl Raw {
             headers: self.0.with_prefix(&prefix).map(|(k, v)| (k.to_ascii_lowercase(), v.to_owned())).collect(),
             cluster_id: self.cluster_id(),
             alt_hostname: self.0.text(&format!("ALT_{part}_HOSTNAME")).map(str::to_owned),
+            dialer: Dialer::default(),
         })
     }
 
@@ -613,12 +788,46 @@ mod tests {
     }
 
     #[test]
+    fn dedicated_mode_names_its_workload_and_its_own_settings() {
+        let dedicated = |more: &[(&str, &str)]| env(&[&[("PROXY_MODE", "dedicated")][..], more].concat());
+        let config = dedicated(&[("PROXY_WORKLOAD_INFO", "shop/vm-1/billing")]).unwrap();
+        assert_eq!((&*config.pod_namespace, &*config.pod_name, &*config.service_account), ("shop", "vm-1", "billing"));
+        assert_eq!(config.bpffs_dir, Path::new(DEDICATED_BPFFS_DIR));
+        let settings = config.mode.dedicated().unwrap();
+        assert_eq!((settings.failure, settings.inbound), (Failure::Closed, Inbound::Capture));
+        assert_eq!(settings.admin_socket, Path::new("/var/run/ztunnel/admin.sock"));
+        let own = [("POD_NAMESPACE", "shop"), ("POD_NAME", "web-1"), ("SERVICE_ACCOUNT", "web")];
+        assert_eq!(dedicated(&own).unwrap().pod_name, "web-1");
+        let open = [&own[..], &[("CAPTURE_FAILURE_MODE", "open"), ("BYPASS_INBOUND_CAPTURE", "true")]].concat();
+        let settings = dedicated(&open).unwrap().mode;
+        let settings = settings.dedicated().unwrap();
+        assert_eq!((settings.failure, settings.inbound), (Failure::Open, Inbound::Bypass));
+        for bad in [
+            &own[1..],
+            &[("PROXY_WORKLOAD_INFO", "shop/vm-1")],
+            &[("PROXY_WORKLOAD_INFO", "shop//billing")],
+            &[&own[..], &[("ADMIN_PORT", "15000")]].concat(),
+            &[&own[..], &[("HOST_NETNS", "/proc/1/ns/net")]].concat(),
+            &[&own[..], &[("CAPTURE_FAILURE_MODE", "ajar")]].concat(),
+            &[&own[..], &[("CAPTURE", "iptables")]].concat(),
+            &[&own[..], &[("CAPTURE", "off"), ("CGROUP_ROOT", "/sys/fs/cgroup")]].concat(),
+        ] {
+            assert_eq!(dedicated(bad).unwrap_err().lines().len(), 1, "{bad:?}");
+        }
+        for name in ONLY_DEDICATED {
+            assert!(env(&[("NODE_NAME", "a"), (name, "x")]).is_err(), "{name} in shared mode");
+        }
+    }
+
+    #[test]
     fn arguments_of_istios_daemon_set_are_understood() {
         let parse = |args: &[&str]| parse_args(args.iter().map(|s| (*s).to_owned()));
         assert_eq!(parse(&[]), Ok(Command::Run));
         assert_eq!(parse(&["proxy", "ztunnel"]), Ok(Command::Run));
         assert_eq!(parse(&["--version"]), Ok(Command::Version));
         assert_eq!(parse(&["--frobnicate", "--twice"]).unwrap_err().lines().len(), 2);
+        assert_eq!(parse(&["release"]), Ok(Command::Release));
+        assert!(parse(&["release", "--now"]).is_err() && parse(&["release", "all"]).is_err());
         assert!(parse(&["cni"]).unwrap_err().to_string().contains("not supported"));
     }
 }

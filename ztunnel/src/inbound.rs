@@ -61,7 +61,7 @@ async fn tunnel(at: Arc<Place>, request: ConnectRequest, here: SocketAddr) {
             return request.reject(ending.status());
         }
     };
-    let app = match resolve::inbound(&local.world, &local.workload, here.ip(), &request.authority) {
+    let app = match at.target(&local, here.ip(), &request.authority) {
         Ok(app) => app,
         Err(error) => {
             let ending = Ending::from(error);

@@ -1,10 +1,10 @@
 //! The node proxy: captures pods' TCP, carries it as HBONE, enforces L4 policy and records it.
 //!
 //! It parses no HTTP beyond the tunnel's own and never talks to the Kubernetes API: pods, workloads and policies come
-//! from the control plane or from a file. One connection's path is one file read from top to bottom: [`outbound`],
+//! from the control plane or from a file, pods from a CNI agent as well. One connection's path is one file read from top to bottom: [`outbound`],
 //! [`inbound`] or [`passthrough`]. What to do is decided in [`resolve`], which touches nothing.
 //!
-//! Left out, with an error where it is asked for: the modes `cni` and `dedicated`, gateways between
+//! Left out, with an error where it is asked for: the mode `cni`, gateways between
 //! networks, application tunnels.
 
 #![forbid(unsafe_code)]
@@ -14,6 +14,7 @@ pub mod app;
 pub mod capture;
 pub mod certs;
 pub mod config;
+pub mod dedicated;
 pub mod dns;
 pub mod ending;
 pub mod handover;

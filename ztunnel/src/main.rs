@@ -4,9 +4,9 @@
 
 use std::process::ExitCode;
 
-use ztunnel::app;
 use ztunnel::config::{Command, Config, Mistakes, USAGE, parse_args};
 use ztunnel::handover::supervisor;
+use ztunnel::{app, dedicated};
 
 /// A mistake of whoever started us; nothing was tried.
 const BAD_SETTINGS: u8 = 2;
@@ -27,7 +27,21 @@ fn main() -> ExitCode {
             Ok(config) => run(config),
             Err(mistakes) => refuse(&mistakes),
         },
+        Ok(Command::Release) => match Config::from_env(std::env::vars()) {
+            Ok(config) => release(&config),
+            Err(mistakes) => refuse(&mistakes),
+        },
         Err(mistakes) => refuse(&mistakes),
+    }
+}
+
+fn release(config: &Config) -> ExitCode {
+    match dedicated::release::run(config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ztunnel release: {error:#}");
+            ExitCode::FAILURE
+        }
     }
 }
 

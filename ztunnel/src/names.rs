@@ -5,7 +5,7 @@
 //! once, however many connections want it ([`cache`]); a name is taken whole, no search list is applied ([`stub`]).
 
 mod cache;
-mod stub;
+pub(crate) mod stub;
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;

@@ -138,7 +138,7 @@ async fn hairpin(at: &Place, own: &Local, client: SocketAddr, tunnel: &Tunnel) -
         mesh::hbone::Authority::Ip(to) => to.ip(),
         mesh::hbone::Authority::Host { .. } => here,
     };
-    let to = resolve::inbound(&own.world, &own.workload, here, &tunnel.authority)?;
+    let to = at.target(own, here, &tunnel.authority)?;
     let asked = policy::Connection { source: Some(own.identity.clone()), source_ip: here, destination: to };
     let _permit = authorize(own.world.policies_for(&own.workload), &asked)?;
     at.dial_plain(to).await

@@ -66,9 +66,12 @@ async fn forward(
         },
     );
     let connected = async {
-        let world = at.shared.store.snapshot();
-        let permit = authorize(world.policies_for(local), &asked)?;
-        log_decision(at, &asked, permit.allowed_by());
+        // The workload's policy is about the workload, not about the proxy's own metrics and readiness.
+        if !at.shared.serves_beside_workload(app.port()) {
+            let world = at.shared.store.snapshot();
+            let permit = authorize(world.policies_for(local), &asked)?;
+            log_decision(at, &asked, permit.allowed_by());
+        }
         at.dial_app(client.ip(), app).await
     };
     match connected.await {

@@ -6,8 +6,20 @@ use std::io;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
+use crate::config::Config;
+
 /// 250 pods with their listeners, and some thousand connections.
 const FEW_FILES: u64 = 16_384;
+
+/// What is needed in one namespace, our own.
+const DEDICATED: [Capability; 3] = [
+    ("CAP_BPF", 39, "load the capture programs"),
+    ("CAP_NET_ADMIN", 12, "attach them, set rules, routes and socket marks"),
+    ("CAP_NET_RAW", 13, "answer DNS in the name of the server that was asked"),
+];
+
+/// Where nothing is captured.
+const UNCAPTURED: [Capability; 1] = [("CAP_NET_ADMIN", 12, "set socket marks")];
 
 /// A capability ztunnel needs, its bit in `CapEff`, and what for.
 type Capability = (&'static str, u32, &'static str);
@@ -32,7 +44,7 @@ impl fmt::Display for Missing {
         for (name, purpose) in &self.0 {
             write!(f, "\n  - {name} to {purpose}")?;
         }
-        write!(f, "\nrun as root, or add them under securityContext.capabilities.add of the ztunnel DaemonSet")
+        write!(f, "\nrun as root, or add them under securityContext.capabilities.add of the ztunnel container")
     }
 }
 
@@ -42,10 +54,23 @@ impl std::error::Error for Missing {}
 ///
 /// # Errors
 /// The ones that are missing, all of them.
-pub fn check(agent: bool) -> anyhow::Result<()> {
+pub fn check(config: &Config) -> anyhow::Result<()> {
     let status = fs::read_to_string("/proc/self/status")?;
     let capabilities = effective(&status).ok_or_else(|| io::Error::other("no CapEff in /proc/self/status"))?;
-    Ok(check_status(capabilities, agent)?)
+    let needed = if config.mode.is_capture_off() {
+        UNCAPTURED.to_vec()
+    } else {
+        needed(config.mode.dedicated().is_some(), config.agent.is_some())
+    };
+    Ok(check_status(capabilities, &needed)?)
+}
+
+fn needed(dedicated: bool, agent: bool) -> Vec<Capability> {
+    match (dedicated, agent) {
+        (true, _) => DEDICATED.to_vec(),
+        (false, true) => ALWAYS.to_vec(),
+        (false, false) => [&ALWAYS[..], &CAPTURE].concat(),
+    }
 }
 
 /// Lifts the limit of open files as far as this process may: each pod takes a dozen and each connection two, and what
@@ -65,11 +90,9 @@ fn effective(status: &str) -> Option<u64> {
     u64::from_str_radix(line.trim(), 16).ok()
 }
 
-fn check_status(capabilities: u64, agent: bool) -> Result<(), Missing> {
-    let own = if agent { &[][..] } else { &CAPTURE };
-    let missing: Vec<_> = ALWAYS
+fn check_status(capabilities: u64, needed: &[Capability]) -> Result<(), Missing> {
+    let missing: Vec<_> = needed
         .iter()
-        .chain(own)
         .filter(|(_, bit, _)| capabilities & (1 << bit) == 0)
         .map(|(name, _, purpose)| (*name, *purpose))
         .collect();
@@ -83,13 +106,18 @@ mod tests {
     #[test]
     fn names_every_missing_capability_and_the_cure() {
         let all = effective("Name:\tx\nCapEff:\t000001ffffffffff\n").unwrap();
-        assert_eq!(check_status(all, false), Ok(()));
-        let text = check_status(all & !(1 << 39) & !(1 << 19), false).unwrap_err().to_string();
+        let shared = needed(false, false);
+        assert_eq!(check_status(all, &shared), Ok(()));
+        let some = all & !(1 << 39) & !(1 << 19);
+        let text = check_status(some, &shared).unwrap_err().to_string();
         assert!(
             text.contains("CAP_BPF") && text.contains("CAP_SYS_PTRACE") && text.contains("securityContext"),
             "{text}"
         );
         assert!(!text.contains("CAP_NET_RAW"), "{text}");
-        assert_eq!(check_status((1 << 12) | (1 << 21) | (1 << 13), true), Ok(()), "what Istio's chart gives");
+        let text = check_status(some, &needed(true, false)).unwrap_err().to_string();
+        assert!(text.contains("CAP_BPF") && !text.contains("CAP_SYS_PTRACE"), "no other process is looked at: {text}");
+        let chart = (1 << 12) | (1 << 21) | (1 << 13);
+        assert_eq!(check_status(chart, &needed(false, true)), Ok(()), "what Istio's chart gives");
     }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use futures_util::future::{Either, Ready, ready};
 use mesh::drain::Guard;
-use mesh::hbone::{H2Settings, Pool, PoolSettings};
+use mesh::hbone::{Authority, H2Settings, Pool, PoolSettings};
 use mesh::identity::{CertificateManager, Identity, WorkloadCertificate};
 use mesh::model::Workload;
 use mesh::net::{PeerAddr, canonical};
@@ -27,6 +27,7 @@ use crate::handover::seal;
 use crate::names::Names;
 use crate::node::netns::Family;
 use crate::node::pod::{LocalPod, Tracked};
+use crate::resolve::{self, BadTarget};
 use crate::{dns, inbound, outbound, passthrough};
 
 /// How long a connection waits for its own workload to arrive from the control plane.
@@ -46,15 +47,23 @@ pub struct Shared {
 }
 
 impl Shared {
+    /// In dedicated mode metrics and readiness listen in the workload's own namespace.
+    #[must_use]
+    pub fn serves_beside_workload(&self, port: u16) -> bool {
+        let Config { mode, stats_port, readiness_port, .. } = &*self.config;
+        mode.dedicated().is_some() && [*stats_port, *readiness_port].contains(&port)
+    }
+
     /// The pod's workload as the control plane describes it.
     ///
     /// # Errors
-    /// When it does not arrive within five seconds, or is not the one that was enrolled here.
+    /// When it does not arrive within five seconds, or is not the one that was enrolled here: a pod's name may be
+    /// another pod's a moment later, and the two kinds of resource come one after the other.
     pub async fn local(&self, pod: &LocalPod) -> Result<Local, Ending> {
         let find = || {
             let world = self.store.snapshot();
             let workload = world.workload(&pod.workload_uid).cloned();
-            workload.map(|w| (world, w))
+            workload.filter(|w| pod.is_described_by(w)).map(|w| (world, w))
         };
         let (world, workload) = match find() {
             Some(found) => found,
@@ -68,24 +77,25 @@ impl Shared {
                         changes.changed().await.ok()?;
                     }
                 };
-                tokio::time::timeout(WORKLOAD_WAIT, arrival)
-                    .await
-                    .ok()
-                    .flatten()
-                    .ok_or_else(|| Ending::UnknownWorkload(pod.workload_uid.to_string()))?
+                tokio::time::timeout(WORKLOAD_WAIT, arrival).await.ok().flatten().ok_or_else(|| self.missing(pod))?
             }
         };
-        if pod.namespace != workload.namespace || pod.service_account != workload.service_account {
-            return Err(Ending::WorkloadMismatch {
-                workload: workload.uid.to_string(),
-                found: format!("{}/{}", workload.namespace, workload.service_account),
-                enrolled: format!("{}/{}", pod.namespace, pod.service_account),
-            });
-        }
         pod.learn_addresses(&workload.addresses);
         let identity =
             workload.identity().map_err(|source| Ending::BadIdentity { workload: workload.uid.to_string(), source })?;
         Ok(Local { world, workload, identity })
+    }
+
+    /// Why there is no workload for the pod.
+    fn missing(&self, pod: &LocalPod) -> Ending {
+        let Some(other) = self.store.snapshot().workload(&pod.workload_uid).cloned() else {
+            return Ending::UnknownWorkload(pod.workload_uid.to_string());
+        };
+        Ending::WorkloadMismatch {
+            workload: other.uid.to_string(),
+            found: format!("{}/{} at {:?}", other.namespace, other.service_account, other.addresses),
+            enrolled: format!("{}/{} at {:?}", pod.namespace, pod.service_account, pod.addresses()),
+        }
     }
 }
 
@@ -269,7 +279,8 @@ where
 /// Told of a connection to one of our own listeners.
 pub const SELF_CALL: &str = "the proxy's own listener was dialled";
 
-fn count_self_call() {
+/// Somebody in the pod dialled the proxy's own sockets, and nothing came of it.
+pub fn count_self_call() {
     metrics::counter!("ztunnel_self_connections_total").increment(1);
 }
 
@@ -310,6 +321,27 @@ impl Place {
         own
     }
 
+    /// [`resolve::inbound`], which must not lead to a port of this process either: in dedicated mode metrics and
+    /// readiness listen in the pod's namespace.
+    ///
+    /// # Errors
+    /// [`BadTarget`]; a way back into ourselves is counted.
+    pub fn target(
+        &self,
+        local: &Local,
+        here: std::net::IpAddr,
+        authority: &Authority,
+    ) -> Result<SocketAddr, BadTarget> {
+        let target = resolve::inbound(&local.world, &local.workload, here, authority).and_then(|app| {
+            let own = self.shared.serves_beside_workload(app.port());
+            if own { Err(BadTarget::OwnPort(app.port())) } else { Ok(app) }
+        });
+        if let Err(BadTarget::OwnPort(_)) = &target {
+            count_self_call();
+        }
+        target
+    }
+
     /// The pod's workload as the control plane describes it.
     ///
     /// # Errors
@@ -347,7 +379,9 @@ impl Place {
     /// What stopped it; refused by the application most of all.
     pub async fn dial_app(&self, client: std::net::IpAddr, to: SocketAddr) -> Result<TcpStream, Ending> {
         // A call of the pod to itself already has the right source, and would not come back over lo.
-        let keep_source = client != to.ip() && Family::of(client) == Family::of(to.ip());
+        // Without capture nothing would bring the application's answers to the client's address back to us.
+        let keep_source =
+            !self.shared.config.mode.is_capture_off() && client != to.ip() && Family::of(client) == Family::of(to.ip());
         if !keep_source {
             return self.dial_plain(to).await;
         }

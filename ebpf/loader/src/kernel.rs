@@ -13,7 +13,10 @@ use std::{
     thread,
 };
 
-use nix::sched::{CloneFlags, setns};
+use nix::{
+    sched::{CloneFlags, setns},
+    sys::stat::{fstat, stat},
+};
 
 use crate::LoadError;
 
@@ -72,11 +75,15 @@ pub fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<NetnsCookie> {
 
 /// The cookie of the netns behind a file such as `/proc/PID/ns/net`.
 ///
-/// Enters it on a thread of its own, because only a socket made inside can tell.
+/// Enters it on a thread of its own, because only a socket made inside can tell. Where the caller is in it already no
+/// right is needed.
 pub fn cookie_of(netns: BorrowedFd<'_>) -> Result<NetnsCookie, LoadError> {
     thread::scope(|scope| {
         let inside = scope.spawn(|| -> io::Result<NetnsCookie> {
-            setns(netns, CloneFlags::CLONE_NEWNET)?;
+            let (there, here) = (fstat(netns)?, stat("/proc/thread-self/ns/net")?);
+            if (there.st_dev, there.st_ino) != (here.st_dev, here.st_ino) {
+                setns(netns, CloneFlags::CLONE_NEWNET)?;
+            }
             netns_cookie(UnixDatagram::unbound()?.as_fd())
         });
         inside.join().unwrap_or_else(|_| Err(io::Error::other("the thread inside panicked")))
@@ -375,10 +382,6 @@ fn missing_capabilities(effective: u64) -> Vec<&'static str> {
     if !has(NET_ADMIN) {
         missing.push("CAP_NET_ADMIN");
     }
-    // To enter the pods' network namespaces.
-    if !has(SYS_ADMIN) {
-        missing.push("CAP_SYS_ADMIN");
-    }
     missing
 }
 
@@ -400,8 +403,8 @@ mod tests {
 
     #[test]
     fn capabilities_are_named_as_the_kernel_asks_for_them() {
-        assert_eq!(missing_capabilities(0), ["CAP_BPF", "CAP_NET_ADMIN", "CAP_SYS_ADMIN"]);
-        assert_eq!(missing_capabilities(1 << 39 | 1 << 12), ["CAP_SYS_ADMIN"]);
+        assert_eq!(missing_capabilities(0), ["CAP_BPF", "CAP_NET_ADMIN"]);
+        assert!(missing_capabilities(1 << 39 | 1 << 12).is_empty());
         assert_eq!(missing_capabilities(1 << 21), ["CAP_NET_ADMIN"]);
         assert!(missing_capabilities(1 << 21 | 1 << 12).is_empty());
     }

@@ -18,7 +18,7 @@ pub use ebpf_abi::Slot;
 pub use error::LoadError;
 pub use kernel::{NetnsCookie, cookie_of, netns_cookie};
 pub use maps::Counters;
-pub use pins::ensure_bpffs;
+pub use pins::{attached_netns, ensure_bpffs, remove_pins};
 pub use pod::{Dns, FailureMode, Inbound, InvalidPrefix, Phase, PodCapture, Prefix};
 
 /// The compiled kernel programs; empty when the build found none.

@@ -89,6 +89,43 @@ impl Pins {
     }
 }
 
+/// Network namespaces, by inode, that programs pinned below `directory` are attached to, whatever build pinned them.
+///
+/// # Errors
+/// When the pins cannot be read (CAP_BPF).
+pub fn attached_netns(directory: &Path) -> Result<Vec<u64>, LoadError> {
+    let mut inodes = Vec::new();
+    for layout in list_or_none(directory)? {
+        for pin in list_or_none(&layout.join("netns"))? {
+            let opening = |source| LoadError::io(format!("opening {}", pin.display()), source);
+            let Some(link) = open_pin(&pin).map_err(opening)? else { continue };
+            inodes.extend(link_info(link.as_fd()).map_err(opening)?.netns().map(u64::from));
+        }
+    }
+    Ok(inodes)
+}
+
+/// Takes away everything pinned below `directory`, and with it all that it captures. New connections then go direct.
+///
+/// # Errors
+/// A pin that cannot be removed.
+pub fn remove_pins(directory: &Path) -> Result<(), LoadError> {
+    if !directory.exists() {
+        return Ok(());
+    }
+    if !stands_on(directory, BPF_FS_MAGIC)? {
+        return Err(LoadError::NotBpffs { path: directory.to_owned() });
+    }
+    list(directory)?.iter().try_for_each(|path| remove(path))?;
+    // It stays where it is a mount of its own.
+    let _ = fs::remove_dir(directory);
+    Ok(())
+}
+
+fn list_or_none(directory: &Path) -> Result<Vec<PathBuf>, LoadError> {
+    if directory.is_dir() { list(directory) } else { Ok(Vec::new()) }
+}
+
 /// What a build with another layout pinned. Of its maps only one is touched, and of that one only the keys, which are
 /// the same in all versions (see [`ebpf_abi::VERSION`]).
 pub(crate) struct Layout {

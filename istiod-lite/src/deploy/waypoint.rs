@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::{Value, json};
 
 use super::AppliedKind;
-use crate::enrol::DATAPLANE_MODE;
+use crate::enrol::rules::DATAPLANE_MODE;
 use crate::translate::binding::MANAGED_LABEL;
 use crate::types::gateway::GatewaySpec;
 use crate::types::{Key, Object};

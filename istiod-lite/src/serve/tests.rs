@@ -399,6 +399,29 @@ async fn a_node_proxy_gets_identities_of_its_node_and_no_others() {
 }
 
 #[tokio::test]
+async fn a_machine_whose_token_is_bound_to_no_pod_is_its_service_account_and_no_node() {
+    let world = World::ready().await;
+    // The node proxies' account among them: without a pod it stands for no node.
+    for account in ["billing", "ztunnel"] {
+        let caller = Caller {
+            namespace: "istio-system".into(),
+            service_account: account.into(),
+            pod: None,
+            expires: Some(SystemTime::now() + Duration::from_secs(60)),
+        };
+        lock(&world.tokens.0).insert(account.to_owned(), caller);
+        let response = world.sign(account, certificate_request(None)).await.unwrap();
+        assert_eq!(identity_of(&response), format!("spiffe://cluster.local/ns/istio-system/sa/{account}"));
+        let other = certificate_request(Some("spiffe://cluster.local/ns/shop/sa/cart"));
+        assert_eq!(world.sign(account, other).await.unwrap_err().code(), Code::Unauthenticated, "{account}");
+        let mut stream = world.discover(account).await.unwrap();
+        assert!(!names(&stream.ask(request(ADDRESS_TYPE)).await).is_empty(), "the mesh is for all to see");
+        assert!(names(&stream.ask(request(POD_ENROLMENT_TYPE)).await).is_empty(), "{account}");
+        assert!(world.report(account, &["shop/cart"]).await.is_err(), "{account}");
+    }
+}
+
+#[tokio::test]
 async fn bad_signing_requests_are_named_as_such() {
     let world = World::ready().await;
     let too_long = IstioCertificateRequest { validity_duration: i64::MAX, ..certificate_request(None) };
@@ -516,6 +539,7 @@ fn grpc_config(world: &World, token: &str) -> mesh::grpc::GrpcConfig {
         headers: Vec::new(),
         cluster_id: "Kubernetes".to_owned(),
         alt_hostname: Some(SERVER_NAME.to_owned()),
+        dialer: mesh::grpc::Dialer::default(),
     }
 }
 

@@ -11,15 +11,15 @@ use mesh_proto::enrolment::{CaptureOptions, FailureMode, POD_ENROLMENT_TYPE, Pod
 use super::address_bytes;
 use super::workload::{running_addresses, service_account};
 use super::world::World;
-use crate::enrol;
+use crate::enrol::{self, rules};
 use crate::resources::{Audience, Resource};
-use crate::types::{Key, annotation};
+use crate::types::{Key, annotation, flag};
 
 /// `open`: while no node proxy is alive the pod's connections go out uncaptured. Anything else is closed.
-const FAILURE_MODE: &str = "ambient.istio.io/capture-failure-mode";
-const BYPASS_INBOUND: &str = "ambient.istio.io/bypass-inbound-capture";
+pub const FAILURE_MODE: &str = "ambient.istio.io/capture-failure-mode";
+pub const BYPASS_INBOUND: &str = "ambient.istio.io/bypass-inbound-capture";
 /// `false`: the pod asks its DNS servers itself. Anything else is the default, captured.
-const DNS_CAPTURE: &str = "ambient.istio.io/dns-capture";
+pub const DNS_CAPTURE: &str = "ambient.istio.io/dns-capture";
 
 /// What a pod's own connections, or plaintext to it, are not captured for; Istio's names. A value that cannot be read
 /// excludes nothing: see [`unreadable`].
@@ -33,7 +33,7 @@ pub fn translate(world: &World, pod: &Pod) -> Option<Resource> {
     let uid = pod.metadata.uid.as_deref()?;
     let node = pod.spec.as_ref()?.node_name.as_deref().filter(|node| !node.is_empty())?;
     let held = annotation(&pod.metadata, enrol::REDIRECTION).is_some() || world.leaving.contains(uid);
-    let enrolled = enrol::is_wanted(world, pod) || (held && enrol::may_be_captured(world, pod));
+    let enrolled = enrol::is_wanted(world, pod) || (held && rules::never(world, pod).is_none());
     if !enrolled {
         return None;
     }
@@ -50,13 +50,14 @@ pub fn translate(world: &World, pod: &Pod) -> Option<Resource> {
         addresses: running_addresses(pod).into_iter().flatten().map(address_bytes).collect(),
         capture: Some(CaptureOptions {
             failure_mode: failure_mode.into(),
-            bypass_inbound: annotation(&pod.metadata, BYPASS_INBOUND) == Some("true"),
+            bypass_inbound: flag(&pod.metadata, BYPASS_INBOUND) == Ok(Some(true)),
             excluded_destinations: prefixes(pod).unwrap_or_default(),
-            dns: annotation(&pod.metadata, DNS_CAPTURE) != Some("false"),
+            dns: flag(&pod.metadata, DNS_CAPTURE) != Ok(Some(false)),
             excluded_outbound_ports: ports(pod, EXCLUDE_TO_PORTS).unwrap_or_default(),
             excluded_inbound_ports: ports(pod, EXCLUDE_AT_PORTS).unwrap_or_default(),
         }),
         workload_uid: world.pod_uid(&key),
+        epoch: world.epochs.get(uid).copied().unwrap_or_default(),
         probe_ports: probe_ports(pod).into_iter().map(u32::from).collect(),
     };
     Some(Resource::new(POD_ENROLMENT_TYPE, uid, &message).for_audience(vec![Audience::Node(node.into())]))

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use k8s_openapi::api::core::v1::{Pod, Service as KubeService, ServicePort};
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use mesh_proto::workload::{
     Address, Locality, NetworkMode, Port, PortList, TunnelProtocol, Workload, WorkloadStatus, WorkloadType, address,
@@ -22,6 +23,11 @@ use crate::types::{Key, annotation, label, matches_labels};
 /// The label by which a pod says that it answers HBONE itself.
 pub const NATIVE_TUNNEL: &str = "networking.istio.io/tunnel";
 
+/// Does the workload have a proxy of its own that answers HBONE?
+pub fn has_native_tunnel(meta: &ObjectMeta) -> bool {
+    label(meta, NATIVE_TUNNEL) == Some("http")
+}
+
 /// The pod's workload and binding. `None` while it has no address and once it has ended.
 pub fn from_pod(view: &View<'_>, pod: &Pod, policies: Vec<String>) -> Option<(Resource, Binding)> {
     let world = view.world;
@@ -29,7 +35,7 @@ pub fn from_pod(view: &View<'_>, pod: &Pod, policies: Vec<String>) -> Option<(Re
     let key = Key::of(&pod.metadata);
     let spec = pod.spec.as_ref()?;
     let meta = &pod.metadata;
-    let native_tunnel = label(meta, NATIVE_TUNNEL) == Some("http");
+    let native_tunnel = has_native_tunnel(meta);
     let captured = annotation(meta, enrol::REDIRECTION) == Some("enabled");
     let binding = binding::resolve(world, meta, TrafficType::Workload);
     let workload_name = workload_name(pod);

@@ -1,7 +1,7 @@
 //! What the control plane knows at one moment: every watched object, and indexes over them. Cheap to clone; a clone
 //! never changes.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use k8s_openapi::api::apps::v1::Deployment;
@@ -26,6 +26,8 @@ pub struct MeshSettings {
     pub trust_domain: String,
     pub root_namespace: String,
     pub cluster_domain: String,
+    /// Whose pods are never captured.
+    pub excluded_namespaces: BTreeSet<String>,
     /// Where ServiceEntries without addresses get theirs from.
     pub allocation: Prefixes,
 }
@@ -37,6 +39,8 @@ impl Default for MeshSettings {
             trust_domain: "cluster.local".into(),
             root_namespace: "istio-system".into(),
             cluster_domain: "cluster.local".into(),
+            // As Istio's `excludeNamespaces`.
+            excluded_namespaces: BTreeSet::from(["kube-system".to_owned()]),
             allocation: Prefixes::default(),
         }
     }
@@ -64,7 +68,9 @@ pub struct World {
     /// Those named `istio-ca-root-cert`.
     pub root_certs: Table<ConfigMap>,
     /// UIDs of pods that are on their way out of the mesh: their enrolment stays until peers know.
-    pub leaving: Arc<std::collections::BTreeSet<String>>,
+    pub leaving: Arc<BTreeSet<String>>,
+    /// By pod UID: which stay in the mesh this is, where it is not the first.
+    pub epochs: Arc<BTreeMap<String, u64>>,
 }
 
 impl World {

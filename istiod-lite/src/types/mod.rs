@@ -111,6 +111,19 @@ pub fn annotation<'a>(meta: &'a ObjectMeta, key: &str) -> Option<&'a str> {
     meta.annotations.as_ref()?.get(key).map(String::as_str)
 }
 
+/// A yes or no among the annotations, as Go's `strconv.ParseBool` reads it; `None` where there is none.
+///
+/// # Errors
+/// The value, where it is neither.
+pub fn flag<'a>(meta: &'a ObjectMeta, key: &str) -> Result<Option<bool>, &'a str> {
+    match annotation(meta, key) {
+        None => Ok(None),
+        Some("1" | "t" | "T" | "true" | "TRUE" | "True") => Ok(Some(true)),
+        Some("0" | "f" | "F" | "false" | "FALSE" | "False") => Ok(Some(false)),
+        Some(other) => Err(other),
+    }
+}
+
 /// An element of a list that was or was not readable; the others don't suffer.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Lenient<T> {

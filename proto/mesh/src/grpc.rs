@@ -2,8 +2,9 @@
 //! control planes expect. It connects when first used and again whenever needed, reading the root certificate anew each
 //! time, so a mount that is late or rotated costs a retry and no restart.
 
-use std::{fmt, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
+use std::{fmt, io, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
 
+use futures_util::future::BoxFuture;
 use http::Uri;
 use hyper_util::rt::TokioIo;
 use rustls::{
@@ -61,6 +62,36 @@ pub struct GrpcConfig {
     pub cluster_id: String,
     /// Another name the server's certificate may bear.
     pub alt_hostname: Option<String>,
+    pub dialer: Dialer,
+}
+
+/// How TCP connections to the control plane are made.
+#[derive(Clone, Default)]
+pub struct Dialer(Option<Arc<DialFn>>);
+
+type DialFn = dyn Fn(String, u16) -> BoxFuture<'static, io::Result<TcpStream>> + Send + Sync;
+
+impl Dialer {
+    /// For where the ordinary way will not do: `dial` gets the host, a name or an address, and the port.
+    pub fn new<F>(dial: impl Fn(String, u16) -> F + Send + Sync + 'static) -> Self
+    where
+        F: Future<Output = io::Result<TcpStream>> + Send + 'static,
+    {
+        Self(Some(Arc::new(move |host, port| Box::pin(dial(host, port)))))
+    }
+
+    async fn dial(&self, host: &str, port: u16) -> io::Result<TcpStream> {
+        match &self.0 {
+            Some(dial) => dial(host.to_owned(), port).await,
+            None => TcpStream::connect((host, port)).await,
+        }
+    }
+}
+
+impl fmt::Debug for Dialer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.is_some() { "Dialer(special)" } else { "Dialer(ordinary)" })
+    }
 }
 
 /// A setting that no channel can be made from.
@@ -227,6 +258,7 @@ struct Target {
     host: String,
     port: u16,
     tls: Option<TlsTarget>,
+    dialer: Dialer,
 }
 
 struct TlsTarget {
@@ -259,7 +291,7 @@ impl Target {
                 alternative: config.alt_hostname.as_deref().map(name).transpose()?,
             }),
         };
-        Ok(Self { authority: authority.to_string(), host, port, tls })
+        Ok(Self { authority: authority.to_string(), host, port, tls, dialer: config.dialer.clone() })
     }
 
     /// One TCP (and TLS) connection, within the connect timeout.
@@ -272,7 +304,7 @@ impl Target {
     async fn dial(&self) -> Result<Box<dyn Transport>, ConnectError> {
         let fail = |e: std::io::Error| ConnectError(format!("{}: {e}", self.authority));
         let config = self.tls.as_ref().map(TlsTarget::config).transpose()?;
-        let stream = TcpStream::connect((self.host.as_str(), self.port)).await.map_err(fail)?;
+        let stream = self.dialer.dial(&self.host, self.port).await.map_err(fail)?;
         crate::net::tune(&stream).map_err(fail)?;
         match (config, &self.tls) {
             (Some(config), Some(tls)) => {
@@ -362,6 +394,7 @@ mod tests {
             headers: Vec::new(),
             cluster_id: "Kubernetes".into(),
             alt_hostname: None,
+            dialer: Dialer::default(),
         }
     }
 

@@ -24,6 +24,10 @@ pub struct PodEnrolment {
     /// network namespace reach them directly, whatever policy says; sorted, each once.
     #[prost(uint32, repeated, tag = "8")]
     pub probe_ports: ::prost::alloc::vec::Vec<u32>,
+    /// Which stay of the pod in the mesh this is; another one after each time it was withdrawn. A report that does not
+    /// repeat it speaks of an earlier stay.
+    #[prost(uint64, tag = "9")]
+    pub epoch: u64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct CaptureOptions {
@@ -67,6 +71,9 @@ pub struct PodState {
     /// Why, for PENDING and FAILED; names the cure where there is one.
     #[prost(string, tag = "3")]
     pub reason: ::prost::alloc::string::String,
+    /// Of the PodEnrolment that the state is about.
+    #[prost(uint64, tag = "4")]
+    pub epoch: u64,
 }
 /// Nested message and enum types in `PodState`.
 pub mod pod_state {

@@ -131,6 +131,7 @@ impl ControlPlane {
             headers: Vec::new(),
             cluster_id: "Kubernetes".into(),
             alt_hostname: Some("istiod.istio-system.svc".into()),
+            dialer: mesh::grpc::Dialer::default(),
         };
         Ok(Self { config, wire: stage.teller.session.wire().path() })
     }

@@ -6,6 +6,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ebpf_loader::abi::DNS_PORT;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, SockaddrIn, SockaddrIn6, SockaddrStorage, recvmsg};
 use socket2::Socket;
 use tokio::io::Interest;
@@ -16,8 +17,9 @@ use super::forward::{self, NoAnswer};
 use super::message::Transport;
 use super::packet;
 use super::{Verdict, decide, forwarded, with_scratch};
+use crate::node::backend::Backend;
 use crate::node::pod::LocalPod;
-use crate::worker::{Place, Shared};
+use crate::worker::{Place, Shared, count_self_call};
 
 /// How long a connection may be silent between queries.
 const TCP_IDLE: Duration = Duration::from_secs(5);
@@ -79,6 +81,11 @@ pub async fn udp(shared: Shared, pod: Arc<LocalPod>, socket: DnsSocket) {
             }
         };
         let Some(Datagram { bytes, client, server }) = received else { continue };
+        // The steering brings port 53 alone; whoever came to our own port would be forwarded to ourselves.
+        if pod.backend == Backend::Ebpf && server.port() != DNS_PORT {
+            count_self_call();
+            continue;
+        }
         if pod.dns.is_own(client) {
             continue;
         }

@@ -32,8 +32,6 @@ const ALIVE: Duration = Duration::from_secs(1);
 const GONE_CHECK: Duration = Duration::from_secs(5);
 /// For a drainer to say who it is, and to take a word.
 const ANSWER: Duration = Duration::from_secs(5);
-/// Generations that drain at a time; the oldest of more has to end.
-const MOST_DRAINING: usize = 2;
 
 /// What the follower needs from the rest.
 pub struct Follower {
@@ -55,6 +53,8 @@ pub struct Generations(Arc<Known>);
 struct Known {
     own: Generation,
     registry: Arc<Registry>,
+    /// Generations that may drain at a time; the oldest of more has to end.
+    most: usize,
     draining: Mutex<BTreeMap<String, Generation>>,
 }
 
@@ -77,9 +77,9 @@ pub struct Generation {
 }
 
 impl Generations {
-    /// With this process as the serving one.
+    /// With this process as the serving one, and at most `most` that drain.
     #[must_use]
-    pub fn new(generation: &str, version: &str, registry: &Arc<Registry>) -> Self {
+    pub fn new(generation: &str, version: &str, registry: &Arc<Registry>, most: usize) -> Self {
         let own = Generation {
             generation: generation.to_owned(),
             version: version.to_owned(),
@@ -90,7 +90,7 @@ impl Generations {
             received_bytes: 0,
             sent_bytes: 0,
         };
-        Self(Arc::new(Known { own, registry: registry.clone(), draining: Mutex::default() }))
+        Self(Arc::new(Known { own, registry: registry.clone(), most, draining: Mutex::default() }))
     }
 
     fn draining(&self) -> MutexGuard<'_, BTreeMap<String, Generation>> {
@@ -127,7 +127,7 @@ impl Generations {
 
     fn is_one_too_many(&self, generation: &str) -> bool {
         let draining = self.draining();
-        draining.len() > MOST_DRAINING && draining.keys().next().is_some_and(|oldest| oldest == generation)
+        draining.len() > self.0.most && draining.keys().next().is_some_and(|oldest| oldest == generation)
     }
 }
 
@@ -403,7 +403,7 @@ mod tests {
 
     #[test]
     fn of_three_that_drain_the_oldest_is_one_too_many() {
-        let generations = Generations::new("4", "v4", &Arc::default());
+        let generations = Generations::new("4", "v4", &Arc::default(), 2);
         for name in ["1", "2", "3"] {
             assert!(!generations.is_one_too_many("1"));
             let since = 0;

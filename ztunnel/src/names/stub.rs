@@ -3,11 +3,14 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::AsFd;
 use std::time::Duration;
 
+use ebpf_loader::abi::MARK_BYPASS;
 use hickory_proto::op::{Message, MessageType, OpCode, Query as Question, ResponseCode};
 use hickory_proto::rr::{Name, RData, RecordType};
-use tokio::net::{TcpStream, UdpSocket};
+use socket2::SockRef;
+use tokio::net::{TcpSocket, UdpSocket};
 
 use super::NameError;
 use crate::dns::forward;
@@ -77,7 +80,9 @@ async fn exchange(server: SocketAddr, name: &Name, kind: RecordType) -> io::Resu
     if !answer.metadata.truncation {
         return Ok(answer);
     }
-    let mut stream = TcpStream::connect(server).await?;
+    let socket = if server.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    spare(&socket);
+    let mut stream = socket.connect(server).await?;
     forward::write(&mut stream, &bytes).await?;
     let answer = forward::read(&mut stream).await?.ok_or(io::ErrorKind::UnexpectedEof)?;
     if !query.is_answered_by(&answer, id) {
@@ -86,12 +91,19 @@ async fn exchange(server: SocketAddr, name: &Name, kind: RecordType) -> io::Resu
     Message::from_vec(&answer).map_err(io::Error::other)
 }
 
+/// In dedicated mode our own namespace is captured and would bring the question back to us. Elsewhere the mark means
+/// nothing, and whoever may not set it does not need it.
+fn spare(socket: &impl AsFd) {
+    let _ = SockRef::from(socket).set_mark(MARK_BYPASS);
+}
+
 async fn udp(server: SocketAddr, query: &Query, bytes: &[u8], id: u16) -> io::Result<Message> {
     let any: SocketAddr = match server.ip() {
         IpAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
         IpAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
     };
     let socket = UdpSocket::bind(any).await?;
+    spare(&socket);
     socket.connect(server).await?;
     socket.send(bytes).await?;
     let mut buffer = vec![0; DATAGRAM];

@@ -31,6 +31,8 @@ pub struct Enrolment {
     pub excluded_ports_at: Vec<u16>,
     /// Where the kubelet calls the pod.
     pub probe_ports: Vec<u16>,
+    /// Which stay of the pod in the mesh this is; repeated in reports and nothing else.
+    pub epoch: u64,
 }
 
 /// What happens to the pod's new connections while no ztunnel is alive.
@@ -117,6 +119,7 @@ impl TryFrom<wire::PodEnrolment> for Enrolment {
             excluded_ports_to: ports(options.excluded_outbound_ports)?,
             excluded_ports_at: ports(options.excluded_inbound_ports)?,
             probe_ports: ports(pod.probe_ports)?,
+            epoch: pod.epoch,
         })
     }
 }
@@ -189,6 +192,7 @@ mod tests {
                 ..Default::default()
             }),
             probe_ports: vec![8080],
+            epoch: 7,
         }
     }
 
@@ -198,7 +202,7 @@ mod tests {
         assert_eq!(pod.addresses, vec!["10.0.0.1".parse::<IpAddr>().unwrap()]);
         assert_eq!(pod.excluded, vec!["10.9.0.0/16".parse::<IpNet>().unwrap()]);
         assert_eq!((pod.excluded_ports_to, pod.excluded_ports_at), (vec![5432], vec![9090]));
-        assert_eq!(pod.probe_ports, [8080]);
+        assert_eq!((&*pod.probe_ports, pod.epoch), (&[8080][..], 7));
         assert_eq!((pod.failure, pod.inbound, pod.dns), (Failure::Closed, Inbound::Capture, Dns::Direct));
         let mut dns = wire_pod();
         dns.capture.as_mut().unwrap().dns = true;

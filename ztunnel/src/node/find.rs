@@ -56,27 +56,90 @@ impl Process {
 #[derive(Debug, Clone)]
 pub struct Finder {
     proc_root: PathBuf,
-    /// Path of `CGROUP_ROOT` inside the v2 hierarchy as `/proc/PID/cgroup` spells it; "" for the whole.
-    v2_prefix: String,
+    kubelet: KubeletRoot,
     refused: BTreeSet<u64>,
+    /// There is one workload and it lives where we do: nothing is searched.
+    own: bool,
+}
+
+/// What stands before the kubelet's own tree in the paths of `/proc/PID/cgroup`. A path without it belongs to somebody
+/// else, whatever it looks like further down.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct KubeletRoot {
+    /// Path of `CGROUP_ROOT` inside the v2 hierarchy; "" for the whole.
+    v2: String,
+    /// By controllers (second field; "" for v2), below that: where a kubelet that itself runs in a container (kind) or
+    /// was given a `cgroupRoot` keeps its pods.
+    nested: BTreeMap<String, String>,
+}
+
+impl KubeletRoot {
+    /// ztunnel is a pod of the same kubelet, so its own path shows where the tree is. Where it does not (another cgroup
+    /// namespace, no pod at all) the tree is expected at the top.
+    fn new(v2: String, own: &str) -> Self {
+        let mut root = Self { v2, ..Self::default() };
+        for (v1, controllers, path) in lines(own) {
+            let Some(path) = root.below_v2(v1, path) else { continue };
+            let parts: Vec<&str> = path.split('/').collect();
+            // The last one: what is above it belongs to a cluster around ours.
+            if let Some(at) = parts.iter().rposition(|part| is_root(part)).filter(|at| *at > 1) {
+                root.nested.insert(controllers.to_owned(), parts[..at].join("/"));
+            }
+        }
+        root
+    }
+
+    /// The path from the kubelet's tree on; `None` outside it.
+    fn strip<'a>(&self, v1: bool, controllers: &str, path: &'a str) -> Option<&'a str> {
+        let path = self.below_v2(v1, path)?;
+        match self.nested.get(controllers) {
+            Some(prefix) => below(path, prefix),
+            None => Some(path),
+        }
+    }
+
+    fn below_v2<'a>(&self, v1: bool, path: &'a str) -> Option<&'a str> {
+        if v1 { Some(path) } else { below(path, &self.v2) }
+    }
+}
+
+/// `path` without `prefix`, which ends at a slash.
+fn below<'a>(path: &'a str, prefix: &str) -> Option<&'a str> {
+    path.strip_prefix(prefix).filter(|rest| prefix.is_empty() || rest.starts_with('/'))
+}
+
+/// Is it of v1, controllers, path: the lines of `/proc/PID/cgroup`. A path may have colons.
+fn lines(cgroups: &str) -> impl Iterator<Item = (bool, &str, &str)> {
+    cgroups.lines().filter_map(|line| {
+        let mut parts = line.splitn(3, ':');
+        Some((parts.next()? != "0", parts.next()?, parts.next()?))
+    })
 }
 
 impl Finder {
-    /// `host` is the inode of the node's own network namespace.
+    /// `host` is the inode of the node's own network namespace, where it is known.
     ///
     /// # Errors
     /// When this process' own mounts or namespace cannot be read.
-    pub fn new(proc_root: &Path, cgroup_root: &Path, host: u64) -> io::Result<Self> {
+    pub fn new(proc_root: &Path, cgroup_root: &Path, host: Option<u64>) -> io::Result<Self> {
         let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+        let own_cgroups = fs::read_to_string("/proc/self/cgroup")?;
         let root = fs::canonicalize(cgroup_root)?;
         // Neither the host's namespace nor ours is ever a pod's. Process 1 may be hidden from us; we are not.
         let init = fs::File::open(proc_root.join("1/ns/net")).and_then(|f| inode(f.as_fd()));
         let own = inode(fs::File::open("/proc/self/ns/net")?.as_fd())?;
         Ok(Self {
             proc_root: proc_root.to_owned(),
-            v2_prefix: v2_prefix(&mounts, &root).unwrap_or_default(),
-            refused: init.into_iter().chain([own, host]).collect(),
+            kubelet: KubeletRoot::new(v2_prefix(&mounts, &root).unwrap_or_default(), &own_cgroups),
+            refused: init.into_iter().chain([own]).chain(host).collect(),
+            own: false,
         })
+    }
+
+    /// For a ztunnel in the namespace of its only workload: whoever is wanted is here.
+    #[must_use]
+    pub fn own() -> Self {
+        Self { proc_root: PathBuf::from("/proc"), kubelet: KubeletRoot::default(), refused: BTreeSet::new(), own: true }
     }
 
     /// Every namespace that holds a process of one of the `wanted` pods, in one walk over `/proc`.
@@ -87,6 +150,9 @@ impl Finder {
         let mut found: BTreeMap<String, Vec<Found>> = BTreeMap::new();
         if wanted.is_empty() {
             return Ok(found);
+        }
+        if self.own {
+            return wanted.iter().map(|uid| Ok((uid.clone(), vec![own()?]))).collect();
         }
         for entry in fs::read_dir(&self.proc_root)? {
             let Ok(entry) = entry else { continue };
@@ -122,8 +188,15 @@ impl Finder {
 
     /// The pod UID all hierarchies agree on.
     fn pod_uid(&self, cgroups: &str) -> Option<String> {
-        pod_uid(cgroups, &self.v2_prefix)
+        pod_uid(cgroups, &self.kubelet)
     }
+}
+
+/// This process, in its namespace.
+fn own() -> io::Result<Found> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let directory = nix::fcntl::open("/proc/self", flags, Mode::empty())?;
+    Ok(Found { netns: Netns::own()?, process: Process { directory, pid: std::process::id() } })
 }
 
 fn inode(file: std::os::fd::BorrowedFd<'_>) -> io::Result<u64> {
@@ -132,20 +205,10 @@ fn inode(file: std::os::fd::BorrowedFd<'_>) -> io::Result<u64> {
 
 /// The pod UID in the text of `/proc/PID/cgroup`. Lines without one (other controllers, hybrid nodes) do not count;
 /// two lines that name different pods make the process nobody's.
-fn pod_uid(cgroups: &str, v2_prefix: &str) -> Option<String> {
+fn pod_uid(cgroups: &str, kubelet: &KubeletRoot) -> Option<String> {
     let mut uid: Option<String> = None;
-    for line in cgroups.lines() {
-        let mut parts = line.splitn(3, ':');
-        let (Some(id), Some(_), Some(path)) = (parts.next(), parts.next(), parts.next()) else { continue };
-        let path = if id == "0" && !v2_prefix.is_empty() {
-            match path.strip_prefix(v2_prefix) {
-                Some(rest) if rest.starts_with('/') => rest,
-                _ => continue,
-            }
-        } else {
-            path
-        };
-        let Some(here) = pod_of_path(path) else { continue };
+    for (v1, controllers, path) in lines(cgroups) {
+        let Some(here) = kubelet.strip(v1, controllers, path).and_then(pod_of_path) else { continue };
         match &uid {
             Some(other) if *other != here => return None,
             _ => uid = Some(here),
@@ -285,19 +348,145 @@ mod tests {
     #[test]
     fn hierarchies_must_agree() {
         let v1 = |uid: &str| format!("4:memory:/kubepods/burstable/pod{uid}/c\n");
+        let top = KubeletRoot::default();
         let both = format!("{}0::/\n", v1(UID));
-        assert_eq!(pod_uid(&both, "").as_deref(), Some(UID), "hybrid: only the v1 lines name the pod");
+        assert_eq!(pod_uid(&both, &top).as_deref(), Some(UID), "hybrid: only the v1 lines name the pod");
         let torn = format!("{}0::/kubepods/burstable/pod{OTHER}/c\n", v1(UID));
-        assert_eq!(pod_uid(&torn, ""), None);
+        assert_eq!(pod_uid(&torn, &top), None);
     }
 
     #[test]
     fn only_paths_below_the_given_root_count() {
         let line = format!("0::/lab/node-a/kubepods/burstable/pod{UID}/c\n");
-        assert_eq!(pod_uid(&line, "/lab/node-a").as_deref(), Some(UID));
-        assert_eq!(pod_uid(&line, "/lab/node-b"), None);
-        assert_eq!(pod_uid(&line, "/lab/node"), None, "a prefix ends at a slash");
-        assert_eq!(pod_uid(&line, ""), None);
+        let below = |v2: &str| pod_uid(&line, &KubeletRoot { v2: v2.into(), ..KubeletRoot::default() });
+        assert_eq!(below("/lab/node-a").as_deref(), Some(UID));
+        assert_eq!(below("/lab/node-b"), None);
+        assert_eq!(below("/lab/node"), None, "a prefix ends at a slash");
+        assert_eq!(below(""), None);
+    }
+
+    /// What `/proc/PID/cgroup` really holds, by kubelet, runtime and hierarchy; the pod it says, and ours where it matters.
+    #[test]
+    fn samples_of_nodes_are_read_as_the_pod_they_show() {
+        let under = UID.replace('-', "_");
+        let hash = "4d5a1c7ecc0f8ab02ab75d9a1e0a8b35";
+        let own = "0a0a0a0a-0000-0000-0000-00000000000a";
+        // What ztunnel reads of itself, what it reads of the process, what it makes of it.
+        let samples: Vec<(&str, String, String, Option<&str>)> = vec![
+            (
+                "v1, cgroupfs, dockershim",
+                format!("12:pids:/kubepods/besteffort/pod{own}/0f\n1:name=systemd:/kubepods/besteffort/pod{own}/0f\n"),
+                format!(
+                    "12:pids:/kubepods/besteffort/pod{UID}/1e\n4:cpu,cpuacct:/kubepods/besteffort/pod{UID}/1e\n1:name=systemd:/kubepods/besteffort/pod{UID}/1e\n"
+                ),
+                Some(UID),
+            ),
+            (
+                "v1, systemd, containerd, v2 mounted beside it",
+                String::new(),
+                format!(
+                    "9:memory:/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{under}.slice/cri-containerd-1e.scope\n0::/\n"
+                ),
+                Some(UID),
+            ),
+            (
+                "v1 with containerd's old spelling, slice and runtime in one component",
+                String::new(),
+                format!("9:memory:/kubepods-burstable-pod{under}.slice:cri-containerd:1e\n"),
+                None,
+            ),
+            (
+                "v2, systemd, CRI-O, a process in a cgroup of its container's making",
+                String::new(),
+                format!("0::/kubepods.slice/kubepods-pod{under}.slice/crio-1e.scope/init\n"),
+                Some(UID),
+            ),
+            (
+                "a static pod: its configuration's hash",
+                String::new(),
+                format!(
+                    "0::/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{hash}.slice/cri-containerd-1e.scope\n"
+                ),
+                Some(hash),
+            ),
+            (
+                "kind on v2, seen in the node's cgroup namespace",
+                format!(
+                    "0::/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod{}.slice/cri-containerd-0f.scope\n",
+                    own.replace('-', "_")
+                ),
+                format!(
+                    "0::/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-besteffort.slice/kubelet-kubepods-besteffort-pod{under}.slice/cri-containerd-1e.scope\n"
+                ),
+                Some(UID),
+            ),
+            (
+                "kind on v1: below the node's container",
+                format!("7:memory:/docker/cafe/kubelet/kubepods/besteffort/pod{own}/0f\n"),
+                format!("7:memory:/docker/cafe/kubelet/kubepods/burstable/pod{UID}/1e\n"),
+                Some(UID),
+            ),
+            (
+                "kind on v1: the same tree below another container is another cluster's",
+                format!("7:memory:/docker/cafe/kubelet/kubepods/besteffort/pod{own}/0f\n"),
+                format!("7:memory:/docker/beef/kubelet/kubepods/burstable/pod{UID}/1e\n"),
+                None,
+            ),
+            (
+                "kind within a pod of a cluster around it",
+                format!("7:memory:/kubepods/burstable/pod{OTHER}/1e/docker/cafe/kubepods/besteffort/pod{own}/0f\n"),
+                format!("7:memory:/kubepods/burstable/pod{OTHER}/1e/docker/cafe/kubepods/burstable/pod{UID}/1e\n"),
+                Some(UID),
+            ),
+            (
+                "the pod around such a cluster is none of its own",
+                format!("7:memory:/kubepods/burstable/pod{OTHER}/1e/docker/cafe/kubepods/besteffort/pod{own}/0f\n"),
+                format!("7:memory:/kubepods/burstable/pod{OTHER}/1e\n"),
+                None,
+            ),
+            (
+                "a kubelet with a cgroupRoot",
+                format!("0::/node/kubepods/pod{own}/0f\n"),
+                format!("0::/node/kubepods/burstable/pod{UID}/1e\n"),
+                Some(UID),
+            ),
+            (
+                "a tree that somebody made where no kubelet keeps one",
+                format!("0::/node/kubepods/pod{own}/0f\n"),
+                format!("0::/kubepods/burstable/pod{OTHER}/1e\n"),
+                None,
+            ),
+            (
+                "v2, ztunnel in a cgroup namespace of its own",
+                "0::/\n".to_owned(),
+                format!(
+                    "0::/../../../kubepods-burstable.slice/kubepods-burstable-pod{under}.slice/cri-containerd-1e.scope\n"
+                ),
+                Some(UID),
+            ),
+            (
+                "hybrid where another pod's name appears in a hierarchy the pod may write to",
+                String::new(),
+                format!("9:memory:/kubepods/burstable/pod{UID}/1e\n1:name=systemd:/kubepods/burstable/pod{OTHER}/1e\n"),
+                None,
+            ),
+            ("a process of the node", String::new(), "0::/system.slice/kubelet.service\n".to_owned(), None),
+            ("a path with colons", String::new(), format!("0::/kubepods/pod{UID}/a:b:c\n"), Some(UID)),
+            ("no path at all", String::new(), "0:\nnonsense\n\n".to_owned(), None),
+        ];
+        for (name, own, process, expected) in samples {
+            let kubelet = KubeletRoot::new(String::new(), &own);
+            assert_eq!(pod_uid(&process, &kubelet).as_deref(), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn the_kubelets_tree_is_where_our_own_pod_is() {
+        let own = format!("0::/lab/node-a/inner/kubepods/burstable/pod{UID}/c\n7:memory:/kubepods/pod{UID}/c\n");
+        let root = KubeletRoot::new("/lab/node-a".into(), &own);
+        let nested = BTreeMap::from([(String::new(), "/inner".to_owned())]);
+        assert_eq!(root, KubeletRoot { v2: "/lab/node-a".into(), nested });
+        assert_eq!(KubeletRoot::new("/elsewhere".into(), &own).nested, BTreeMap::new());
     }
 
     #[test]

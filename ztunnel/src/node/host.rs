@@ -18,7 +18,8 @@ use super::routing::{Link, RoutingError};
 /// The namespace, and whether it has the addresses.
 #[derive(Debug)]
 pub struct Host {
-    netns: Netns,
+    /// `None` where no kubelet's probes are told apart.
+    netns: Option<Netns>,
     state: Addresses,
 }
 
@@ -39,17 +40,23 @@ impl Host {
     pub fn open(path: &Path) -> io::Result<Self> {
         let file = File::open(path)?;
         let inode = fstat(&file)?.st_ino;
-        Ok(Self { netns: Netns::new(file.into(), inode)?, state: Addresses::Unknown })
+        Ok(Self { netns: Some(Netns::new(file.into(), inode)?), state: Addresses::Unknown })
+    }
+
+    /// For a ztunnel that knows no namespace but its own.
+    #[must_use]
+    pub const fn none() -> Self {
+        Self { netns: None, state: Addresses::Absent }
     }
 
     #[must_use]
-    pub fn file(&self) -> BorrowedFd<'_> {
-        self.netns.file()
+    pub fn file(&self) -> Option<BorrowedFd<'_>> {
+        self.netns.as_ref().map(Netns::file)
     }
 
     #[must_use]
-    pub const fn inode(&self) -> u64 {
-        self.netns.inode()
+    pub fn inode(&self) -> Option<u64> {
+        self.netns.as_ref().map(Netns::inode)
     }
 
     /// What is known may no longer be true: the next call looks.
@@ -91,11 +98,13 @@ impl Host {
     }
 
     async fn add(&self, address: IpAddr) -> Result<(), RoutingError> {
-        Link::open(&self.netns)?.add_probe_source(address).await
+        let Some(netns) = &self.netns else { return Ok(()) };
+        Link::open(netns)?.add_probe_source(address).await
     }
 
     async fn remove(&self, address: IpAddr) -> Result<(), RoutingError> {
-        Link::open(&self.netns)?.remove_probe_source(address).await
+        let Some(netns) = &self.netns else { return Ok(()) };
+        Link::open(netns)?.remove_probe_source(address).await
     }
 }
 

@@ -235,7 +235,11 @@ impl Manager {
             if entry.wanted == wanted {
                 continue;
             }
+            let only_epoch = Enrolment { epoch: wanted.epoch, ..entry.wanted.clone() } == wanted;
             entry.wanted = wanted;
+            if only_epoch {
+                continue;
+            }
             if let State::Up(up) = &entry.state
                 && let Err(error) = update(&self.deps, &self.keeper, &self.dns, up, &entry.wanted).await
             {
@@ -357,7 +361,8 @@ impl Manager {
     /// the first moment: nobody has to hear of that.
     fn reach_of(&self, pod: &LocalPod) -> Reach {
         let world = self.deps.shared.store.snapshot();
-        let speaks = world.workload(&pod.workload_uid).is_some_and(|w| w.protocol == TunnelProtocol::Hbone);
+        let workload = world.workload(&pod.workload_uid).filter(|w| pod.is_described_by(w));
+        let speaks = workload.is_some_and(|w| w.protocol == TunnelProtocol::Hbone);
         if speaks || self.inherited.contains(&pod.cookie) { Reach::Full } else { Reach::NotPlaintext }
     }
 
@@ -500,12 +505,12 @@ impl Manager {
             .registry
             .pods()
             .iter()
-            .map(|pod| (pod.uid.clone(), state(&pod.uid, WireState::Leaving, String::new())))
+            .map(|pod| (pod.uid.clone(), state(&pod.uid, 0, WireState::Leaving, String::new())))
             .collect();
         for (uid, entry) in &self.entries {
             let reported = match &entry.state {
-                State::Up(_) => state(uid, WireState::Enrolled, String::new()),
-                State::Waiting(error) => state(uid, error.state(), error.to_string()),
+                State::Up(_) => state(uid, entry.wanted.epoch, WireState::Enrolled, String::new()),
+                State::Waiting(error) => state(uid, entry.wanted.epoch, error.state(), error.to_string()),
             };
             states.insert(uid.clone(), reported);
         }
@@ -526,7 +531,7 @@ impl Manager {
     /// The identity the pod will need. A name that is none is told when a connection wants it.
     fn identity_of(&self, pod: &LocalPod) -> Result<Identity, IdentityParseError> {
         let world = self.deps.shared.store.snapshot();
-        world.workload(&pod.workload_uid).map_or_else(
+        world.workload(&pod.workload_uid).filter(|w| pod.is_described_by(w)).map_or_else(
             || Identity::new(&self.deps.shared.config.trust_domain, &pod.namespace, &pod.service_account),
             |w| w.identity(),
         )
@@ -545,8 +550,8 @@ impl Manager {
     }
 }
 
-fn state(uid: &str, state: WireState, reason: String) -> PodState {
-    PodState { uid: uid.to_owned(), state: state.into(), reason }
+fn state(uid: &str, epoch: u64, state: WireState, reason: String) -> PodState {
+    PodState { uid: uid.to_owned(), state: state.into(), reason, epoch }
 }
 
 /// New addresses or options for a pod that is enrolled.

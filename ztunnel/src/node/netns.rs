@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use ebpf_loader::abi::{MARK_BYPASS, MARK_LEG};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::stat::fstat;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::dns::serve::{Answers, DnsSocket};
@@ -24,7 +25,8 @@ pub struct Netns {
     file: OwnedFd,
     /// Inode, the name by which two open files are known to be the same namespace.
     inode: u64,
-    home: File,
+    /// The way back; `None` for the namespace this process is in, which is never left.
+    home: Option<File>,
 }
 
 /// What a listener is bound to besides the namespace.
@@ -64,7 +66,17 @@ impl Netns {
     /// When this process' own namespace cannot be opened.
     pub fn new(file: OwnedFd, inode: u64) -> io::Result<Self> {
         // The thread's, not the process': they are the same here, as threads always come back.
-        Ok(Self { file, inode, home: File::open("/proc/thread-self/ns/net")? })
+        Ok(Self { file, inode, home: Some(File::open("/proc/thread-self/ns/net")?) })
+    }
+
+    /// The namespace this process is in. Working in it takes no right to enter one.
+    ///
+    /// # Errors
+    /// When `/proc` does not show it.
+    pub fn own() -> io::Result<Self> {
+        let file = File::open("/proc/self/ns/net")?;
+        let inode = fstat(&file)?.st_ino;
+        Ok(Self { file: file.into(), inode, home: None })
     }
 
     #[must_use]
@@ -82,7 +94,8 @@ impl Netns {
     /// # Errors
     /// Those of `fstat`.
     pub fn is_own(&self) -> io::Result<bool> {
-        Ok(nix::sys::stat::fstat(&self.home)?.st_ino == self.inode)
+        let Some(home) = &self.home else { return Ok(true) };
+        Ok(fstat(home)?.st_ino == self.inode)
     }
 
     /// Runs `make` with the thread inside the namespace. It must not block for long: a data path thread may run it.
@@ -90,9 +103,10 @@ impl Netns {
     /// # Errors
     /// Those of `setns` (CAP_SYS_ADMIN) and of `make`.
     pub fn enter<T>(&self, make: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        let Some(home) = &self.home else { return make() };
         setns(&self.file, CloneFlags::CLONE_NEWNET)?;
         let made = make();
-        if let Err(errno) = setns(&self.home, CloneFlags::CLONE_NEWNET) {
+        if let Err(errno) = setns(home, CloneFlags::CLONE_NEWNET) {
             tracing::error!(%errno, "thread is stuck in a pod's network namespace; ending the process");
             std::process::abort();
         }

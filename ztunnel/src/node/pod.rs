@@ -9,6 +9,7 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use ebpf_loader::NetnsCookie;
 use mesh::drain::{DrainTrigger, DrainWatcher};
+use mesh::model::Workload;
 use mesh::policy::{Connection, authorize};
 use mesh::store::Snapshot;
 use serde::Serialize;
@@ -100,6 +101,17 @@ impl LocalPod {
     #[must_use]
     pub fn address_like(&self, like: IpAddr) -> Option<IpAddr> {
         self.addresses.load().iter().find(|a| a.is_ipv4() == like.is_ipv4()).copied()
+    }
+
+    /// Is this workload the pod, and not another one of its name? Both kinds of resource are told by name, and a name is
+    /// used again; an address may be as well, but not both at the same time by the same account. (A pod of a CNI agent
+    /// has the addresses that its workload says.)
+    #[must_use]
+    pub fn is_described_by(&self, workload: &Workload) -> bool {
+        self.namespace == workload.namespace
+            && self.service_account == workload.service_account
+            && (matches!(self.backend, Backend::Redirect)
+                || self.addresses.load().iter().any(|own| workload.addresses.contains(own)))
     }
 
     /// Did somebody dial one of our own ports? Answering would make ztunnel dial itself without end.

@@ -423,6 +423,37 @@ fn only_a_waypoint_of_the_destination_speaks_for_others() {
     assert!(!speaks(&pod, Some(gateway("unknown")), &waypoint));
 }
 
+/// An address is another pod's before its last owner has left the mesh: in whatever order that becomes known, the tunnel
+/// is for one of the two by its own identity, so whoever answers as the other is refused.
+#[test]
+fn a_reused_address_is_never_taken_for_its_last_owner() {
+    let (old, new) = (workload("old", "10.0.0.5"), workload("new", "10.0.0.5"));
+    let plain = |w: &Workload| Workload { protocol: TunnelProtocol::None, ..w.clone() };
+    let orders = [
+        vec![old.clone(), new.clone()],
+        vec![new.clone(), old.clone()],
+        vec![old.clone(), plain(&new)],
+        vec![plain(&new), old.clone()],
+    ];
+    for order in orders {
+        let (store, mut update) = (Store::new(), Update::new());
+        order.iter().cloned().for_each(|w| update.push_workload(w));
+        store.apply(update);
+        let go =
+            || outbound(&store.snapshot(), &client(), dst("10.0.0.5:8080"), &mut StdRng::seed_from_u64(7)).unwrap();
+        // A pod that speaks HBONE goes first: what is sent in plain text then would reach whoever has the address now.
+        let route = go();
+        let expected = &route.tunnel.as_ref().expect("a tunnel").expected;
+        let owner = route.destination.as_ref().expect("a workload");
+        assert_eq!(*expected, vec![owner.identity().unwrap()], "one pod, and that one's identity");
+        store.apply(Update::new().remove_address(old.uid.to_string()));
+        let route = go();
+        assert_eq!(route.destination.as_ref().map(|w| &w.uid), Some(&new.uid), "the old one's end leaves the new one");
+        let is_plain = order.iter().any(|w| w.uid == new.uid && w.protocol == TunnelProtocol::None);
+        assert_eq!(route.tunnel.is_none(), is_plain);
+    }
+}
+
 /// Where a connection to `dialled` goes when the endpoint's name stands for `found`.
 fn by_name(dialled: &str, found: &[&str], change: impl FnOnce(&mut Workload, &mut Service, &mut Workload)) -> String {
     let mut source = client();

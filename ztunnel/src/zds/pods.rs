@@ -200,6 +200,7 @@ fn enrolment(info: &PodInfo, cluster: &str) -> Enrolment {
         workload_uid: format!("{cluster}//Pod/{}/{}", info.namespace, info.name).into(),
         // Those of the workload, once it is known.
         addresses: Vec::new(),
+        epoch: 0,
         failure: Failure::Closed,
         inbound: Inbound::Capture,
         dns: Dns::Capture,

@@ -172,7 +172,7 @@ impl Lab {
             .expect(told);
         }
         let Mesh { services, policies, .. } = mesh;
-        writeln!(text, "services: [{services}]\npolicies: [{policies}]\nenrolments:").expect(told);
+        writeln!(text, "services: [{services}]\npolicies: [{policies}]\nenrolments: [").expect(told);
         for (_, pod) in self.pods.iter().filter(|(n, p)| *n == node && *p != mesh.left) {
             let [v4, v6] = self.addresses(pod);
             let addresses = mesh.addresses.iter().find(|(p, _)| p == pod).map(|(_, addresses)| addresses.clone());
@@ -180,11 +180,12 @@ impl Lab {
             let options = mesh.options.iter().find(|(p, _)| p == pod).map_or("", |(_, options)| options);
             writeln!(
                 text,
-                r#"- {{uid: {}-{pod}, name: {pod}, namespace: shop, serviceAccount: {pod}, addresses: [{addresses}], workloadUid: "Kubernetes//Pod/shop/{pod}"{options}}}"#,
+                r#"  {{uid: {}-{pod}, name: {pod}, namespace: shop, serviceAccount: {pod}, addresses: [{addresses}], workloadUid: "Kubernetes//Pod/shop/{pod}"{options}}},"#,
                 self.name
             )
             .expect(told);
         }
+        text.push_str("  ]\n");
         let next = self.dir.path().join(format!("{node}.next"));
         fs::write(&next, text).expect("written");
         fs::rename(next, self.dir.path().join(format!("{node}.yaml"))).expect("renamed");

@@ -209,7 +209,13 @@ impl Lab {
 
     fn in_pod(&self, pod: &str, command: &[&str]) -> Command {
         let mut nsenter = Command::new("nsenter");
-        nsenter.arg(format!("--net={}", self.netns(pod).display())).args(command);
+        nsenter.arg(format!("--net={}", self.netns(pod).display()));
+        // The `ebpf` back end captures what is below the node's cgroup.
+        let cgroup = self.pod_cgroup(pod).join("cgroup.procs");
+        if cgroup.exists() {
+            nsenter.args(["bash", "-ec", &format!("echo $$ > {}; exec \"$@\"", cgroup.display()), "in-pod"]);
+        }
+        nsenter.args(command);
         nsenter
     }
 

@@ -301,7 +301,7 @@ fn an_agent_that_breaks_the_protocol_is_told_and_left() {
         (vec![0x22, 0x00], vec![], "no known kind"),
         (a2.add(), vec![], "0 file descriptors instead of 1"),
         (a2.add(), vec![fd, fd], "2 file descriptors instead of 1"),
-        (a2.add(), vec![fd; 6], "more file descriptors than one"),
+        (a2.add(), vec![fd; 8], "more file descriptors than one"),
         (del(&a1.uid), vec![fd], "1 file descriptors instead of 0"),
         (nameless, vec![fd], "without name"),
         (long.add(), vec![fd], "longer than 1024 bytes"),

@@ -19,7 +19,11 @@ use http_body_util::{BodyExt, Full, Limited};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::Serialize;
-use tokio::net::TcpListener;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, UnixListener, UnixStream},
+    task::JoinSet,
+};
 
 use super::accept_loop;
 use crate::{
@@ -30,6 +34,8 @@ use crate::{
 const MAX_BODY: usize = 1 << 20;
 /// For a client to send its request's head; these ports are reachable by whoever reaches the pod.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// After an `accept` that failed, most likely for want of descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 pub type AdminResponse = Response<Full<Bytes>>;
 
@@ -127,32 +133,61 @@ impl AdminServer {
     pub async fn serve(self, listener: TcpListener, drain: DrainWatcher) {
         let server = Arc::new(self);
         let watcher = drain.clone();
-        accept_loop(listener, drain, move |stream, _| {
-            let (server, watcher) = (server.clone(), watcher.clone());
-            async move {
-                let name = server.name;
-                let service = service_fn(move |request| {
-                    let server = server.clone();
-                    async move { Ok::<_, Infallible>(server.answer(request).await) }
-                });
-                let connection = http1::Builder::new()
-                    .timer(TokioTimer::new())
-                    .header_read_timeout(HEAD_TIMEOUT)
-                    .serve_connection(TokioIo::new(stream), service);
-                let mut connection = std::pin::pin!(connection);
-                let outcome = tokio::select! {
-                    outcome = &mut connection => outcome,
-                    () = watcher.draining() => {
-                        connection.as_mut().graceful_shutdown();
-                        connection.await
+        accept_loop(listener, drain, move |stream, _| server.clone().connection(stream, watcher.clone())).await;
+    }
+
+    /// The same on a socket in the filesystem, for root and whoever runs this process and nobody else, whatever the
+    /// mode of the file says.
+    pub async fn serve_unix(self, listener: UnixListener, drain: DrainWatcher) {
+        let server = Arc::new(self);
+        let mut tasks = JoinSet::new();
+        loop {
+            tokio::select! {
+                () = drain.draining() => break,
+                accepted = listener.accept() => match accepted {
+                    Ok((stream, _)) if is_owner(&stream) => {
+                        tasks.spawn(server.clone().connection(stream, drain.clone()));
                     }
-                };
-                if let Err(error) = outcome {
-                    tracing::debug!(server = name, %error, "connection ended");
-                }
+                    Ok(_) => tracing::warn!(server = server.name, "a stranger was turned away"),
+                    Err(error) => {
+                        tracing::warn!(server = server.name, %error, "accepting a connection");
+                        tokio::time::sleep(ACCEPT_PAUSE).await;
+                    }
+                },
+                Some(_) = tasks.join_next() => {}
             }
-        })
-        .await;
+        }
+        tokio::select! {
+            () = async { while tasks.join_next().await.is_some() {} } => {}
+            () = drain.cut() => {}
+        }
+    }
+
+    /// One connection, until it or the drain ends.
+    async fn connection<S>(self: Arc<Self>, stream: S, drain: DrainWatcher)
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let name = self.name;
+        let service = service_fn(move |request| {
+            let server = self.clone();
+            async move { Ok::<_, Infallible>(server.answer(request).await) }
+        });
+        let connection = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEAD_TIMEOUT)
+            .serve_connection(TokioIo::new(stream), service);
+        let mut connection = std::pin::pin!(connection);
+        let outcome = tokio::select! {
+            outcome = &mut connection => outcome,
+            () = drain.draining() => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+        };
+        if let Err(error) = outcome {
+            tracing::debug!(server = name, %error, "connection ended");
+        }
     }
 
     async fn answer(&self, request: Request<Incoming>) -> AdminResponse {
@@ -189,6 +224,12 @@ impl AdminServer {
         }
         Err(refusal)
     }
+}
+
+/// Is the process at the other end root's or of our own user?
+fn is_owner(stream: &UnixStream) -> bool {
+    let ours = std::fs::metadata("/proc/self").map(|own| std::os::unix::fs::MetadataExt::uid(&own));
+    stream.peer_cred().is_ok_and(|peer| peer.uid() == 0 || ours.is_ok_and(|uid| uid == peer.uid()))
 }
 
 /// An answer in plain text.

@@ -463,6 +463,7 @@ impl From<LocalEnrolment> for PodEnrolment {
             service_account: e.service_account,
             addresses: e.addresses.into_iter().map(octets).collect(),
             workload_uid: e.workload_uid,
+            epoch: 0,
             probe_ports: e.probe_ports.into_iter().map(u32::from).collect(),
             capture: Some(CaptureOptions {
                 failure_mode: failure_mode as i32,

@@ -88,6 +88,7 @@ impl World {
             headers: vec![("x-extra".into(), "1".into())],
             cluster_id: "Kubernetes".into(),
             alt_hostname: alt_hostname.map(str::to_owned),
+            dialer: grpc::Dialer::default(),
         })
         .unwrap();
         CaClient::new(channel, CaConfig { ttl: TTL, impersonate }, Clock::system())

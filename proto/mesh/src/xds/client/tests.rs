@@ -103,6 +103,7 @@ fn config(address: String, on_demand: bool) -> XdsConfig {
         headers: vec![],
         cluster_id: "Kubernetes".to_owned(),
         alt_hostname: None,
+        dialer: Default::default(),
     };
     XdsConfig { grpc, node: node(), on_demand }
 }
