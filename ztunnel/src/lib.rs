@@ -7,6 +7,8 @@
 //! Left out, with an error where it is asked for: gateways between networks, application tunnels.
 
 #![forbid(unsafe_code)]
+// The settings are shown as one JSON object.
+#![recursion_limit = "256"]
 
 pub mod admin;
 pub mod app;
@@ -27,3 +29,8 @@ pub mod privileges;
 pub mod resolve;
 pub mod worker;
 pub mod zds;
+
+/// Name and version of this build, one constant so that it can be read from the binary.
+const BUILD: &str = concat!("ztunnel/", env!("CARGO_PKG_VERSION"));
+/// The version alone.
+pub const VERSION: &str = BUILD.split_at("ztunnel/".len()).1;
