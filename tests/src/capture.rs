@@ -47,6 +47,11 @@ pub struct Wire {
 impl Capture {
     /// Starts capturing in a namespace.
     pub fn start(netns: &Netns) -> Result<Self> {
+        Self::keeping(netns, |_| true)
+    }
+
+    /// As [`Capture::start`], for long times: keeps the frames that `wanted` says yes to.
+    pub fn keeping(netns: &Netns, wanted: impl FnMut(&[u8]) -> bool + Send + 'static) -> Result<Self> {
         let socket = netns.enter(|| {
             let protocol = Protocol::from(i32::from(ETH_P_ALL.to_be()));
             let socket = Socket::new(Domain::PACKET, Type::RAW, Some(protocol))
@@ -57,7 +62,7 @@ impl Capture {
         })?;
         let stop = Arc::new(AtomicBool::new(false));
         let stopping = stop.clone();
-        let thread = std::thread::spawn(move || collect(&socket, &stopping));
+        let thread = std::thread::spawn(move || collect(&socket, &stopping, wanted));
         Ok(Self { stop, thread: Some(thread) })
     }
 
@@ -76,7 +81,7 @@ impl Drop for Capture {
     }
 }
 
-fn collect(mut socket: &Socket, stopping: &AtomicBool) -> Vec<Frame> {
+fn collect(mut socket: &Socket, stopping: &AtomicBool, mut wanted: impl FnMut(&[u8]) -> bool) -> Vec<Frame> {
     let mut frames = Vec::new();
     let mut buffer = vec![0; MAX_FRAME];
     loop {
@@ -84,6 +89,9 @@ fn collect(mut socket: &Socket, stopping: &AtomicBool) -> Vec<Frame> {
         let last = stopping.load(Ordering::Relaxed);
         match socket.read(&mut buffer) {
             Ok(length) => {
+                if !wanted(&buffer[..length]) {
+                    continue;
+                }
                 frames.push(Frame { at: SystemTime::now(), bytes: buffer[..length].to_vec() });
             }
             Err(_) if last => return frames,

@@ -11,6 +11,8 @@ pub mod capture;
 pub mod cluster;
 pub mod container;
 pub mod demo;
+pub mod load;
+pub mod local;
 pub mod places;
 pub mod raw;
 pub mod record;

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 
 use crate::cluster::images::Images;
+use crate::record;
 
 /// Directories the lab works with.
 #[derive(Clone, Debug)]
@@ -45,9 +46,10 @@ impl Places {
         self.target.join("tools")
     }
 
-    /// What pods are made of.
-    pub fn images(&self) -> Images {
-        Images { binaries: self.binaries.clone(), tools: self.tools() }
+    /// What the pods of a lab are made of.
+    pub fn images(&self, lab: &str) -> Images {
+        let pushed = Path::new(record::RECORDS).join(lab).join("images");
+        Images { binaries: self.binaries.clone(), tools: self.tools(), pushed }
     }
 
     /// Debian's kubectl 1.20, the oldest the demo must work with.

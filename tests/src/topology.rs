@@ -30,7 +30,7 @@ pub const WIRE: &str = "br0";
 /// would talk to the old one until they ask again.
 const BRIDGE_MAC: &str = "02:00:00:00:00:01";
 /// Host numbers of pods in their node's subnet.
-const POD_HOSTS: std::ops::Range<u8> = 10..250;
+const POD_HOSTS: std::ops::Range<u8> = 2..255;
 
 /// One network namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]

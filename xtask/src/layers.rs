@@ -21,7 +21,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("ztunnel", &["mesh", "mesh-proto", "ebpf-loader", "ebpf-abi"]),
     ("waypoint", &["mesh", "mesh-proto"]),
     ("istiod-lite", &["mesh", "mesh-proto"]),
-    ("mesh-tests", &["mesh", "mesh-proto", "ztunnel", "waypoint", "istiod-lite"]),
+    ("mesh-tests", &["mesh", "mesh-proto", "ebpf-loader", "ztunnel", "waypoint", "istiod-lite"]),
     ("xtask", &[]),
 ];
 /// Crates of others, and the only ones of ours that may know them.

@@ -66,7 +66,7 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<String>,
     },
-    /// Measure against plain TCP and peers: l4 [--rounds N] [--secs S] [--peer NAME=COMMAND] ...
+    /// Measure: l4 (against plain TCP and peers), capture (against loopback and iptables), pods (many idle ones); or soak: nothing is lost under load
     Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<String>,
@@ -175,12 +175,21 @@ fn lab(workspace: &Workspace, task: &str, options: &[String]) -> Result<()> {
 /// Sets up, builds what is measured and what measures it, and becomes the `bench` binary.
 fn bench(workspace: &Workspace, options: &[String]) -> Result<()> {
     // Said before the long build, not after it.
-    ensure!(options.first().is_some_and(|suite| suite == "l4"), "which suite? There is `cargo xtask bench l4`");
+    const SUITES: [&str; 4] = ["l4", "capture", "pods", "soak"];
+    ensure!(
+        options.first().is_some_and(|suite| SUITES.contains(&suite.as_str())),
+        "which suite? {}",
+        SUITES.join(", ")
+    );
     setup::run(workspace)?;
     build_bpf(workspace)?;
     let mut cargo =
         workspace.cargo(&["build", "--locked", "--release", "--package", "ztunnel", "--package", "mesh-tests"]);
-    Steps::new().run("building what is measured", cargo.args(["--bin", "ztunnel", "--bin", "bench"]))?;
+    cargo.args(["--bin", "ztunnel", "--bin", "bench"]);
+    if options.first().is_some_and(|suite| suite == "pods" || suite == "soak") {
+        cargo.args(["--package", "istiod-lite", "--bin", "istiod-lite", "--bin", "lab"]);
+    }
+    Steps::new().run("building what is measured", &mut cargo)?;
     become_program(Command::new(workspace.target.join("release/bench")).args(options))
 }
 

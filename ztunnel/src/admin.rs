@@ -152,6 +152,6 @@ fn config_dump(shared: &Shared, registry: &Registry, generations: &Generations) 
     dump.insert("config".into(), shared.config.dump());
     dump.insert("workloadState".into(), registry.dump());
     dump.insert("generations".into(), serde_json::json!(generations.list()));
-    dump.insert("version".into(), serde_json::json!({ "version": env!("CARGO_PKG_VERSION") }));
+    dump.insert("version".into(), serde_json::json!({ "version": crate::VERSION }));
     serde_json::Value::Object(dump)
 }

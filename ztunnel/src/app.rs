@@ -186,7 +186,7 @@ pub fn run(mut config: Config, log: LogHandle) -> anyhow::Result<()> {
         };
         admin::start(ports, admin, &mut tasks, &admin_drain);
 
-        let version = env!("CARGO_PKG_VERSION");
+        let version = crate::VERSION;
         tracing::info!(node = %config.node_name, workers = workers.count(), version, "started");
         until_asked_to_end(quit_asked).await?;
         readiness.shutting_down();

@@ -441,7 +441,7 @@ impl Raw {
             pod_namespace,
             service_account,
             instance_ip: self.0.parse("INSTANCE_IP", None, "an IP address", |v| v.parse().ok().map(Some)),
-            version_tag: self.0.string("ISTIO_META_ISTIO_VERSION", env!("CARGO_PKG_VERSION")),
+            version_tag: self.0.string("ISTIO_META_ISTIO_VERSION", crate::VERSION),
             node_metadata: BTreeMap::new(),
             worker_threads: self.worker_threads(),
             termination_deadline,

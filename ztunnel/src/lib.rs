@@ -8,6 +8,8 @@
 //! networks, application tunnels.
 
 #![forbid(unsafe_code)]
+// `serde_json::json!` takes some steps for each setting that `/config_dump` shows.
+#![recursion_limit = "512"]
 
 pub mod admin;
 pub mod app;
@@ -27,3 +29,8 @@ pub mod privileges;
 pub mod resolve;
 pub mod worker;
 pub mod zds;
+
+/// Name and version of this build, one constant so that it can be read from the binary.
+const BUILD: &str = concat!("ztunnel/", env!("CARGO_PKG_VERSION"));
+/// The version alone.
+pub const VERSION: &str = BUILD.split_at("ztunnel/".len()).1;

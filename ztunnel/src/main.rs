@@ -14,7 +14,7 @@ const BAD_SETTINGS: u8 = 2;
 fn main() -> ExitCode {
     match parse_args(std::env::args().skip(1)) {
         Ok(Command::Version) => {
-            println!("ztunnel {}", env!("CARGO_PKG_VERSION"));
+            println!("ztunnel {}", ztunnel::VERSION);
             ExitCode::SUCCESS
         }
         Ok(Command::Help) => {

@@ -1,20 +1,19 @@
 //! One contestant: two nodes, a client, a server on the other node and one on the same, and whatever proxies it brings.
 
 use std::fs;
-use std::io::{Read as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, KeyPair, KeyUsagePurpose};
 use serde_json::json;
 
 use super::interrupt::Interrupt;
 use super::load::{self, Outcome};
 use super::serve;
 use super::usage::{Sample, Spent};
-use crate::raw::{Lab, Node, Pod, Process};
+use crate::local::{self, unlimited};
+use crate::raw::{Lab, Pod, Process};
 use crate::sys;
 
 const NAMESPACE: &str = "bench";
@@ -22,8 +21,6 @@ const NAMESPACE: &str = "bench";
 const READY: Duration = Duration::from_secs(30);
 /// Beyond its own time a load may take this long, before it counts as lost; it gives up by itself earlier.
 const OVERTIME: Duration = Duration::from_secs(90);
-/// Raises the number of open files to what is allowed, then becomes the program.
-const UNLIMITED: [&str; 4] = ["/bin/sh", "-ec", "ulimit -n $(ulimit -Hn); exec \"$@\"", "limits"];
 
 /// What carries the traffic.
 #[derive(Clone, Debug)]
@@ -70,9 +67,7 @@ impl Arena {
         let near = lab.node("node-a").add_pod("near")?;
         let far = lab.node("node-b").add_pod("far")?;
         for pod in [&client, &near, &far] {
-            // Short connections by the ten thousand must not run out of ports.
-            let ports = [("net/ipv4/ip_local_port_range", "10240 60999"), ("net/ipv4/tcp_tw_reuse", "1")];
-            sys::sysctl(&pod.net.netns.path(), &ports)?;
+            sys::sysctl(&pod.net.netns.path(), &local::MANY_PORTS)?;
         }
         let program = std::env::current_exe()?;
         let mut servers = vec![client.spawn("pause", &["sleep", "infinity"], &[])?];
@@ -103,16 +98,18 @@ impl Arena {
 
     fn start_proxies(&mut self) -> Result<()> {
         let ca = self.lab.scratch("ca")?;
-        write_ca(&ca)?;
+        local::write_ca(&ca)?;
         let pods_file = self.lab.scratch("mesh")?.join("pods.json");
         fs::write(&pods_file, serde_json::to_vec_pretty(&self.pods_as_json())?)?;
         for node in self.lab.nodes() {
             let name = &node.net.name;
             let ready = self.lab.scratch("mesh")?.join(format!("{name}.ready"));
             let config = self.lab.scratch("mesh")?.join(format!("{name}.yaml"));
-            let enrolled = matches!(self.mesh, Mesh::Ours(_)).then_some(name.as_str());
-            // JSON is YAML.
-            fs::write(&config, serde_json::to_vec_pretty(&self.mesh_file(enrolled))?)?;
+            let enrolled: Vec<&Pod> = match self.mesh {
+                Mesh::Ours(_) => self.pods().into_iter().filter(|(_, of)| of == name).map(|(pod, _)| pod).collect(),
+                Mesh::Plain | Mesh::Peer(_) => Vec::new(),
+            };
+            local::write_file(&config, &local::mesh_file(NAMESPACE, &self.pods(), &enrolled))?;
             let shown = |path: &Path| path.display().to_string();
             let env = [
                 ("NODE_NAME", name.clone()),
@@ -138,7 +135,7 @@ impl Arena {
             self.interrupt.until(&format!("the proxy of {} to be ready", node.net.name), READY, || {
                 alive(proxy)?;
                 let ready = match &self.mesh {
-                    Mesh::Ours(_) => answers_ready(node),
+                    Mesh::Ours(_) => local::answers_ready(node, 15021),
                     Mesh::Peer(_) => file.exists(),
                     Mesh::Plain => true,
                 };
@@ -160,31 +157,6 @@ impl Arena {
             })
         };
         self.pods().map(pod).into()
-    }
-
-    /// What the control plane would say; enrolments are those of one node.
-    fn mesh_file(&self, enrolled: Option<&str>) -> serde_json::Value {
-        let workload_uid = |pod: &Pod| format!("Kubernetes//Pod/{NAMESPACE}/{}", pod.name);
-        let workload = |(pod, node): (&Pod, &str)| {
-            json!({
-                "uid": workload_uid(pod), "name": pod.name, "namespace": NAMESPACE, "serviceAccount": pod.name,
-                "workloadIps": pod.net.addresses(), "protocol": "HBONE", "node": node, "workloadName": pod.name,
-                "canonicalName": pod.name, "canonicalRevision": "latest", "clusterId": "Kubernetes",
-            })
-        };
-        let enrolment = |(pod, _): (&Pod, &str)| {
-            json!({
-                "uid": pod.uid, "name": pod.name, "namespace": NAMESPACE, "serviceAccount": pod.name,
-                "addresses": pod.net.addresses(), "workloadUid": workload_uid(pod),
-            })
-        };
-        let workloads: Vec<_> = self.pods().into_iter().map(workload).collect();
-        let mut file = json!({ "workloads": workloads, "services": [], "policies": [] });
-        if let Some(node) = enrolled {
-            let here = self.pods().into_iter().filter(|(_, of)| *of == node);
-            file["enrolments"] = here.map(enrolment).collect();
-        }
-        file
     }
 
     /// The address a target has.
@@ -279,37 +251,6 @@ fn alive(proxy: &mut Process) -> Result<()> {
     bail!("{} has ended:\n{}", proxy.log.display(), lines[lines.len().saturating_sub(20)..].join("\n"))
 }
 
-fn unlimited(argv: &[&str]) -> Vec<String> {
-    UNLIMITED.iter().chain(argv).map(|word| (*word).to_owned()).collect()
-}
-
 fn words(argv: &[String]) -> Vec<&str> {
     argv.iter().map(String::as_str).collect()
-}
-
-/// Whether the node's ztunnel calls itself ready.
-fn answers_ready(node: &Node) -> bool {
-    let asked = node.net.netns.enter(|| {
-        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 15021));
-        let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(1))?;
-        stream.set_read_timeout(Some(Duration::from_secs(1)))?;
-        stream.write_all(b"GET /healthz/ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
-        let mut answer = [0; 12];
-        stream.read_exact(&mut answer)?;
-        Ok(answer == *b"HTTP/1.1 200")
-    });
-    // It may not listen yet.
-    asked.unwrap_or(false)
-}
-
-/// A certificate authority that both nodes sign with.
-fn write_ca(directory: &Path) -> Result<()> {
-    let key = KeyPair::generate()?;
-    let mut params = CertificateParams::default();
-    params.distinguished_name.push(DnType::OrganizationName, "cluster.local");
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    fs::write(directory.join("ca-cert.pem"), params.self_signed(&key)?.pem())?;
-    fs::write(directory.join("ca-key.pem"), key.serialize_pem())?;
-    Ok(())
 }

@@ -9,15 +9,18 @@
 //! - [`usage`] reads CPU, context switches and memory from the kernel
 //! - [`proof`] shows once per run that a contestant carries bytes, unchanged and unreadable
 //! - [`l4`] is the suite: which tests, which budgets, in which order
+//! - [`capture`] is another: the way into a proxy, without one; its two ends are in [`sink`]
 //! - [`report`] makes medians, JSON and the table
 
 pub mod arena;
+pub mod capture;
 pub mod interrupt;
 pub mod l4;
 pub mod load;
 pub mod proof;
 pub mod report;
 pub mod serve;
+pub mod sink;
 pub mod usage;
 
 use std::path::PathBuf;

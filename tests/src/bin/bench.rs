@@ -4,7 +4,8 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use mesh_tests::bench::{Options, l4, load, serve};
+use mesh_tests::bench::{Options, capture, l4, load, serve, sink};
+use mesh_tests::load::{client, many, soak};
 
 /// Measures the mesh side by side with plain TCP and with peers.
 #[derive(Parser)]
@@ -17,6 +18,21 @@ struct Arguments {
 enum Suite {
     /// Bytes, pings, short connections and HTTP between two pods
     L4(Options),
+    /// The way into a proxy, without one: loopback, our programs, iptables
+    Capture(Options),
+    /// Many idle pods on one node: time to enrol them, memory and CPU of their ztunnel
+    Pods(many::Options),
+    /// Everything that must not lose a connection, under load: not a measurement, a test that takes its time
+    Soak(soak::Options),
+    /// The client end of a soak
+    #[command(hide = true)]
+    SoakClient(client::Options),
+    /// Where connections end in the suite `capture`
+    #[command(hide = true)]
+    Sink(sink::SinkOptions),
+    /// The client end there
+    #[command(hide = true)]
+    Dial(sink::DialOptions),
     /// The server end of a test
     #[command(hide = true)]
     Serve,
@@ -28,6 +44,12 @@ enum Suite {
 fn main() -> ExitCode {
     let result = match Arguments::parse().suite {
         Suite::L4(options) => l4::run(&options),
+        Suite::Capture(options) => capture::run(&options),
+        Suite::Sink(options) => sink::sink(&options),
+        Suite::Dial(options) => sink::dial(&options),
+        Suite::Pods(options) => many::run(&options),
+        Suite::Soak(options) => soak::run(&options),
+        Suite::SoakClient(options) => client::run(&options),
         Suite::Serve => serve::run(),
         Suite::Load(options) => load::run(&options),
     };

@@ -156,7 +156,7 @@ fn supervise(places: &Places, id: String) -> Result<()> {
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
-        let options = Options { id: id.clone(), nodes: NODES.map(str::to_owned).to_vec(), images: places.images() };
+        let options = Options { id: id.clone(), nodes: NODES.map(str::to_owned).to_vec(), images: places.images(&id) };
         let abandoned = abandoned();
         let end = async move {
             tokio::select! {
@@ -172,7 +172,7 @@ fn supervise(places: &Places, id: String) -> Result<()> {
             () = &mut end => return record::take_down_own(&id),
         };
         std::fs::write(session::ready_file(supervisor.record()), "")?;
-        supervisor.run(places.images(), end).await
+        supervisor.run(options.images.clone(), end).await
     })?;
     // Nobody may be left who would. What went wrong stays to be read.
     let _ = std::fs::remove_file(record::log_file(&id));

@@ -11,6 +11,8 @@ pub struct Images {
     pub binaries: PathBuf,
     /// Directory with unpacked tools (`nginx/usr/sbin/nginx`).
     pub tools: PathBuf,
+    /// Binaries with a tag, by image name: those of one lab, gone with it.
+    pub pushed: PathBuf,
 }
 
 /// An image, in a container runtime's terms.
@@ -25,15 +27,23 @@ pub struct Image {
 }
 
 impl Images {
-    /// Looks an image up by the last part of its name without tag or digest.
+    /// Looks an image up by the last part of its name without tag or digest. Only a binary of ours that was given a tag
+    /// ([`Images::push`]) is told apart by it.
     ///
     /// # Errors
     /// The message a kubelet would give for an image it cannot pull.
     pub fn find(&self, image: &str) -> Result<Image, String> {
-        let name = image.rsplit('/').next().unwrap_or(image);
-        let name = name.split(['@', ':']).next().unwrap_or(name);
+        let full = image.rsplit('/').next().unwrap_or(image);
+        let name = full.split(['@', ':']).next().unwrap_or(full);
         match name {
-            "ztunnel" | "istiod-lite" | "waypoint" => self.built(name),
+            "ztunnel" | "istiod-lite" | "waypoint" => match self.pushed.join(full) {
+                pushed if full != name && pushed.exists() => Ok(program(name, pushed)),
+                _ => self.built(name),
+            },
+            "bench" => {
+                let bench = self.built(name)?;
+                Ok(Image { arguments: vec!["serve".into()], ..bench })
+            }
             "nginx" => self.nginx(),
             "curl" => Ok(Image {
                 entrypoint: Vec::new(),
@@ -42,19 +52,25 @@ impl Images {
                 binds: Vec::new(),
                 directories: Vec::new(),
             }),
-            _ => Err(format!("the lab has no image {image}: it knows ztunnel, istiod-lite, waypoint, nginx, curl")),
+            _ => Err(format!(
+                "the lab has no image {image}: it knows ztunnel, istiod-lite, waypoint, bench, nginx, curl"
+            )),
         }
     }
 
     fn built(&self, name: &str) -> Result<Image, String> {
-        let program = present(self.binaries.join(name))?;
-        Ok(Image {
-            entrypoint: vec![name.to_owned()],
-            arguments: Vec::new(),
-            programs: vec![(name.to_owned(), program)],
-            binds: Vec::new(),
-            directories: Vec::new(),
-        })
+        Ok(program(name, present(self.binaries.join(name))?))
+    }
+
+    /// Makes a binary available as `NAME:TAG`.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn push(&self, image: &str, binary: &[u8]) -> std::io::Result<()> {
+        std::fs::create_dir_all(&self.pushed)?;
+        let path = self.pushed.join(image);
+        std::fs::write(&path, binary)?;
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755))
     }
 
     fn nginx(&self) -> Result<Image, String> {
@@ -68,6 +84,16 @@ impl Images {
             binds: vec![Bind::new(root.join("etc/nginx/mime.types"), "/etc/nginx/mime.types")],
             directories: ["/etc/nginx", "/var/lib/nginx", "/var/log/nginx"].map(PathBuf::from).to_vec(),
         })
+    }
+}
+
+fn program(name: &str, path: PathBuf) -> Image {
+    Image {
+        entrypoint: vec![name.to_owned()],
+        arguments: Vec::new(),
+        programs: vec![(name.to_owned(), path)],
+        binds: Vec::new(),
+        directories: Vec::new(),
     }
 }
 

@@ -57,14 +57,7 @@ pub fn run(places: &Places, id: &str, keep: bool, only: &[char]) -> Result<ExitC
 
 /// Applies CRDs, the install manifest and the pods of the story, with `kubectl`, and waits until all of it is ready.
 pub fn install(session: &Session) -> Result<()> {
-    step(session, &["apply", "-f", CRDS])?;
-    step(session, &["wait", "--for=condition=Established", "crd", "--all", "--timeout=20s"])?;
-    step(session, &["apply", "-f", "manifests/install.yaml"])?;
-    step(session, &["apply", "-f", "tests/demo/shop.yaml"])?;
-    for workload in ["deployment/istiod", "daemonset/ztunnel"] {
-        let timeout = format!("--timeout={}s", ROLLOUT.as_secs());
-        step(session, &["-n", "istio-system", "rollout", "status", workload, &timeout])?;
-    }
+    install_with(session, "tests/demo/shop.yaml")?;
     wait::until("the pods of namespaces shop and outside", ROLLOUT, || {
         let output = session.kubectl_output(&["get", "pods", "-A", "-o", "jsonpath={range .items[*]}{.metadata.namespace} {.metadata.name} {.status.conditions[?(@.type==\"Ready\")].status}{\"\\n\"}{end}"])?;
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -74,6 +67,19 @@ pub fn install(session: &Session) -> Result<()> {
         }
         Ok(())
     })
+}
+
+/// Applies CRDs, the install manifest and a file of pods, and waits until the mesh's own parts are ready.
+pub fn install_with(session: &Session, pods: &str) -> Result<()> {
+    step(session, &["apply", "-f", CRDS])?;
+    step(session, &["wait", "--for=condition=Established", "crd", "--all", "--timeout=20s"])?;
+    step(session, &["apply", "-f", "manifests/install.yaml"])?;
+    step(session, &["apply", "-f", pods])?;
+    for workload in ["deployment/istiod", "daemonset/ztunnel"] {
+        let timeout = format!("--timeout={}s", ROLLOUT.as_secs());
+        step(session, &["-n", "istio-system", "rollout", "status", workload, &timeout])?;
+    }
+    Ok(())
 }
 
 fn step(session: &Session, arguments: &[&str]) -> Result<()> {
