@@ -314,6 +314,20 @@ impl Mode {
     }
 }
 
+impl Dedicated {
+    fn dump(&self) -> serde_json::Value {
+        serde_json::json!({
+            "workloadUid": self.workload_uid,
+            "capture": match self.capture { Capture::Ebpf => "ebpf", Capture::Off => "off" },
+            "captureFailureMode": match self.failure { Failure::Closed => "closed", Failure::Open => "open" },
+            "bypassInboundCapture": self.inbound == Inbound::Bypass,
+            "excludedInboundPorts": self.excluded_inbound_ports,
+            "releaseOnExit": self.release_on_exit,
+            "adminSocket": self.admin_socket,
+        })
+    }
+}
+
 impl Config {
     /// Reads the settings from `(name, value)` pairs, usually [`std::env::vars`].
     ///
