@@ -357,16 +357,6 @@ impl Config {
             })
         };
         let mut dump = serde_json::json!({
-            "proxyMode": match &self.mode { Mode::Shared => "Shared", Mode::Dedicated(_) => "Dedicated" },
-            "dedicated": self.mode.dedicated().map(|d| serde_json::json!({
-                "workloadUid": d.workload_uid,
-                "capture": match d.capture { Capture::Ebpf => "ebpf", Capture::Off => "off" },
-                "captureFailureMode": match d.failure { Failure::Closed => "closed", Failure::Open => "open" },
-                "bypassInboundCapture": d.inbound == Inbound::Bypass,
-                "excludedInboundPorts": d.excluded_inbound_ports,
-                "releaseOnExit": d.release_on_exit,
-                "adminSocket": d.admin_socket,
-            })),
             "xds": self.xds.as_ref().map(plane),
             "ca": match &self.ca {
                 CaSource::Remote(p) => plane(p),
@@ -412,6 +402,12 @@ impl Config {
             "drainingGenerations": self.draining_generations,
             "runDir": self.run_dir,
         });
+        dump["proxyMode"] = match &self.mode {
+            Mode::Shared => "Shared",
+            Mode::Dedicated(_) => "Dedicated",
+        }
+        .into();
+        dump["dedicated"] = self.mode.dedicated().map(Dedicated::dump).into();
         dump["cni"] = self.cni.dump();
         dump
     }
