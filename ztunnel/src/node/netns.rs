@@ -84,7 +84,11 @@ impl Netns {
     /// # Errors
     /// When there are too many open files.
     pub fn try_clone(&self) -> io::Result<Self> {
-        Ok(Self { file: self.file.try_clone()?, inode: self.inode, home: self.home.as_ref().map(File::try_clone).transpose()? })
+        Ok(Self {
+            file: self.file.try_clone()?,
+            inode: self.inode,
+            home: self.home.as_ref().map(File::try_clone).transpose()?,
+        })
     }
 
     #[must_use]
