@@ -17,7 +17,7 @@ impl Node {
         let (desired, seen) = watch::channel(Desired::default());
         let (orders, _) = crate::node::orders::channel();
         let readiness = Readiness::default();
-        let finder = Finder::new(Path::new("/proc"), Path::new("/sys/fs/cgroup"), 0).unwrap();
+        let finder = Finder::new(Path::new("/proc"), Path::new("/sys/fs/cgroup"), None).unwrap();
         let deps = Deps {
             orders,
             desired: seen,
