@@ -27,12 +27,15 @@ const REDIRECT: &str = "redirect";
 /// Beyond its own time a client may take this long.
 const OVERTIME: Duration = Duration::from_secs(20);
 
+/// Name, which way is better, and how it is read off.
+type Metric = (&'static str, Better, fn(&Timed) -> f64);
+
 /// One way of using a contestant: name, deed, bytes, and what is read from the result.
 struct Test {
     name: &'static str,
     deed: &'static str,
     size: usize,
-    metrics: &'static [(&'static str, Better, fn(&Timed) -> f64)],
+    metrics: &'static [Metric],
 }
 
 const TESTS: &[Test] = &[

@@ -115,7 +115,7 @@ impl Settings {
             match words.next() {
                 Some("search" | "domain") => settings.search = words.map(str::to_owned).collect(),
                 Some("options") => {
-                    let ndots = words.filter_map(|o| o.strip_prefix("ndots:")?.parse().ok()).last();
+                    let ndots = words.filter_map(|o| o.strip_prefix("ndots:")?.parse().ok()).next_back();
                     settings.ndots = ndots.unwrap_or(settings.ndots);
                 }
                 _ => {}
