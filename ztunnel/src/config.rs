@@ -243,6 +243,20 @@ impl Mode {
     }
 }
 
+impl Dedicated {
+    fn dump(&self) -> serde_json::Value {
+        serde_json::json!({
+            "workloadUid": self.workload_uid,
+            "capture": match self.capture { Capture::Ebpf => "ebpf", Capture::Off => "off" },
+            "captureFailureMode": match self.failure { Failure::Closed => "closed", Failure::Open => "open" },
+            "bypassInboundCapture": self.inbound == Inbound::Bypass,
+            "excludedInboundPorts": self.excluded_inbound_ports,
+            "releaseOnExit": self.release_on_exit,
+            "adminSocket": self.admin_socket,
+        })
+    }
+}
+
 impl Config {
     /// Reads the settings from `(name, value)` pairs, usually [`std::env::vars`].
     ///
@@ -271,17 +285,7 @@ impl Config {
                 "token": format!("{:?}", p.token),
             })
         };
-        serde_json::json!({
-            "proxyMode": match &self.mode { Mode::Shared => "Shared", Mode::Dedicated(_) => "Dedicated" },
-            "dedicated": self.mode.dedicated().map(|d| serde_json::json!({
-                "workloadUid": d.workload_uid,
-                "capture": match d.capture { Capture::Ebpf => "ebpf", Capture::Off => "off" },
-                "captureFailureMode": match d.failure { Failure::Closed => "closed", Failure::Open => "open" },
-                "bypassInboundCapture": d.inbound == Inbound::Bypass,
-                "excludedInboundPorts": d.excluded_inbound_ports,
-                "releaseOnExit": d.release_on_exit,
-                "adminSocket": d.admin_socket,
-            })),
+        let mut dump = serde_json::json!({
             "xds": self.xds.as_ref().map(plane),
             "ca": match &self.ca {
                 CaSource::Remote(p) => plane(p),
@@ -326,7 +330,14 @@ impl Config {
             "orphanedDrain": seconds(self.orphaned_drain),
             "drainingGenerations": self.draining_generations,
             "runDir": self.run_dir,
-        })
+        });
+        dump["proxyMode"] = match &self.mode {
+            Mode::Shared => "Shared",
+            Mode::Dedicated(_) => "Dedicated",
+        }
+        .into();
+        dump["dedicated"] = self.mode.dedicated().map(Dedicated::dump).into();
+        dump
     }
 }
 

@@ -8,6 +8,8 @@
 //! networks, application tunnels.
 
 #![forbid(unsafe_code)]
+// `serde_json::json!` takes some steps for each setting that `/config_dump` shows.
+#![recursion_limit = "512"]
 
 pub mod admin;
 pub mod app;

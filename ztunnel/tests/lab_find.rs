@@ -132,7 +132,7 @@ fn a_process_is_of_the_pod_that_its_cgroups_show_and_of_no_other() {
         both = Some((old, agreed));
     }
 
-    let finder = Finder::new(Path::new("/proc"), &node, inode("/proc/self/ns/net")).expect("a finder");
+    let finder = Finder::new(Path::new("/proc"), &node, Some(inode("/proc/self/ns/net"))).expect("a finder");
     let wanted: BTreeSet<String> = (1..=10).map(uid).collect();
     let found = finder.find(&wanted).expect("/proc can be listed");
     let namespaces = |n: u8| -> BTreeSet<u64> {

@@ -43,6 +43,7 @@ pub fn enrolment(world: &Snapshot, config: &Config, settings: &Dedicated) -> Res
     }
     Ok(Enrolment {
         uid: workload.uid.to_string(),
+        epoch: 0,
         name: config.pod_name.as_str().into(),
         namespace: workload.namespace.clone(),
         service_account: workload.service_account.clone(),

@@ -82,7 +82,7 @@ pub async fn udp(shared: Shared, pod: Arc<LocalPod>, socket: DnsSocket) {
         };
         let Some(Datagram { bytes, client, server }) = received else { continue };
         // The steering brings port 53 alone; whoever came to our own port would be forwarded to ourselves.
-        if pod.backend == Backend::Ebpf && server.port() != DNS_PORT {
+        if pod.backend == Backend::Ebpf && server.is_some_and(|server| server.port() != DNS_PORT) {
             count_self_call();
             continue;
         }
