@@ -18,7 +18,7 @@ use crate::raw::NODES;
 use crate::topology::Netns;
 
 /// After `kill -9`: refusals end this soon after the restart has begun.
-const BACK: Duration = Duration::from_secs(1);
+pub const BACK: Duration = Duration::from_secs(1);
 /// Milliseconds before a restart in which the kill may have been that it follows.
 const BEFORE: u64 = 2500;
 /// How many ztunnels of a node drain at a time (`ztunnel/src/handover/follow.rs`).
@@ -116,9 +116,11 @@ impl Act {
 }
 
 impl Verdict {
+    /// Does it hold? After a kill the last refusal must have come within `back` of the restart.
+    ///
     /// # Errors
     /// What does not hold, all of it.
-    pub fn check(&self) -> Result<()> {
+    pub fn check(&self, back: Duration) -> Result<()> {
         let Tally { failed, failures, .. } = &self.tally;
         let mut wrong = Vec::new();
         let mut must = |holds: bool, what: String| {
@@ -128,7 +130,7 @@ impl Verdict {
         };
         if self.act.kills() {
             let longest = self.back.iter().max().copied().unwrap_or_default();
-            must(longest < BACK, format!("the last refusal came {longest:?} after a restart had begun"));
+            must(longest < back, format!("the last refusal came {longest:?} after a restart had begun"));
             must(*failed > 0, "nothing was refused: was anything killed?".to_owned());
         } else {
             must(
@@ -191,7 +193,7 @@ pub fn run(options: &Options) -> Result<()> {
     for act in acts {
         let verdict = play(&places, &format!("soak-{}", act.name()), *act, &options.scale)?;
         println!("{}", verdict.line());
-        if let Err(error) = verdict.check() {
+        if let Err(error) = verdict.check(BACK) {
             println!("  does not hold: {error:#}");
             Tally::by_kind(&verdict.tally.losses).iter().for_each(|kind| println!("  lost: {kind}"));
             wrong.push(act.name());
