@@ -55,7 +55,8 @@ impl Security {
         Self { capabilities: Some(defaults.collect()), ..Self::privileged() }
     }
 
-    fn setpriv(&self) -> String {
+    /// The command that takes these rights; ` -- PROGRAM ARGUMENTS` follow.
+    pub fn setpriv(&self) -> String {
         let mut line = format!("setpriv --reuid {} --regid {} --clear-groups", self.uid, self.gid);
         if let Some(kept) = &self.capabilities {
             let mut set = String::from("-all");

@@ -13,8 +13,9 @@ use nix::unistd::Pid;
 
 use crate::capture::Capture;
 use crate::cluster::api;
+use crate::cluster::probe::Kubelet;
 use crate::cluster::state::{self, Pod};
-use crate::container;
+use crate::container::{self, Security};
 use crate::places::Places;
 use crate::record::{self, Record};
 use crate::topology::Netns;
@@ -131,6 +132,28 @@ impl Session {
         Ok(self.kubectl(arguments)?.output()?)
     }
 
+    /// Applies a manifest.
+    pub fn apply(&self, manifest: &str) -> Result<()> {
+        let mut command = self.kubectl(&["apply", "-f", "-"])?;
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+        child.stdin.take().context("standard input was piped")?.write_all(manifest.as_bytes())?;
+        let output = child.wait_with_output()?;
+        if !output.status.success() {
+            bail!("{}", String::from_utf8_lossy(&output.stderr));
+        }
+        Ok(())
+    }
+
+    /// What the pod's annotation says of its capture; empty without one.
+    pub fn redirection(&self, pod: &Pod) -> Result<String> {
+        let path = "jsonpath={.metadata.annotations.ambient\\.istio\\.io/redirection}";
+        let output = self.kubectl_output(&["-n", &pod.namespace, "get", "pod", &pod.name, "-o", path])?;
+        if !output.status.success() {
+            bail!("{}", String::from_utf8_lossy(&output.stderr));
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
     /// All pods with running containers.
     pub fn pods(&self) -> Vec<Pod> {
         state::pods(&self.record.run_dir)
@@ -147,6 +170,30 @@ impl Session {
         let container = pod.main()?;
         let argv: Vec<String> = argv.iter().map(|word| (*word).to_owned()).collect();
         Ok(container::exec_command(container.pid, &container.cgroup, &container.env, &argv))
+    }
+
+    /// As [`Session::exec`], with the rights that a container has, and these capabilities more: exec itself keeps the
+    /// caller's. Names without `CAP_`, lower case.
+    pub fn exec_as(&self, pod: &str, more: &[&str], argv: &[&str]) -> Result<Command> {
+        let mut kept: Vec<String> = container::DEFAULT_CAPABILITIES.iter().map(|name| (*name).to_owned()).collect();
+        kept.extend(more.iter().map(|name| (*name).to_owned()));
+        let script =
+            format!("exec {} -- \"$@\"", Security { capabilities: Some(kept), ..Security::privileged() }.setpriv());
+        let limited: Vec<&str> = ["/bin/sh", "-ec", &script, "exec"].into_iter().chain(argv.iter().copied()).collect();
+        self.exec(pod, &limited)
+    }
+
+    /// The node proxy of a node.
+    pub fn proxy(&self, node: &str) -> Result<Pod> {
+        let is_it = |pod: &Pod| pod.node == node && pod.labels.get("app").is_some_and(|app| app == "ztunnel");
+        let mut running = self.pods().into_iter().filter(|pod| !pod.containers.is_empty());
+        running.find(is_it).with_context(|| format!("no ztunnel runs on {node}"))
+    }
+
+    /// A command where the kubelet of a node runs.
+    pub fn on_node(&self, node: &str, argv: &[&str]) -> Command {
+        let netns = PathBuf::from("/run/netns").join(format!("{}{node}", self.record.netns_prefix));
+        Kubelet { netns: &netns, cgroup: &self.record.cgroup.join(node) }.command(argv)
     }
 
     /// The namespace between the nodes.

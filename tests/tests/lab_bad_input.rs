@@ -35,6 +35,7 @@ const CASES: &[Case] = &[
     ("clients without a good certificate are refused by reason", wrong_certificates),
     ("malformed tunnel requests are answered by status", malformed_requests),
     ("a denied identity is answered 401", denied_identity),
+    ("a client of a tunnel is who its certificate says, whatever its headers say", headers_of_another),
     ("a node's token is good for identities of that node only", identity_of_another_node),
     ("an ordinary pod is nobody else", ordinary_pod),
     ("tokens that are over, foreign, forged or none are refused", bad_tokens),
@@ -218,6 +219,44 @@ fn denied_identity(stage: &Stage) -> Result<()> {
     stage.kubectl(&["delete", "-f", "tests/demo/allow-client.yaml"])?;
     ensure!(allowed.answer == Ok(200), "{allowed:?}");
     logged(stage, &ztunnel, denied?.local, &[OTHER, "error=\"policy: "])?;
+    stage.comes_to("other", &["http://server-v1/"], "200")
+}
+
+/// `forwarded` and `baggage` are for waypoints to say, and only of the destinations they stand before.
+fn headers_of_another(stage: &Stage) -> Result<()> {
+    let (client, server) = (stage.teller.session.pod("client")?, stage.teller.session.pod("server-v1")?);
+    let (ca, ztunnel) = (authority(stage)?, ztunnel(stage, "node-b")?);
+    let to = ipv4(&server)?;
+    let ask = |identity: &str| -> Result<tunnel::Ending> {
+        let request = Request::builder()
+            .method(Method::CONNECT)
+            .uri(format!("{to}:8080"))
+            .header("forwarded", "for=203.0.113.9;by=198.51.100.7;host=nowhere.example")
+            .header("baggage", "k8s.namespace.name=kube-system,k8s.deployment.name=liar,service.name=liar")
+            .header("x-forwarded-client-cert", "URI=spiffe://cluster.local/ns/shop/sa/client")
+            .header("x-istio-source", "spiffe://cluster.local/ns/shop/sa/client")
+            .body(())?;
+        tunnel::ask(&client.netns, to, Some(&ca.leaf(identity, Validity::Now)?), request)
+    };
+    let granted = ask(CLIENT)?;
+    ensure!(granted.answer == Ok(200), "{granted:?}");
+    logged(stage, &ztunnel, granted.local, &["direction=\"inbound\"", &format!("src.identity=\"{CLIENT}\"")])?;
+    stage.kubectl(&["apply", "-f", "tests/demo/allow-client.yaml"])?;
+    let denied = wait::until("the policy to arrive", Duration::from_secs(5), || {
+        let ending = ask(OTHER)?;
+        ensure!(ending.answer == Ok(401), "{ending:?}");
+        Ok(ending)
+    });
+    stage.kubectl(&["delete", "-f", "tests/demo/allow-client.yaml"])?;
+    logged(stage, &ztunnel, denied?.local, &[OTHER, "error=\"policy: "])?;
+    let log = stage.log(&ztunnel)?;
+    for word in ["203.0.113.9", "198.51.100.7", "nowhere.example", "liar"] {
+        ensure!(!log.contains(word), "{word} has come into the log");
+    }
+    let argv = ["curl", "-sS", "-m", "3", "http://127.0.0.1:15020/metrics"];
+    let metrics = said(&stage.teller.session.exec(&ztunnel.name, &argv)?.output()?);
+    ensure!(metrics.lines().any(|line| line.starts_with("ztunnel_baggage_dropped_total")), "not counted:\n{metrics}");
+    ensure!(!metrics.contains("liar"), "a label of the client's making");
     stage.comes_to("other", &["http://server-v1/"], "200")
 }
 

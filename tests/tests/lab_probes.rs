@@ -4,7 +4,7 @@
 
 mod support;
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
@@ -20,8 +20,11 @@ use support::{Case, Stage, said};
 const CASES: &[Case] = &[
     ("a pod becomes ready under STRICT and a policy that lets nobody in", becomes_ready),
     ("the kubelet reaches the probed port and no other", probed_port_only),
+    ("so it does the ports of every kind of probe and of lifecycle hooks, in both families", every_kind),
     ("what a node forwards under its own address is no probe", node_port),
+    ("what a node forwards by a host port is no probe", host_port),
     ("the node's address alone is no probe", node_address),
+    ("a node that loses the probes' address gets it back, and meanwhile policy decides", address_lost),
     ("the probes' address goes with the last pod", address_goes),
 ];
 
@@ -30,7 +33,7 @@ fn kubelet_probes_come_through_and_nothing_else() {
     support::run("probes", CASES);
 }
 
-/// Two ports, one of them probed; nobody may come in by policy. It tells who asked.
+/// Ports that are probed, one in each way, and one that is not; nobody may come in by policy. It tells who asked.
 const OBJECTS: &str = r#"
 apiVersion: security.istio.io/v1
 kind: PeerAuthentication
@@ -61,6 +64,12 @@ data:
         listen [::]:8080;
         listen 8081;
         listen [::]:8081;
+        listen 8082;
+        listen [::]:8082;
+        listen 8083;
+        listen [::]:8083;
+        listen 8084;
+        listen [::]:8084;
         location / { return 200 "in\n"; }
       }
     }
@@ -80,12 +89,18 @@ spec:
           image: nginx
           ports: [{name: http, containerPort: 8080}, {name: other, containerPort: 8081}]
           readinessProbe: {httpGet: {path: /, port: http}, periodSeconds: 1}
+          startupProbe: {tcpSocket: {port: 8083}}
+          livenessProbe: {grpc: {port: 8084}}
+          lifecycle: {postStart: {exec: {command: ["true"]}}, preStop: {httpGet: {path: /, port: 8082}}}
           volumeMounts: [{name: config, mountPath: /etc/nginx/nginx.conf, subPath: nginx.conf}]
       volumes: [{name: config, configMap: {name: probed}}]
 "#;
 
 const PROBED: u16 = 8080;
 const OTHER: u16 = 8081;
+/// A lifecycle hook's, a startup probe's by TCP, a liveness probe's by gRPC.
+const ALSO_PROBED: [u16; 3] = [8082, 8083, 8084];
+const HOST_PORT: u16 = 18080;
 /// Probes of a pod that is captured, one a second: more than it takes to be called unready.
 const PROBES: usize = 5;
 
@@ -138,6 +153,89 @@ fn probed_port_only(stage: &Stage) -> Result<()> {
     let answer = stage.request("other", &[&url])?;
     ensure!(answer.status == "000", "a neighbour came in: {answer:?}");
     Ok(())
+}
+
+fn every_kind(stage: &Stage) -> Result<()> {
+    let pod = stage.teller.session.pod("probed")?;
+    for address in &pod.addresses {
+        let host = host(*address);
+        for port in ALSO_PROBED {
+            ensure!(ask(stage, &pod, &host, port, &[])? == "in\n", "{host}:{port}");
+        }
+        let refused = stage.request("client", &[&format!("http://{host}:{}/", ALSO_PROBED[0])])?;
+        ensure!(refused.status == "000", "a pod came in at a hook's port: {refused:?}");
+    }
+    Ok(())
+}
+
+fn host(address: IpAddr) -> String {
+    if address.is_ipv6() { format!("[{address}]") } else { address.to_string() }
+}
+
+/// A node's own address of the same family as another.
+fn node_address_like(stage: &Stage, pod: &Pod, like: IpAddr) -> Result<IpAddr> {
+    let nodes = stage.kubectl(&["get", "node", &pod.node, "-o", "jsonpath={.status.addresses[*].address}"])?;
+    let mut addresses = nodes.split_whitespace().filter_map(|word| word.parse::<IpAddr>().ok());
+    addresses.find(|node| node.is_ipv4() == like.is_ipv4()).context("an address of the node")
+}
+
+/// A port of the node that leads to the pod's probed one, for those outside and for the node itself.
+fn host_port(stage: &Stage) -> Result<()> {
+    let pod = stage.teller.session.pod("probed")?;
+    let nft = |script: String| -> Result<()> {
+        let output = feed(&mut kubelet(stage, &pod, &["nft", "-f", "-"]), &script)?;
+        ensure!(output.status.success(), "{script}: {}", said(&output));
+        Ok(())
+    };
+    for address in &pod.addresses {
+        let family = if address.is_ipv4() { "ip" } else { "ip6" };
+        let node = node_address_like(stage, &pod, *address)?;
+        let to = SocketAddr::new(*address, PROBED);
+        let rule = format!("{family} daddr {node} tcp dport {HOST_PORT} dnat to {to}");
+        nft(format!(
+            "table {family} host-port {{\nchain pre {{\ntype nat hook prerouting priority -100\n{rule}\n}}\n\
+             chain out {{\ntype nat hook output priority -100\n{rule}\n}}\n}}\n"
+        ))?;
+        let url = format!("http://{}:{HOST_PORT}/", host(node));
+        let outside = stage.teller.session.wire().path();
+        let from_outside = Command::new("nsenter")
+            .arg(format!("--net={}", outside.display()))
+            .args(["curl", "-s", "-S", "-m", "3", "--noproxy", "*", &url])
+            .output()?;
+        let from_node = ask(stage, &pod, &host(node), HOST_PORT, &[]);
+        // The rule leads there: ztunnel has refused it, which it tells.
+        let judged = wait::until("ztunnel to have judged it", SETTLE, || {
+            let log = stage.log(&stage.teller.session.proxy(&pod.node)?)?;
+            let count = log.lines().filter(|line| line.contains(&format!("dst.addr={to}"))).count();
+            ensure!(count >= 2, "{count} connections to {to}");
+            Ok(())
+        });
+        nft(format!("delete table {family} host-port\n"))?;
+        ensure!(!from_outside.status.success(), "{url} is open to the outside: {}", said(&from_outside));
+        ensure!(from_node.is_err(), "{url} is open to the node");
+        judged?;
+    }
+    Ok(())
+}
+
+fn address_lost(stage: &Stage) -> Result<()> {
+    let pod = stage.teller.session.pod("probed")?;
+    let v4 = host(pod.addresses[0]);
+    for source in ["169.254.7.127/32", "fd16:9254:7127:1337:ffff:ffff:ffff:ffff/128"] {
+        let output = kubelet(stage, &pod, &["ip", "addr", "del", source, "dev", "lo"]).output()?;
+        ensure!(output.status.success(), "{}", said(&output));
+    }
+    // Refused or repaired by now; never let in under another address.
+    let meanwhile = ask(stage, &pod, &v4, PROBED, &[]);
+    for address in pod.addresses.clone() {
+        wait::until("probes to come through again", SETTLE, || ask(stage, &pod, &host(address), PROBED, &[]))?;
+    }
+    println!("  meanwhile: {meanwhile:?}");
+    let log = stage.log(&pod)?;
+    let node = node_address_like(stage, &pod, pod.addresses[0])?;
+    ensure!(!log.contains(&format!("{node} asked")), "let in under the node's address:\n{log}");
+    let ready = || stage.kubectl(&["-n", "shop", "wait", "--for=condition=Ready", "pod", &pod.name, "--timeout=15s"]);
+    ready().map(drop)
 }
 
 /// A NodePort: what comes from outside and is forwarded with the node's own address as its source.
