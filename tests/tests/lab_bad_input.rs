@@ -60,8 +60,14 @@ fn programs_name_every_mistake_and_end_with_status_2() {
         (
             "ztunnel",
             &[],
-            &[("STATS_PORT", "many"), ("DRAIN_DURATION", "soon"), ("PROXY_MODE", "dedicated"), ("LOG_FORMAT", "xml")],
+            &[("STATS_PORT", "many"), ("DRAIN_DURATION", "soon"), ("PROXY_MODE", "sideways"), ("LOG_FORMAT", "xml")],
             &["NODE_NAME", "STATS_PORT", "PROXY_MODE", "LOG_FORMAT", "not"],
+        ),
+        (
+            "ztunnel",
+            &[],
+            &[("PROXY_MODE", "dedicated"), ("INPOD_UDS", "/run/agent.sock"), ("ADMIN_PORT", "15000")],
+            &["PROXY_WORKLOAD_INFO", "INPOD_UDS", "ADMIN_PORT"],
         ),
         ("ztunnel", &[], &[("NODE_NAME", "n"), ("RUST_LOG", "loud=very=much")], &["RUST_LOG"]),
         ("waypoint", &["--frobnicate", "sideways"], &[], &["--frobnicate", "sideways"]),
