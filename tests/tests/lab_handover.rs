@@ -566,7 +566,9 @@ fn another_users_process_is_neither_told_anything_nor_listened_to() -> Result<()
     ensure!(Command::new("chmod").arg("777").args([&sockets, &socket]).status()?.success());
     let as_nobody = |script: &str, argument: &Path| {
         let mut command = Command::new("setpriv");
-        command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "python3", "-c", script]).arg(argument);
+        command
+            .args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "/usr/bin/python3", "-c", script])
+            .arg(argument);
         command
     };
     let told = as_nobody(ASK, &socket).output()?;
