@@ -217,6 +217,8 @@ impl Root {
                 }
             }
         }
+        // As by every container runtime.
+        s += "mount --bind proc/sys proc/sys; mount -o remount,ro,bind proc/sys\n";
         // Attributes of /sys/class/net are those of the namespace sysfs was mounted in.
         s += "mount -t sysfs sysfs sys\n";
         for name in ETC.iter().filter(|name| Path::new("/etc").join(name).exists()) {

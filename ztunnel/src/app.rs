@@ -265,6 +265,13 @@ fn surroundings(config: &Config, capture: &Capture) -> anyhow::Result<(Host, Fin
     if let Some(file) = host.file() {
         capture.set_host(file)?;
     }
+    let of = |process: &str| std::fs::read_link(config.proc_root.join(process).join("exe"));
+    if of("1").is_ok_and(|init| std::env::current_exe().is_ok_and(|own| own == init)) {
+        anyhow::bail!(
+            "process 1 of {} is ztunnel: the node's processes are not there (hostPID)",
+            config.proc_root.display()
+        );
+    }
     let finder = Finder::new(&config.proc_root, &config.cgroup_root, host.inode())
         .with_context(|| format!("reading {} and {}", config.proc_root.display(), config.cgroup_root.display()))?;
     Ok((host, finder))

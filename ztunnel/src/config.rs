@@ -31,6 +31,8 @@ const HYBRID_CGROUP_ROOT: &str = "/sys/fs/cgroup/unified";
 const DEFAULT_RUN_DIR: &str = "/var/run/ztunnel";
 /// Enough for a pod to be replaced on a slow node; policy cannot be asked in the meantime.
 const DEFAULT_ORPHANED_DRAIN: Duration = Duration::from_secs(60);
+/// How long connections have to end once nothing new is accepted and no successor came.
+const LONGEST_DRAIN: Duration = Duration::from_secs(5);
 const DEFAULT_BPFFS_DIR: &str = "/sys/fs/bpf/ztunnel";
 /// A node's ztunnel may run on the same kernel; each has its own pins.
 const DEDICATED_BPFFS_DIR: &str = "/sys/fs/bpf/ztunnel-dedicated";
@@ -685,7 +687,8 @@ impl Raw {
     }
 
     /// (total, drain): a pod gets `TERMINATION_GRACE_PERIOD_SECONDS` before it is killed, and a little of that is kept
-    /// back for the exit itself.
+    /// back for the exit itself. The drain is short beside it: as long as no successor is there, nobody else would take
+    /// new connections, while those that are open mostly need a moment or forever.
     fn deadlines(&mut self) -> (Duration, Duration) {
         let grace = self.0.parse("TERMINATION_GRACE_PERIOD_SECONDS", None, "a number of seconds", |v| {
             v.trim_end_matches('s').parse::<u64>().ok().map(Some)
@@ -696,7 +699,7 @@ impl Raw {
             None => Duration::from_secs(5),
         };
         let total = self.0.duration("CONNECTION_TERMINATION_DEADLINE", total);
-        (total, total / 2)
+        (total, (total / 4).min(LONGEST_DRAIN))
     }
 
     /// `ZTUNNEL_WORKER_THREADS`: a number, `N%` of the cores, 0 for all; unset: a quarter of them, at least two,

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  container                                     the node
-//!  ┌ supervisor ── child: serving ─SIGTERM─► accepting ─ successor claimed, or half of the time is up ─┐
+//!  ┌ supervisor ── child: serving ─SIGTERM─► accepting ─ successor claimed, or the time is nearly up ───┐
 //!  │     ▲                                                                                               ▼
 //!  │     │                                            listeners closed, GOAWAY, what is being opened settles
 //!  │     │ "detached": exit 0                                             │ connections left
@@ -84,8 +84,9 @@ pub fn remove_marker(run_dir: &Path) {
     let _ = fs::remove_file(run_dir.join(UNINSTALL_MARKER));
 }
 
-/// For threads that are just ending, before it is looked at what the rest may do.
-const LAST_THREADS: Duration = Duration::from_secs(2);
+/// For threads that are just ending, before it is looked at what the rest may do. One that resolves a name cannot be
+/// stopped; open connections are served meanwhile, and the container's grace period is longer.
+const LAST_THREADS: Duration = Duration::from_secs(15);
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// Gives up everything that open connections do not need, lets the container end, and drains. The process must be out of

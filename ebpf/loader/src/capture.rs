@@ -152,6 +152,11 @@ impl Capture {
         Ok(listening.into_iter().filter_map(|(cookie, number)| Some((cookie, slot(number)?))).collect())
     }
 
+    /// The inode of a netns with a pinned `sk_lookup`; `None` when it is gone.
+    pub fn netns_inode(&self, cookie: NetnsCookie) -> Result<Option<u64>, LoadError> {
+        netns_of(&self.pins.netns(cookie))
+    }
+
     /// Is `sk_lookup` still attached to the netns?
     pub fn is_attached(&self, cookie: NetnsCookie) -> Result<bool, LoadError> {
         is_alive(&self.pins.netns(cookie))
@@ -363,9 +368,14 @@ fn open_link(path: &Path) -> Result<Option<OwnedFd>, LoadError> {
 
 /// Is there a pinned link whose netns still exists?
 fn is_alive(pin: &Path) -> Result<bool, LoadError> {
-    let Some(link) = open_link(pin)? else { return Ok(false) };
+    Ok(netns_of(pin)?.is_some())
+}
+
+/// The inode of the netns that a pinned link is attached to, while it exists.
+fn netns_of(pin: &Path) -> Result<Option<u64>, LoadError> {
+    let Some(link) = open_link(pin)? else { return Ok(None) };
     let found = kernel::link_info(link.as_fd()).map_err(|source| LoadError::io("reading a link", source))?;
-    Ok(found.netns().is_some())
+    Ok(found.netns().map(u64::from))
 }
 
 fn absent(name: &str) -> LoadError {

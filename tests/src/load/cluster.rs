@@ -137,6 +137,16 @@ impl Cluster {
         Ok(version)
     }
 
+    /// Has so many ztunnels of a node drain at a time.
+    ///
+    /// # Errors
+    /// When the rollout does not end.
+    pub fn let_drain(&self, generations: u32) -> Result<()> {
+        let setting = format!("DRAINING_GENERATIONS={generations}");
+        self.kubectl(&["-n", "istio-system", "set", "env", "daemonset/ztunnel", &setting])?;
+        self.rolled_out()
+    }
+
     /// Waits until a rollout of the ztunnels has ended.
     ///
     /// # Errors

@@ -21,7 +21,7 @@ use crate::topology::Netns;
 pub const BACK: Duration = Duration::from_secs(1);
 /// Milliseconds before a restart in which the kill may have been that it follows.
 const BEFORE: u64 = 2500;
-/// How many ztunnels of a node drain at a time (`ztunnel/src/handover/follow.rs`).
+/// How many ztunnels of a node drain at a time unless the setting says otherwise (`DRAINING_GENERATIONS`).
 const MOST_DRAINING: u32 = 2;
 /// How long nobody is there after `kill -9`, so that refusals are there to be seen.
 const GAP: Duration = Duration::from_millis(300);
@@ -108,10 +108,9 @@ impl Act {
         matches!(self, Act::Kill | Act::KillPod)
     }
 
-    /// Whether connections from before must live on when it is done so often. Of ztunnels that drain the oldest ends when there are
-    /// too many: what is older than so many upgrades is cut.
-    fn keeps_open_ones(self, times: u32) -> bool {
-        self == Act::Enrol || self == Act::Upgrade && times <= MOST_DRAINING
+    /// Whether connections from before must live on.
+    fn keeps_open_ones(self) -> bool {
+        matches!(self, Act::Enrol | Act::Upgrade)
     }
 }
 
@@ -138,7 +137,7 @@ impl Verdict {
                 format!("{failed} new connections failed:\n  {}", Tally::by_kind(failures).join("\n  ")),
             );
         }
-        if self.act.keeps_open_ones(self.times) {
+        if self.act.keeps_open_ones() {
             let Tally { long_lost, losses, .. } = &self.tally;
             let kinds = Tally::by_kind(losses).join("\n  ");
             must(*long_lost == 0, format!("{long_lost} long-lived connections were lost:\n  {kinds}"));
@@ -262,6 +261,11 @@ fn with_files(places: &Places, id: &str, act: Act, scale: &Scale) -> Result<Verd
 fn with_cluster(places: &Places, id: &str, act: Act, scale: &Scale) -> Result<Verdict> {
     let mut cluster = Cluster::up(id, places, &cluster::ALL)?;
     let within = if act == Act::Enrol { Visible::May } else { Visible::Never };
+    let times = scale.times.unwrap_or(act.times());
+    if act == Act::Upgrade && times > MOST_DRAINING {
+        // Of ztunnels that drain the oldest ends when there are too many: who upgrades so often says so.
+        cluster.let_drain(times)?;
+    }
     if act != Act::Enrol {
         cluster.enrol()?;
     }
@@ -269,7 +273,6 @@ fn with_cluster(places: &Places, id: &str, act: Act, scale: &Scale) -> Result<Ve
     let prefix = &cluster.session.record.netns_prefix;
     let nodes = NODES.map(|node| Netns { name: format!("{prefix}{node}") });
     let watch = Watch::start(&nodes.each_ref(), &cluster.mesh_addresses()?)?;
-    let times = scale.times.unwrap_or(act.times());
     let pace = Pace::new(Duration::from_secs(scale.secs), times);
     let mut restarts = Vec::new();
     for turn in 0..times {

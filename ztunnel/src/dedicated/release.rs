@@ -3,8 +3,6 @@
 //! It fails closed, so its end leaves capture in place. Whoever takes a machine out of the mesh stops the service and
 //! then runs this, in the same environment and network namespace. New connections go direct from then on.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-
 use anyhow::{Context, bail};
 use ebpf_loader::Capture;
 use nix::sys::stat::stat;
@@ -54,11 +52,8 @@ pub async fn take_away(config: &Config) -> anyhow::Result<()> {
     } else {
         now
     };
-    // Any address of a family will do: the rule is known by its table and mark.
-    let mut any = vec![IpAddr::V4(Ipv4Addr::UNSPECIFIED)];
-    any.extend(config.proc_root.join("sys/net/ipv6").exists().then_some(IpAddr::V6(Ipv6Addr::UNSPECIFIED)));
     // The DNS rule before the pins: sockets that are marked already would have their queries sent to nobody.
-    routing::release_dns(&own, &any).await?;
+    routing::release_dns(&own).await?;
     ebpf_loader::remove_pins(&config.bpffs_dir)?;
     routing::remove(&own, &sysctls, found).await?;
     Ok(())

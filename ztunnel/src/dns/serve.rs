@@ -43,6 +43,9 @@ pub enum Answers {
     Same,
 }
 
+/// As many as the queue of a socket holds of the smallest.
+const LAST_QUERIES: u32 = 1024;
+
 /// Serves a pod's captured UDP until its drain begins, and then the queries that are under way.
 pub async fn udp(shared: Shared, pod: Arc<LocalPod>, socket: DnsSocket) {
     let _working = pod.drain.guard();
@@ -54,13 +57,15 @@ pub async fn udp(shared: Shared, pod: Arc<LocalPod>, socket: DnsSocket) {
     let answers = Arc::new(socket.answers);
     // Bounded by the pod's permits; each ends with the time a server may take.
     let mut tasks = JoinSet::new();
-    let mut draining = false;
+    let (mut draining, mut last_ones) = (false, LAST_QUERIES);
     loop {
         let received = if draining {
-            // What is in the queue when the drain begins would be lost with the socket.
+            // What is in the queue when the drain begins would be lost with the socket. Without a successor more may come
+            // all the time.
+            last_ones -= 1;
             match receive(&queries) {
-                Ok(received) => Ok(received),
-                Err(_) => break,
+                Ok(received) if last_ones > 0 => Ok(received),
+                Ok(_) | Err(_) => break,
             }
         } else {
             tokio::select! {

@@ -32,7 +32,6 @@ const FREE: &[libc::c_long] = &[
     libc::SYS_setsockopt,
     libc::SYS_getsockname,
     libc::SYS_getpeername,
-    libc::SYS_fcntl,
     libc::SYS_lseek,
     // Waiting.
     libc::SYS_epoll_ctl,
@@ -139,6 +138,21 @@ fn filter(control: i32, pid: u32) -> Result<BpfProgram, seccompiler::BackendErro
     // Fast open connects: a socket that was connected once could be used to go elsewhere.
     rules.insert(libc::SYS_sendto, vec![lacks(3, unsigned(libc::MSG_FASTOPEN))?]);
     rules.insert(libc::SYS_sendmsg, vec![lacks(2, unsigned(libc::MSG_FASTOPEN))?]);
+    // A descriptor can be told to send signals to any process of the node, for which root needs no capability.
+    let two = |first, second| SeccompRule::new(vec![first, second]);
+    let equals = |argument, value| SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value);
+    let without =
+        |argument, flags| SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(flags), 0);
+    rules.insert(
+        libc::SYS_fcntl,
+        vec![
+            is(1, unsigned(libc::F_GETFD))?,
+            is(1, unsigned(libc::F_SETFD))?,
+            is(1, unsigned(libc::F_GETFL))?,
+            is(1, unsigned(libc::F_DUPFD_CLOEXEC))?,
+            two(equals(1, unsigned(libc::F_SETFL))?, without(2, unsigned(libc::O_ASYNC))?)?,
+        ],
+    );
     // No new code.
     rules.insert(libc::SYS_mmap, vec![lacks(2, unsigned(libc::PROT_EXEC))?]);
     rules.insert(libc::SYS_mprotect, vec![lacks(2, unsigned(libc::PROT_EXEC))?]);
@@ -163,6 +177,13 @@ mod tests {
     fn refused<T>(what: &str, tried: io::Result<T>) {
         let error = tried.err().unwrap_or_else(|| panic!("{what} was allowed"));
         assert_eq!(error.raw_os_error(), Some(libc::EPERM), "{what}: {error}");
+    }
+
+    /// Has the kernel send signals about a socket to process 1.
+    fn ask_for_signals(socket: &TcpStream) -> io::Result<()> {
+        use nix::fcntl::{FcntlArg, OFlag, fcntl};
+        fcntl(socket, FcntlArg::F_GETFL)?;
+        Ok(fcntl(socket, FcntlArg::F_SETFL(OFlag::O_ASYNC)).map(drop)?)
     }
 
     #[test]
@@ -220,6 +241,8 @@ mod tests {
             refused("setns", entered.map_err(io::Error::from));
             let killed = nix::sys::signal::kill(nix::unistd::Pid::from_raw(1), None);
             refused("kill", killed.map_err(io::Error::from));
+            let owned = ask_for_signals(&near);
+            refused("a signal by descriptor", owned);
             refused("exec", std::process::Command::new("/bin/true").status().map(drop));
             refused("a thread", std::thread::Builder::new().spawn(|| {}).map(drop));
         })

@@ -160,10 +160,8 @@ impl Finder {
         if self.own {
             return wanted.iter().map(|uid| Ok((uid.clone(), vec![own()?]))).collect();
         }
-        for entry in fs::read_dir(&self.proc_root)? {
-            let Ok(entry) = entry else { continue };
-            let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse::<u32>().ok()) else { continue };
-            if let Ok(Some((uid, one))) = self.examine(&entry.path(), pid, wanted) {
+        for (path, pid) in self.processes()? {
+            if let Ok(Some((uid, one))) = self.examine(&path, pid, |uid| wanted.contains(uid)) {
                 let known = found.entry(uid).or_default();
                 if !known.iter().any(|f| f.netns.inode() == one.netns.inode()) {
                     known.push(one);
@@ -173,10 +171,32 @@ impl Finder {
         Ok(found)
     }
 
-    fn examine(&self, path: &Path, pid: u32, wanted: &BTreeSet<String>) -> io::Result<Option<(String, Found)>> {
+    /// The namespaces of all pods, by inode, with the UID of the pod whose process is in it.
+    ///
+    /// # Errors
+    /// When `/proc` cannot be listed.
+    pub fn all(&self) -> io::Result<BTreeMap<u64, (String, Found)>> {
+        let mut all = BTreeMap::new();
+        if self.own {
+            return Ok(all);
+        }
+        for (path, pid) in self.processes()? {
+            if let Ok(Some((uid, one))) = self.examine(&path, pid, |_| true) {
+                all.entry(one.netns.inode()).or_insert((uid, one));
+            }
+        }
+        Ok(all)
+    }
+
+    fn processes(&self) -> io::Result<impl Iterator<Item = (PathBuf, u32)>> {
+        let entries = fs::read_dir(&self.proc_root)?.flatten();
+        Ok(entries.filter_map(|entry| Some((entry.path(), entry.file_name().to_str()?.parse().ok()?))))
+    }
+
+    fn examine(&self, path: &Path, pid: u32, wanted: impl Fn(&str) -> bool) -> io::Result<Option<(String, Found)>> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let process = Process { directory: nix::fcntl::open(path, flags, Mode::empty())?, pid };
-        let Some(uid) = self.pod_uid(&process.cgroups()?).filter(|uid| wanted.contains(uid)) else {
+        let Some(uid) = self.pod_uid(&process.cgroups()?).filter(|uid| wanted(uid)) else {
             return Ok(None);
         };
         let file = process.open("ns/net")?;

@@ -9,7 +9,7 @@
 //! a pod gets one each PACE at most, so that somebody who fights with us costs little. Our own changes come back as
 //! news; the look that follows finds nothing to repair, which ends it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -17,7 +17,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
-use ebpf_loader::{Capture, LoadError, Slot};
+use ebpf_loader::{Capture, LoadError, NetnsCookie, Slot};
 use mesh::drain::DrainWatcher;
 use rtnetlink::sys::protocols::NETLINK_ROUTE;
 use rtnetlink::sys::{AsyncSocket, SocketAddr, TokioSocket};
@@ -45,6 +45,8 @@ const DISTRUST: Duration = Duration::from_secs(300);
 /// So many repairs of a pod within [`CALM`] of each other are a fight, which is told once.
 const FIGHT: u32 = 10;
 const CALM: Duration = Duration::from_secs(10);
+/// So many looks in a row that find a captured pod without listeners mean that the successor has ended.
+const DESERTED: u32 = 2;
 /// Messages that are thrown away in one go; who makes more of them waits.
 const HANDFUL: usize = 256;
 
@@ -118,9 +120,23 @@ impl Keeper {
     /// The step that was refused.
     pub async fn unroute(&self, pod: &LocalPod) -> Result<(), EnrolError> {
         let _alone = pod.kept.routing.lock().await;
-        let found = self.capture.remember(pod.cookie, 0)?;
-        routing::remove(&pod.netns, self.sysctls(pod)?, found).await?;
-        Ok(self.capture.forget_found(pod.cookie)?)
+        self.take_back(&pod.netns, pod.cookie, self.sysctls(pod)?).await
+    }
+
+    /// [`Self::unroute`] for a namespace that a predecessor routed.
+    ///
+    /// # Errors
+    /// The step that was refused.
+    pub async fn unroute_namespace(&self, netns: &Netns, cookie: NetnsCookie) -> Result<(), EnrolError> {
+        self.take_back(netns, cookie, &Sysctls::open(netns, &self.proc_root)?).await
+    }
+
+    async fn take_back(&self, netns: &Netns, cookie: NetnsCookie, sysctls: &Sysctls) -> Result<(), EnrolError> {
+        let found = self.capture.remember(cookie, 0)?;
+        let removed = routing::remove(netns, sysctls, found).await;
+        // Whatever came of it: what is remembered has a place in a map of limited size.
+        self.capture.forget_found(cookie)?;
+        Ok(removed?)
     }
 
     fn sysctls<'a>(&self, pod: &'a LocalPod) -> Result<&'a Sysctls, EnrolError> {
@@ -158,13 +174,14 @@ impl Keeper {
                 () = pod.kept.doubt.notified() => {}
                 () = tokio::time::sleep(if failing { RETRY } else { DISTRUST }) => {}
             }
-            // Two that repair would fight with each other.
-            if self.tenure.is_lost() {
-                return;
-            }
             // Whatever comes from now on is seen by the next turn.
             if let Some(news) = &news {
                 news.drain();
+            }
+            // Two that repair would fight with each other; [`Keeper::look`] sees when there is only one again.
+            if self.tenure.is_lost() {
+                tokio::time::sleep(PACE_IN_FIGHT).await;
+                continue;
             }
             match self.repair(pod).await {
                 Ok(parts) if parts.is_empty() => failing = false,
@@ -208,25 +225,60 @@ impl Keeper {
         Ok(parts)
     }
 
-    /// Looks at what the kernel does not tell, of all pods of `registry` that are kept, until the drain begins.
+    /// Looks at what the kernel does not tell, of all pods of `registry` that are kept, until the drain begins. Where a
+    /// successor has ended that had claimed the node, the node is claimed back: nobody else serves it.
     pub async fn look(self: Arc<Self>, registry: Arc<Registry>, drain: DrainWatcher) {
         let mut ticks = tokio::time::interval(LOOK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut deserted = 0;
         loop {
             tokio::select! {
                 _ = ticks.tick() => {}
                 () = drain.draining() => return,
             }
-            if let Err(error) = self.doubt(&registry) {
+            let looked = if self.tenure.is_lost() {
+                self.is_deserted(&registry).map(|is| {
+                    deserted = if is { deserted + 1 } else { 0 };
+                    if deserted >= DESERTED {
+                        deserted = 0;
+                        self.claim_back(&registry);
+                    }
+                })
+            } else {
+                self.doubt(&registry)
+            };
+            if let Err(error) = looked {
                 tracing::warn!(%error, "reading the capture state");
             }
         }
     }
 
+    /// Is there a pod that is captured and has no listener at all? A successor has put its own in before it claims.
+    fn is_deserted(&self, registry: &Registry) -> Result<bool, LoadError> {
+        let served: HashSet<_> = self.capture.listening()?.into_iter().map(|(cookie, _)| cookie).collect();
+        for pod in kept(registry).into_iter().filter(|pod| !served.contains(&pod.cookie)) {
+            if self.capture.is_attached(pod.cookie)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    fn claim_back(&self, registry: &Registry) {
+        if let Err(error) = self.tenure.claim() {
+            tracing::error!(%error, "the successor has ended, and the node cannot be claimed back");
+            return;
+        }
+        tracing::warn!("the successor has ended; serving the node again");
+        metrics::counter!("ztunnel_takeovers_undone_total").increment(1);
+        for pod in kept(registry) {
+            pod.kept.doubt.notify_one();
+        }
+    }
+
     fn doubt(&self, registry: &Registry) -> Result<(), LoadError> {
-        let is_kept = |pod: &Arc<LocalPod>| pod.backend == Backend::Ebpf && !pod.superseded.load(Ordering::Relaxed);
-        let pods: Vec<_> = registry.pods().into_iter().filter(is_kept).collect();
-        if pods.is_empty() || self.tenure.is_lost() {
+        let pods = kept(registry);
+        if pods.is_empty() {
             return Ok(());
         }
         let listening = self.capture.listening()?;
@@ -241,6 +293,12 @@ impl Keeper {
         }
         Ok(())
     }
+}
+
+/// The pods that are ours to keep.
+fn kept(registry: &Registry) -> Vec<Arc<LocalPod>> {
+    let is_kept = |pod: &Arc<LocalPod>| pod.backend == Backend::Ebpf && !pod.superseded.load(Ordering::Relaxed);
+    registry.pods().into_iter().filter(is_kept).collect()
 }
 
 /// Tells a fight from an accident.

@@ -1,8 +1,10 @@
 //! The task that enrols pods, keeps them enrolled and lets them go. See the module above for the order of steps.
 
 mod obey;
+mod release;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -28,7 +30,7 @@ use super::netns::{Family, Netns};
 use super::orders::Order;
 use super::pod::LocalPod;
 use super::tenure::Tenure;
-use super::{EnrolError, Registry, routing};
+use super::{EnrolError, Registry, marked, routing};
 use crate::capture::{Phase, Reach, Slot, captures_dns, pod_capture};
 use crate::dns::{self, DnsState};
 use crate::worker::{Role, Shared, Workers};
@@ -43,6 +45,8 @@ const ENROL_AT_ONCE: usize = 16;
 const UPKEEP: Duration = Duration::from_secs(5);
 /// How long pods of a predecessor keep their capture while their namespaces are still being looked for.
 const TAKEOVER: Duration = Duration::from_secs(60);
+/// How soon it is looked again whether what a predecessor captured is wanted.
+const COLLECT_AGAIN: Duration = Duration::from_secs(5);
 /// How long a pod that left still answers HBONE: peers may not have heard yet.
 const HBONE_ONLY: Duration = Duration::from_secs(5);
 /// How often a pod that left is looked at for being gone altogether.
@@ -159,6 +163,11 @@ pub struct Manager {
     inherited: BTreeSet<NetnsCookie>,
     /// Until then pins of a predecessor are left alone; `None` once they were collected.
     collect_by: Option<Instant>,
+    has_claimed: bool,
+    /// What a predecessor captured and nobody wants, while connections are open in it.
+    releasing: JoinSet<()>,
+    /// Held for a walk over `/proc` on behalf of pods that leave: any number of them costs one at a time.
+    walking: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Manager {
@@ -183,6 +192,9 @@ impl Manager {
             retry: FIRST_RETRY,
             inherited: inherited.into_iter().collect(),
             collect_by: Some(Instant::now() + TAKEOVER),
+            has_claimed: false,
+            releasing: JoinSet::new(),
+            walking: Arc::default(),
         };
         (manager, reported, settled_seen)
     }
@@ -205,7 +217,7 @@ impl Manager {
             }
             self.answer().await;
             self.promote();
-            self.collect(desired.complete);
+            self.collect(desired.complete).await;
             self.publish();
             self.settled.send_if_modified(|settled| desired.complete && !std::mem::replace(settled, true));
 
@@ -227,6 +239,7 @@ impl Manager {
                 }
                 Ok(()) = world.changed(), if partly => {}
                 _ = upkeep.tick() => self.look_after().await,
+                Some(_) = self.releasing.join_next() => {}
                 Some(left) = self.leaving.join_next() => {
                     if let Ok(pod) = left {
                         self.deps.registry.remove(&pod);
@@ -241,6 +254,7 @@ impl Manager {
 
     fn detach_all(&mut self) {
         self.leaving.detach_all();
+        self.releasing.detach_all();
     }
 
     /// Compares what is wanted with what is.
@@ -488,30 +502,34 @@ impl Manager {
 
     /// Takes a pod out of the mesh without touching its open connections.
     async fn leave(&mut self, up: Up) {
-        let Up { pod, keeping, .. } = up;
+        let Up { pod, keeping, known, .. } = up;
         drop(keeping);
+        // Should it join again, that is a beginning like any other.
+        self.inherited.remove(&pod.cookie);
         tracing::info!(pod = %pod.name, namespace = %pod.namespace, open = pod.connections.len(), "leaving");
         // Resolvers may keep a socket, and its mark.
-        if let Err(error) = routing::release_dns(&pod.netns, &pod.addresses()).await {
+        if let Err(error) = routing::release_dns(&pod.netns).await {
             tracing::debug!(pod = %pod.name, namespace = %pod.namespace, %error, "releasing a pod's DNS");
         }
         pod.dns.set_captured(false);
         if let Err(error) = self.deps.capture.leave(pod.cookie) {
             tracing::warn!(pod = %pod.name, namespace = %pod.namespace, %error, "stopping a pod's capture");
         }
-        let capture = self.deps.capture.clone();
-        let finder = self.deps.finder.clone();
+        let (capture, tenure) = (self.deps.capture.clone(), self.deps.tenure.clone());
+        let (finder, walking) = (self.deps.finder.clone(), self.walking.clone());
         let keeper = self.keeper.clone();
         self.leaving.spawn(async move {
             let here = pod.clone();
-            let gone = until_gone(&finder, &here);
+            let gone = until_gone(&finder, &walking, known, &here);
             tokio::pin!(gone);
             // Such a future must not be asked again once it has answered.
-            let is_gone = tokio::select! {
+            let mut is_gone = tokio::select! {
                 () = tokio::time::sleep(HBONE_ONLY) => false,
                 () = &mut gone => true,
             };
+            // A successor may have enrolled it meanwhile, here or in another process; it also takes out what is left.
             if !pod.superseded.load(Ordering::SeqCst)
+                && !tenure.is_lost()
                 && let Err(error) = capture.detach(pod.cookie)
             {
                 tracing::warn!(pod = %pod.name, namespace = %pod.namespace, %error, "detaching a pod");
@@ -520,9 +538,21 @@ impl Manager {
             let patience = if is_gone { Duration::ZERO } else { AS_LONG_AS_IT_TAKES };
             tokio::select! {
                 () = pod.drain(patience) => {}
-                () = &mut gone, if !is_gone => pod.cut(),
+                () = &mut gone, if !is_gone => {
+                    is_gone = true;
+                    pod.cut();
+                }
             }
-            if !pod.superseded.load(Ordering::SeqCst)
+            // Connections may be open that others serve: a predecessor that drains, or this process from a former stay.
+            while !is_gone && marked::any_open(&pod.netns).unwrap_or(false) {
+                tokio::select! {
+                    () = tokio::time::sleep(GONE_CHECK) => {}
+                    () = &mut gone => is_gone = true,
+                }
+            }
+            let is_enrolled_anew =
+                || pod.superseded.load(Ordering::SeqCst) || capture.is_attached(pod.cookie).unwrap_or(true);
+            if !is_enrolled_anew()
                 && let Err(error) = keeper.unroute(&pod).await
             {
                 tracing::debug!(pod = %pod.name, namespace = %pod.namespace, %error, "removing a pod's routing");
@@ -531,24 +561,20 @@ impl Manager {
         });
     }
 
-    /// Makes this ztunnel the node's, and takes back what a predecessor captured and nobody wants any more. Not before
-    /// every wanted pod has been found, or it would lose its capture until then.
-    fn collect(&mut self, complete: bool) {
+    /// Makes this ztunnel the node's, and takes back what a predecessor captured and nobody wants any more. A pod that
+    /// is wanted and not found yet keeps the capture it has: it is refused, and must not go on in clear text.
+    async fn collect(&mut self, complete: bool) {
         let Some(by) = self.collect_by.filter(|_| complete) else { return };
         let hopeful = |e: &Entry| matches!(&e.state, State::Waiting(w) if !matches!(w, EnrolError::NoAddress));
         if self.entries.values().any(hopeful) && Instant::now() < by {
             return;
         }
-        self.collect_by = None;
-        if let Err(error) = self.deps.tenure.claim() {
+        if !std::mem::replace(&mut self.has_claimed, true)
+            && let Err(error) = self.deps.tenure.claim()
+        {
             tracing::warn!(%error, "claiming the node; a predecessor will accept for longer than it needs to");
         }
-        let known: Vec<NetnsCookie> = self.deps.registry.pods().iter().map(|p| p.cookie).collect();
-        match self.deps.capture.collect_garbage(&known) {
-            Ok(removed) if removed.is_empty() => {}
-            Ok(removed) => tracing::info!(count = removed.len(), "released namespaces that are no longer wanted"),
-            Err(error) => tracing::warn!(%error, "releasing namespaces that are no longer wanted"),
-        }
+        self.collect_by = self.release_unwanted().await.then(|| Instant::now() + COLLECT_AGAIN);
     }
 
     fn publish(&self) {
@@ -671,29 +697,36 @@ const fn dns_slot(family: Family) -> Slot {
     }
 }
 
+/// An error is told and finds nothing.
 async fn find(finder: &Finder, wanted: &BTreeSet<String>) -> BTreeMap<String, Vec<Found>> {
+    try_find(finder, wanted).await.unwrap_or_else(|error| {
+        tracing::error!(%error, "listing processes; no pod can be found");
+        BTreeMap::new()
+    })
+}
+
+async fn try_find(finder: &Finder, wanted: &BTreeSet<String>) -> io::Result<BTreeMap<String, Vec<Found>>> {
     if wanted.is_empty() {
-        return BTreeMap::new();
+        return Ok(BTreeMap::new());
     }
     let (finder, wanted) = (finder.clone(), wanted.clone());
-    match tokio::task::spawn_blocking(move || finder.find(&wanted)).await {
-        Ok(Ok(found)) => found,
-        Ok(Err(error)) => {
-            tracing::error!(%error, "listing processes; no pod can be found");
-            BTreeMap::new()
-        }
-        Err(_) => BTreeMap::new(),
-    }
+    tokio::task::spawn_blocking(move || finder.find(&wanted)).await.map_err(io::Error::other)?
 }
 
 /// Resolves when no process of the pod is left in its namespace: the pod was deleted, not just taken out of the mesh.
-async fn until_gone(finder: &Finder, pod: &LocalPod) {
+/// As long as the process lives that is `known`, nobody walks over `/proc`.
+async fn until_gone(finder: &Finder, walking: &tokio::sync::Mutex<()>, mut known: Known, pod: &LocalPod) {
     let wanted = BTreeSet::from([pod.uid.clone()]);
     loop {
-        let found = find(finder, &wanted).await;
-        let here = found.values().flatten().any(|f| f.netns.inode() == pod.netns.inode());
-        if !here {
-            return;
+        if !known.is_certain() {
+            let _alone = walking.lock().await;
+            // Nothing is known when it fails.
+            if let Ok(found) = try_find(finder, &wanted).await {
+                match found.into_values().flatten().find(|f| f.netns.inode() == pod.netns.inode()) {
+                    Some(same) => known = Known::Process(same.process),
+                    None => return,
+                }
+            }
         }
         tokio::time::sleep(GONE_CHECK).await;
     }

@@ -12,6 +12,7 @@ pub mod find;
 pub mod host;
 pub mod keep;
 pub mod manager;
+pub mod marked;
 pub mod netns;
 pub mod orders;
 pub mod pod;

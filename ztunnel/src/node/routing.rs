@@ -116,10 +116,10 @@ pub async fn ensure(
 ///
 /// # Errors
 /// The step that was refused.
-pub async fn release_dns(netns: &Netns, addresses: &[IpAddr]) -> Result<(), RoutingError> {
+pub async fn release_dns(netns: &Netns) -> Result<(), RoutingError> {
     let link = Link::open(netns)?;
-    for source in sources(addresses) {
-        link.remove_rule(dns_rule(Family::of(source))).await?;
+    for family in [Family::V4, Family::V6] {
+        link.remove_rule(dns_rule(family)).await?;
     }
     Ok(())
 }
@@ -230,12 +230,7 @@ impl Link {
         let routes: Result<Vec<_>, _> = self.handle.route().get(filter).execute().try_collect().await;
         match routes {
             // There is no such table, or no such family.
-            Err(rtnetlink::Error::NetlinkError(e))
-                if e.code
-                    .is_some_and(|c| [-libc::ENOENT, -libc::EOPNOTSUPP, -libc::EAFNOSUPPORT].contains(&c.get())) =>
-            {
-                Ok(Vec::new())
-            }
+            Err(_) if is_error(&routes, &NO_FAMILY) || is_error(&routes, &[libc::ENOENT]) => Ok(Vec::new()),
             routes => routes.map_err(|source| RoutingError::Netlink { what: "reading the routing table", source }),
         }
     }
@@ -313,9 +308,13 @@ impl Link {
             .map(drop)
     }
 
-    /// True when it was there.
+    /// True when it was there. Without its family there is no rule.
     async fn remove_rule(&self, rule: RuleMessage) -> Result<bool, RoutingError> {
-        tolerate(self.handle.rule().del(rule).execute().await, libc::ENOENT)
+        let removed = self.handle.rule().del(rule).execute().await;
+        if is_error(&removed, &NO_FAMILY) {
+            return Ok(false);
+        }
+        tolerate(removed, libc::ENOENT)
             .map_err(|source| RoutingError::Netlink { what: "removing the rule of captured connections", source })
     }
 }
@@ -375,11 +374,18 @@ const fn address_family(family: Family) -> AddressFamily {
     }
 }
 
+/// What a kernel says that has no IPv6.
+const NO_FAMILY: [i32; 2] = [libc::EOPNOTSUPP, libc::EAFNOSUPPORT];
+
+/// Did the kernel answer with one of these?
+fn is_error<T>(result: &Result<T, rtnetlink::Error>, errnos: &[i32]) -> bool {
+    match result {
+        Err(rtnetlink::Error::NetlinkError(e)) => e.code.is_some_and(|code| errnos.contains(&-code.get())),
+        _ => false,
+    }
+}
+
 /// True when the request changed something, false when that was so already.
 fn tolerate(result: Result<(), rtnetlink::Error>, errno: i32) -> Result<bool, rtnetlink::Error> {
-    match result {
-        Ok(()) => Ok(true),
-        Err(rtnetlink::Error::NetlinkError(e)) if e.code.is_some_and(|c| c.get() == -errno) => Ok(false),
-        Err(error) => Err(error),
-    }
+    if is_error(&result, &[errno]) { Ok(false) } else { result.map(|()| true) }
 }

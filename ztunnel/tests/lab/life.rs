@@ -2,6 +2,7 @@
 //! were captured before, and new ones; both ways, over both families, to a pod of the same node and of another.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
@@ -110,6 +111,22 @@ fn open_captured_and_new_connections_live_through_join_leave_and_fail_with_a_cra
     assert_alive("captured the first time, after it has joined again", &mut captured);
     assert_new("after it has joined again", &lab);
 
+    // It leaves again: the second stay needs the rules no more, connections of the first still do.
+    lab.reconfigure('b', &mesh("pod"));
+    lab.reconfigure('a', &mesh("pod"));
+    let steered = || run(&format!("find {} -path '*/netns/*' | wc -l", lab.pins.join("a").display())).trim().to_owned();
+    eventually("nothing of it is steered any more", || steered() == "1");
+    let wire = Wire::watch(&lab.netns("br"));
+    let end = Instant::now() + Duration::from_secs(2);
+    while Instant::now() < end {
+        assert_alive("captured the first time, after it has left again", &mut captured);
+    }
+    let (ports, marker) = wire.end();
+    assert!(!marker && ports.iter().all(|p| *p == 15008), "still captured: {ports:?}");
+    join(&lab);
+    enrolled(&lab, 4);
+    assert_alive("captured the first time, after it has joined for the third time", &mut captured);
+
     // Crash. Open: untouched. Captured before: cut. New: refused at once, and nothing leaves in clear text.
     // Those with `near`, which was captured all along, came by its ztunnel from the first.
     open.drain(..4);
@@ -129,6 +146,78 @@ fn open_captured_and_new_connections_live_through_join_leave_and_fail_with_a_cra
     lab.start_ztunnel('a');
     assert_new("after the next one has come", &lab);
     assert_alive("open, after the next one has come", &mut open);
+}
+
+/// Rules for captured connections in a pod's namespace.
+fn rules(lab: &Lab, pod: &str) -> usize {
+    run(&format!("ip -n {}-{pod} rule", lab.name)).matches("lookup 15000").count()
+}
+
+#[test]
+fn a_pod_that_left_while_no_ztunnel_was_there_is_released_altogether() {
+    if !possible(&[]) {
+        return;
+    }
+    let mut lab = Lab::up('w', &PODS);
+    for node in ['a', 'b'] {
+        lab.configure(node, &Mesh::default());
+    }
+    for pod in ["near", "far"] {
+        serve_in(&lab.netns(pod));
+    }
+    let netns = lab.netns("pod");
+    let sysctl = || {
+        inside(&netns, || fs::read_to_string("/proc/sys/net/ipv4/tcp_fwmark_accept").expect("a sysctl"))
+            .trim()
+            .to_owned()
+    };
+    lab.start_ztunnel('a');
+    lab.start_ztunnel('b');
+    assert_eq!((rules(&lab, "pod"), rules(&lab, "near"), sysctl().as_str()), (2, 2, "1"));
+    lab.kill_ztunnel('a');
+    lab.configure('a', &mesh("pod"));
+    lab.configure('b', &mesh("pod"));
+    lab.start_ztunnel_with('a', 15000, 1);
+    eventually("its rules are gone", || rules(&lab, "pod") == 0);
+    eventually("its sysctls are as they were", || sysctl() == "0");
+    assert_eq!(rules(&lab, "near"), 2, "that one stays");
+    let [here, _] = lab.addresses("pod");
+    assert_eq!(lab.call("pod", &lab.addresses("far")[0], APP_PORT), Ok(format!("{here} {MARKER}")));
+}
+
+#[test]
+fn a_successor_that_dies_after_it_has_claimed_the_node_leaves_it_to_the_one_before() {
+    if !possible(&[]) {
+        return;
+    }
+    let mut lab = Lab::up('u', &PODS);
+    for node in ['a', 'b'] {
+        lab.configure(node, &Mesh::default());
+    }
+    serve_in(&lab.netns("far"));
+    lab.start_ztunnel('b');
+    lab.start_ztunnel('a');
+    let pins = lab.pins.join("a");
+    let marks = || run(&format!("ls {} | grep current_ || true", pins.display()));
+    let mut held = lab.hold("pod", &lab.addresses("far")[0]);
+    let answer = format!("{} {MARKER}", lab.addresses("pod")[0]);
+    assert_eq!(held.ask(), answer);
+    let first = marks();
+    lab.start_ztunnel_on('a', 16000);
+    eventually("the successor has claimed the node", || marks() != first && marks().lines().count() == 1);
+    let (node, mut successor) = lab.ztunnels.pop().expect("the successor runs");
+    assert_eq!(node, 'a');
+    successor.kill().expect("killed");
+    successor.wait().expect("reaped");
+    within(Duration::from_secs(5), "the node is served again", || {
+        lab.call("pod", &lab.addresses("far")[0], APP_PORT) == Ok(answer.clone())
+    });
+    assert_eq!(held.ask(), answer, "what the first one had open was never touched");
+    assert_eq!(lab.metric('a', &["ztunnel_takeovers_undone_total"]), Some(1.0));
+    // And it can be succeeded again.
+    lab.start_ztunnel_on('a', 17000);
+    lab.retire_ztunnel('a');
+    assert_eq!(lab.call("pod", &lab.addresses("far")[0], APP_PORT), Ok(answer));
 }
 
 #[test]

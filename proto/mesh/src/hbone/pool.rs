@@ -80,8 +80,9 @@ pub struct PoolStats {
     pub streams: usize,
 }
 
-/// Pooled connections would otherwise be tried one after another for ever while a peer restarts.
-const MAX_TRIES: usize = 8;
+/// Pooled connections would otherwise be tried one after another for ever while a peer restarts. More than a pool has for
+/// one peer: when that says goodbye, each is tried in vain once, and most without a word on the wire.
+const MAX_TRIES: usize = 64;
 
 /// Connections made for one tunnel. More than one only where the peer says that it has not acted: a proxy that hands over
 /// to its successor may take a connection as its last and send the tunnel away.
