@@ -343,9 +343,9 @@ fn packet_sockets_escape_and_read_along() {
         for (pod, peer, inbound) in [(POD4, PEER4, Slot::In4), (POD6, PEER6, Slot::In6)] {
             let (from, to) = (at(pod, 40_000), at(peer, 80));
             let kind = if pod.is_ipv4() { libc::ETH_P_IP } else { libc::ETH_P_IPV6 };
-            let watcher = lab.peer.run(|| {
-                Socket::new(Domain::for_address(to), Type::RAW, Some(Protocol::TCP)).expect("a raw socket")
-            });
+            let watcher = lab
+                .peer
+                .run(|| Socket::new(Domain::for_address(to), Type::RAW, Some(Protocol::TCP)).expect("a raw socket"));
             set_patience(watcher.as_fd());
             let (packets, link) = lab.pod.run(|| {
                 let protocol = Protocol::from(libc::c_int::from((kind as u16).to_be()));
