@@ -243,6 +243,19 @@ enrolments:
         self.dedicated(workload, "release").output().expect("ztunnel runs")
     }
 
+    /// Nothing of a ztunnel is left in the workload's namespace, nor pinned for it.
+    #[track_caller]
+    fn assert_clean(&self, workload: &str) {
+        let name = format!("{}-{workload}", self.name);
+        let rules = run(&format!("ip -n {name} rule; ip -n {name} -6 rule"));
+        let routes =
+            run(&format!("for f in -4 -6; do ip -n {name} $f route show table 15000 2>/dev/null || true; done"));
+        assert!(!rules.contains("15000") && routes.trim().is_empty(), "{rules}\n{routes}");
+        let sysctl = "cat /proc/sys/net/ipv4/tcp_fwmark_accept";
+        assert_eq!(run(&format!("nsenter --net={} {sysctl}", self.netns(workload).display())).trim(), "0");
+        assert!(!self.pins.join(workload).exists());
+    }
+
     fn admin(&self, workload: &str) -> PathBuf {
         self.dir.path().join(format!("{workload}.sock"))
     }
@@ -652,12 +665,39 @@ fn a_dead_dedicated_ztunnel_fails_as_set_and_its_capture_ends_when_released() {
     assert_eq!(lab.call("v1", &v4("a1")), answer(&v4("v1")));
     assert!(wire.end().1, "direct again");
     assert!(lab.release("v1").status.success(), "released twice");
-    let rules = run(&format!("ip -n {0}-v1 rule; ip -n {0}-v1 -6 rule", lab.name));
-    let routes =
-        run(&format!("for f in -4 -6; do ip -n {0}-v1 $f route show table 15000 2>/dev/null || true; done", lab.name));
-    assert!(!rules.contains("15000") && routes.trim().is_empty(), "{rules}\n{routes}");
-    assert!(!lab.pins.join("v1").exists());
+    lab.assert_clean("v1");
     assert_eq!(lab.call("a1", &v4("a1")), answer(&v4("a1")));
     lab.start_dedicated("v2", &[]);
     assert_eq!(lab.call("v2", &v4("a1")), answer(&v4("v2")), "the node's capture is untouched");
+}
+
+#[test]
+fn an_orderly_end_releases_where_that_is_asked_for() {
+    const RELEASING: &[(&str, &str)] = &[("RELEASE_ON_EXIT", "true")];
+    if !possible() {
+        return;
+    }
+    let mut lab = Lab::up('e');
+    lab.start_node();
+    lab.start_dedicated("v1", RELEASING);
+    assert_eq!(lab.call("v1", &v4("a1")), answer(&v4("v1")));
+
+    // A crash is no orderly end.
+    lab.end_ztunnel("v1", "KILL");
+    assert!(lab.call("v1", &v4("a1")).is_err());
+    lab.start_dedicated("v1", RELEASING);
+    assert_eq!(lab.call("v1", &v4("a1")), answer(&v4("v1")));
+
+    lab.end_ztunnel("v1", "TERM");
+    assert!(lab.log("v1").contains("released"), "{}", lab.log("v1"));
+    lab.assert_clean("v1");
+    let wire = Wire::watch(&lab.netns("br"));
+    assert_eq!(lab.call("v1", &v4("a1")), answer(&v4("v1")));
+    assert!(wire.end().1, "direct");
+
+    // It can come back, and its setting can: then an orderly end leaves the workload closed.
+    lab.start_dedicated("v1", &[]);
+    assert_eq!(lab.call("v1", &v4("a1")), answer(&v4("v1")));
+    lab.end_ztunnel("v1", "TERM");
+    assert!(lab.call("v1", &v4("a1")).is_err());
 }

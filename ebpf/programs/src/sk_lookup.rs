@@ -97,8 +97,10 @@ fn dns(ctx: &SkLookupContext) -> u32 {
     if !enrolled(cookie).is_some_and(|pod| pod.has(Enrolled::DNS)) {
         return PASS;
     }
-    let (local, _) = addresses(ctx);
-    if local.is_loopback() {
+    let (local, remote) = addresses(ctx);
+    // As for TCP: a server on an address that the netns has beside the pod's is the netns' own business. (A captured
+    // query comes from an address of the pod, which is never the server it was meant for.)
+    if local.is_loopback() || local == remote {
         return PASS;
     }
     if !assign(ctx, cookie, (Slot::Dns4, Slot::Dns6)) {

@@ -380,7 +380,10 @@ impl Manager {
             old.superseded.store(true, Ordering::SeqCst);
         }
         let dns = captures_dns(wanted, config.dns_capture);
-        let pod = Arc::new(LocalPod::new(wanted, netns, cookie, DnsState::new(dns)));
+        // What is captured already, by a predecessor, stays so. Otherwise the rule for DNS comes last: sockets that were
+        // marked in an earlier stay would have their queries sent to nobody until the steering takes them.
+        let dns_first = dns && self.inherited.contains(&cookie);
+        let pod = Arc::new(LocalPod::new(wanted, netns, cookie, DnsState::new(dns_first)));
         let reach = self.reach_of(&pod);
         let enrolled = async {
             self.deps.capture.attach_netns(pod.netns.file())?;
@@ -389,7 +392,12 @@ impl Manager {
             }
             self.keeper.route(&pod).await?;
             let capture = pod_capture(wanted, reach, dns, &config.excluded_ports);
-            Ok(self.deps.capture.enrol(cookie, &capture, Phase::Captured)?)
+            self.deps.capture.enrol(cookie, &capture, Phase::Captured)?;
+            if dns && !dns_first {
+                pod.dns.set_captured(true);
+                self.keeper.route(&pod).await?;
+            }
+            Ok(())
         };
         if self.inherited.contains(&cookie) {
             self.await_certificate(&pod).await;

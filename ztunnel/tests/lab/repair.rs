@@ -3,6 +3,9 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use ebpf_loader::{Slot, cookie_of};
+use std::os::fd::AsFd;
+
 use crate::support::*;
 
 const PODS: [Pod; 2] = [('a', "client"), ('b', "server")];
@@ -14,13 +17,18 @@ const SLACK: Duration = Duration::from_secs(4);
 /// Breaks something in `client`, and expects it mended soon and counted under `what`.
 #[track_caller]
 fn assert_repaired(lab: &Lab, what: &str, breakage: &str, is_whole: impl Fn() -> bool) {
+    let script =
+        breakage.replace("IP", &format!("ip -n {}-client", lab.name)).replace("PINS", &lab.pins.display().to_string());
+    assert_repaired_after(lab, what, breakage, || drop(run(&script)), is_whole);
+}
+
+#[track_caller]
+fn assert_repaired_after(lab: &Lab, what: &str, breakage: &str, act: impl Fn(), is_whole: impl Fn() -> bool) {
     let label = format!("what=\"{what}\"");
     let parts = ["ztunnel_capture_repairs_total", label.as_str()];
     let before = lab.metric('a', &parts).unwrap_or(0.0);
     assert!(is_whole(), "before: {breakage}");
-    run(&breakage
-        .replace("IP", &format!("ip -n {}-client", lab.name))
-        .replace("PINS", &lab.pins.display().to_string()));
+    act();
     let started = Instant::now();
     within(SOON + SLACK, breakage, &is_whole);
     let took = started.elapsed();
@@ -80,6 +88,15 @@ fn what_a_pod_breaks_of_its_capture_is_put_back_and_counted() {
     assert_repaired(&lab, "steering", "rm PINS/a/v*/netns/*", || {
         run(&format!("ls {}/a/v*/netns | wc -l", lab.pins.display())).trim() == "1"
     });
+    // No pod can do this: somebody who plays with the map.
+    let capture = lab.capture('a');
+    let cookie = cookie_of(std::fs::File::open(&path).expect("the namespace").as_fd()).expect("its cookie");
+    for slot in [Slot::Out4, Slot::Out6, Slot::In4, Slot::Hbone4, Slot::Dns4] {
+        let filled = || capture.listening().expect("the map").contains(&(cookie, slot));
+        let empty = || capture.clear_listener(cookie, slot).expect("the map");
+        assert_repaired_after(&lab, "listener", &format!("{slot:?} emptied"), empty, filled);
+    }
+    drop(capture);
     assert_eq!(lab.call("client", &server, APP_PORT), said(&client));
     assert_eq!(lab.call("client", &server6, APP_PORT), said(&client6));
     let (ports, marker) = wire.end();

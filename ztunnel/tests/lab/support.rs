@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use ebpf_loader::Capture;
 use nix::sched::{CloneFlags, setns};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
 
@@ -133,6 +134,12 @@ impl Lab {
 
     fn pod_cgroup(&self, pod: &str) -> PathBuf {
         self.cgroup.join(format!("{}/kubepods/burstable/pod{}-{pod}/main", self.node_of(pod), self.name))
+    }
+
+    /// The capture of a node, for a test that plays with what its ztunnel relies on.
+    pub fn capture(&self, node: char) -> Capture {
+        let node = node.to_string();
+        Capture::open(&self.pins.join(&node), &self.cgroup.join(&node)).expect("what is pinned there")
     }
 
     pub fn netns(&self, name: &str) -> PathBuf {

@@ -165,6 +165,19 @@ impl Lab {
         self.wire(pod);
     }
 
+    /// A machine behind an interface of a pod, as a virtual machine or a container in it has: namespace and interface `vm`.
+    pub fn put_behind(&self, pod: &str) {
+        run(&format!(
+            "ip netns add {0}-vm; ip -n {0}-vm link set lo up
+             ip link add vm netns {0}-{pod} type veth peer name eth0 netns {0}-vm
+             ip -n {0}-{pod} addr add 10.66.0.1/24 dev vm; ip -n {0}-{pod} addr add fd66::1/64 dev vm nodad
+             ip -n {0}-vm addr add 10.66.0.2/24 dev eth0; ip -n {0}-vm addr add fd66::2/64 dev eth0 nodad
+             ip -n {0}-{pod} link set vm up; ip -n {0}-vm link set eth0 up
+             ip -n {0}-vm route add default via 10.66.0.1; ip -n {0}-vm -6 route add default via fd66::1",
+            self.name
+        ));
+    }
+
     pub fn netns(&self, name: &str) -> PathBuf {
         PathBuf::from(format!("/run/netns/{}-{name}", self.name))
     }
@@ -433,7 +446,7 @@ impl Drop for Lab {
         }
         let _ = fs::remove_dir_all(&self.pins);
         let script = format!(
-            "for n in br a b {}; do ip netns del {}-$n; done; find {} -depth -type d -exec rmdir {{}} \\;",
+            "for n in vm br a b {}; do ip netns del {}-$n; done; find {} -depth -type d -exec rmdir {{}} \\;",
             PODS.join(" "),
             self.name,
             self.cgroup.display()

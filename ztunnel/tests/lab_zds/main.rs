@@ -108,6 +108,45 @@ fn pods_of_an_agent_talk_over_hbone() {
     no_violations(agents);
 }
 
+/// Annotation `istio.io/reroute-virtual-interfaces`: the agent's rule brings what a machine behind the pod sends to the
+/// port for what leaves, and it leaves as the pod's.
+#[test]
+fn what_a_machine_behind_a_pod_sends_leaves_as_the_pods() {
+    if !possible(Source::Agent) {
+        return;
+    }
+    let (lab, agents) = redirected('v');
+    lab.serve("b1");
+    lab.serve("a1");
+    lab.put_behind("a1");
+    let [[a1, a1_v6], [b1, b1_v6]] = ["a1", "b1"].map(addresses);
+    assert!(lab.curl("vm", &app(&b1)).is_err(), "the pod forwards nothing by itself");
+    rules::reroute(&lab.netns("a1"), "vm");
+    lab.configure(STRICT);
+    eventually("plaintext is refused", || lab.curl("br", &app(&b1)).is_err());
+
+    let tap = Tap::watch(&lab.netns("br"));
+    assert_eq!(lab.curl("vm", &app(&b1)), seen(&a1));
+    assert_eq!(lab.curl("vm", &app(&b1_v6)), seen(&a1_v6));
+    assert_eq!(lab.curl("vm", &format!("http://{VIP}/")), seen(&a1), "by service address");
+    let (ports, marker) = tap.end();
+    assert!(!marker, "the payload was readable on the wire");
+    assert!(!ports.is_empty() && ports.iter().all(|p| *p == 15008), "{ports:?}");
+    let log = lab.log('b');
+    let of_pod = ["direction=\"inbound\"", "src.identity=\"spiffe://cluster.local/ns/shop/sa/a1\""];
+    assert!(log.lines().any(|line| of_pod.iter().all(|part| line.contains(part))), "{log}");
+
+    // The pod itself goes on as before, and what comes to it from elsewhere is not taken for its own.
+    assert_eq!(lab.curl("a1", &app(&b1)), seen(&a1));
+    assert_eq!(lab.curl("b1", &app(&a1)), seen(&b1));
+    // Our own ports mean nobody from there either.
+    for port in [15001, 15006] {
+        assert!(lab.curl("vm", &format!("http://10.66.0.1:{port}/")).is_err(), "vm dials {port}");
+    }
+    assert!(lab.counter('a', 15020, OWN) >= 1.0);
+    no_violations(agents);
+}
+
 #[test]
 fn names_of_the_mesh_are_answered_and_others_asked_for() {
     if !possible(Source::Agent) {

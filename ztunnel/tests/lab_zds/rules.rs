@@ -7,7 +7,7 @@ use crate::lab::run;
 const PROBE_V4: &str = "169.254.7.127";
 const PROBE_V6: &str = "fd16:9254:7127:1337:ffff:ffff:ffff:ffff";
 
-/// Rules and routes of a pod. Numbers are those of the description; rule 1 (virtual interfaces) is for pods that ask.
+/// Rules and routes of a pod. Rule 1 is [`reroute`].
 pub fn install(pod: &Path) {
     let restore = |command: &str, loopback: &str, probe: &str| {
         format!(
@@ -55,6 +55,17 @@ END"
         restore("ip6tables", "::1/128", &format!("{PROBE_V6}/128")),
     );
     within(pod, &script);
+}
+
+/// Rule 1, for a pod that asks for it: what a machine behind one of the pod's interfaces sends leaves as the pod's.
+pub fn reroute(pod: &Path, interface: &str) {
+    let rules = |command: &str| {
+        format!(
+            "{command} -t nat -I ISTIO_PRERT 1 -i {interface} -p tcp -j REDIRECT --to-ports 15001
+             {command} -t nat -I ISTIO_PRERT 2 -i {interface} -p tcp -j RETURN"
+        )
+    };
+    within(pod, &format!("{}\n{}", rules("iptables"), rules("ip6tables")));
 }
 
 /// Takes them back, as the agent does for a pod that leaves the mesh.

@@ -4,6 +4,7 @@ use std::{
     io::{ErrorKind, IoSlice, IoSliceMut},
     net::{Ipv4Addr, SocketAddrV4, UdpSocket},
     os::fd::{AsFd, AsRawFd},
+    time::{Duration, Instant},
 };
 
 use ebpf_loader::{Dns, PodCapture, Slot};
@@ -95,6 +96,47 @@ fn without_a_server_queries_are_refused_at_once() {
         own.recv_from(&mut [0; 8]).expect("it arrives");
         client.send_to(b"hello", at(PEER4, 5353)).expect("not DNS");
         lab.peer.run(|| UdpSocket::bind("0.0.0.0:0").expect("a socket").send_to(b"query", at(POD4, 53)).expect("sent"));
+    });
+}
+
+/// A caching resolver on an extra address of `lo`, as node-local DNS has it, asks and answers within the netns.
+#[test]
+fn a_server_on_an_address_of_the_netns_own_lo_is_left_alone() {
+    isolated(|lab| {
+        let capture = lab.open();
+        capture.capture_dns().expect("the hooks attach");
+        let options = PodCapture { dns: Dns::Capture, ..lab.pod_capture() };
+        let (cookie, _proxy) = lab.enrol(&capture, &options);
+        for (extra, slot, command) in [
+            ("169.254.20.10", Slot::Dns4, "addr add 169.254.20.10/32 dev lo"),
+            ("fd20::10", Slot::Dns6, "-6 addr add fd20::10/128 dev lo nodad"),
+        ] {
+            lab.pod.ip(command);
+            let extra = extra.parse().expect("an address");
+            let (any, loopback) =
+                if at(extra, 0).is_ipv4() { ("0.0.0.0:0", "127.0.0.1:0") } else { ("[::]:0", "[::1]:0") };
+            let ours = lab.pod.run(|| UdpSocket::bind(loopback).expect("a loopback port"));
+            capture.set_listener(cookie, slot, ours.as_fd()).expect("the slot takes the socket");
+            let server = lab.pod.run(|| UdpSocket::bind((extra, 53)).expect("a socket"));
+            set_patience(server.as_fd());
+            // The kernel adds the route of an IPv6 address a moment after the address: until then it is elsewhere.
+            let probe = lab.pod.run(|| UdpSocket::bind((extra, 0)).expect("a socket"));
+            probe.set_read_timeout(Some(Duration::from_millis(20))).expect("a socket option");
+            let itself = probe.local_addr().expect("a bound socket");
+            let end = Instant::now() + PATIENCE;
+            while probe.send_to(b"hello", itself).is_err() || probe.recv(&mut [0; 8]).is_err() {
+                assert!(Instant::now() < end, "no route to {extra}");
+            }
+            let client = lab.pod.run(|| UdpSocket::bind(any).expect("a socket"));
+            set_patience(client.as_fd());
+            client.send_to(b"query", at(extra, 53)).expect("its own business");
+            let (_, from) = server.recv_from(&mut [0; 8]).expect("it arrives");
+            assert_eq!(from.ip(), extra, "it took the server's address for its own");
+            server.send_to(b"answer", from).expect("sending");
+            let (_, source) = client.recv_from(&mut [0; 8]).expect("an answer");
+            assert_eq!(source, at(extra, 53));
+        }
+        assert_eq!(capture.counters().expect("counters").dns, 0);
     });
 }
 

@@ -1,7 +1,7 @@
 //! Ways to open a connection that could go around capture: those that are captured all the same, and those that are not.
 
 use std::{
-    io::{self, ErrorKind},
+    io::{self, ErrorKind, Read, Write},
     mem,
     net::{IpAddr, SocketAddr, TcpStream, UdpSocket},
     os::fd::{AsFd, AsRawFd},
@@ -315,16 +315,6 @@ fn raw_sockets_escape() {
     isolated(|lab| {
         let capture = lab.open();
         let (_, proxy) = lab.enrol(&capture, &lab.pod_capture());
-        // A TCP SYN of the pod's own making. The peer's kernel answers it: nobody listens, so a reset comes back.
-        let syn = |from: SocketAddr, to: SocketAddr| {
-            let mut segment = [0_u8; 20];
-            segment[..2].copy_from_slice(&from.port().to_be_bytes());
-            segment[2..4].copy_from_slice(&to.port().to_be_bytes());
-            (segment[12], segment[13], segment[14]) = (5 << 4, 2, 0xff);
-            let sum = checksum(from, to, &segment);
-            segment[16..18].copy_from_slice(&sum.to_be_bytes());
-            segment
-        };
         for (pod, peer) in [(POD4, PEER4), (POD6, PEER6)] {
             let domain = Domain::for_address(at(pod, 0));
             let (from, to) = (at(pod, 40_000), at(peer, 80));
@@ -341,6 +331,107 @@ fn raw_sockets_escape() {
     });
 }
 
+/// What `AF_PACKET` (CAP_NET_RAW) sends never was a socket of TCP: it leaves as it is, plain and without an identity. It
+/// also reads along, as on any machine: what its pod receives, whoever gets it in the end.
+#[test]
+fn packet_sockets_escape_and_read_along() {
+    const PEER_MAC: [u8; 6] = [2, 0, 0, 0, 0x55, 1];
+    isolated(|lab| {
+        lab.peer.ip("link set eth0 address 02:00:00:00:55:01");
+        let capture = lab.open();
+        let (_, proxy) = lab.enrol(&capture, &lab.pod_capture());
+        for (pod, peer, inbound) in [(POD4, PEER4, Slot::In4), (POD6, PEER6, Slot::In6)] {
+            let (from, to) = (at(pod, 40_000), at(peer, 80));
+            let kind = if pod.is_ipv4() { libc::ETH_P_IP } else { libc::ETH_P_IPV6 };
+            let watcher = lab
+                .peer
+                .run(|| Socket::new(Domain::for_address(to), Type::RAW, Some(Protocol::TCP)).expect("a raw socket"));
+            set_patience(watcher.as_fd());
+            let (packets, link) = lab.pod.run(|| {
+                let protocol = Protocol::from(libc::c_int::from((kind as u16).to_be()));
+                let packets = Socket::new(Domain::PACKET, Type::DGRAM, Some(protocol)).expect("a packet socket");
+                let device = nix::net::if_::if_nametoindex("eth0").expect("a device");
+                (packets, link_address(kind as u16, device, PEER_MAC))
+            });
+            set_patience(packets.as_fd());
+            packets.send_to(&in_packet(from, to, &syn(from, to)), &link).expect("sent");
+            let mut bytes = [mem::MaybeUninit::uninit(); 128];
+            let (_, source) = watcher.recv_from(&mut bytes).expect("it arrives on the wire");
+            assert_eq!(source.as_socket().expect("an address").ip(), pod);
+            proxy.assert_idle();
+
+            let mut client = lab.peer.connect(at(pod, 8080)).expect("ztunnel answers");
+            let _accepted = proxy.accept(inbound);
+            client.write_all(b"to be read along").expect("sent");
+            loop {
+                let mut buffer = [0; 2048];
+                let length = (&packets).read(&mut buffer).expect("it is heard");
+                if contains(&buffer[..length], b"to be read along") {
+                    break;
+                }
+            }
+        }
+    });
+}
+
+fn contains(bytes: &[u8], wanted: &[u8]) -> bool {
+    bytes.windows(wanted.len()).any(|window| window == wanted)
+}
+
+/// Where a packet socket sends to.
+fn link_address(protocol: u16, device: u32, mac: [u8; 6]) -> SockAddr {
+    let mut octets = [0; 8];
+    octets[..6].copy_from_slice(&mac);
+    let link = libc::sockaddr_ll {
+        sll_family: libc::AF_PACKET as u16,
+        sll_protocol: protocol.to_be(),
+        sll_ifindex: device as libc::c_int,
+        sll_hatype: 0,
+        sll_pkttype: 0,
+        sll_halen: 6,
+        sll_addr: octets,
+    };
+    // SAFETY: the storage is larger than any socket address, and what is written is one, as long as said.
+    let made = unsafe {
+        SockAddr::try_init(|storage, length| {
+            storage.cast::<libc::sockaddr_ll>().write(link);
+            *length = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+            Ok(())
+        })
+    };
+    made.expect("an address").1
+}
+
+/// An IP packet around a TCP segment.
+fn in_packet(from: SocketAddr, to: SocketAddr, segment: &[u8]) -> Vec<u8> {
+    let length = segment.len() as u8;
+    match (from.ip(), to.ip()) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => {
+            let mut header = vec![0x45, 0, 0, 20 + length, 0, 0, 0x40, 0, 64, 6, 0, 0];
+            header.extend([from.octets(), to.octets()].concat());
+            let sum = folded(&header);
+            header[10..12].copy_from_slice(&sum.to_be_bytes());
+            [&header, segment].concat()
+        }
+        (IpAddr::V6(from), IpAddr::V6(to)) => {
+            let header = [0x60, 0, 0, 0, 0, length, 6, 64];
+            [&header, &from.octets()[..], &to.octets()[..], segment].concat()
+        }
+        _ => unreachable!("both of one family"),
+    }
+}
+
+/// A TCP SYN of the pod's own making. The peer's kernel answers it: nobody listens, so a reset comes back.
+fn syn(from: SocketAddr, to: SocketAddr) -> [u8; 20] {
+    let mut segment = [0_u8; 20];
+    segment[..2].copy_from_slice(&from.port().to_be_bytes());
+    segment[2..4].copy_from_slice(&to.port().to_be_bytes());
+    (segment[12], segment[13], segment[14]) = (5 << 4, 2, 0xff);
+    let sum = checksum(from, to, &segment);
+    segment[16..18].copy_from_slice(&sum.to_be_bytes());
+    segment
+}
+
 /// Of a TCP segment with its pseudo header.
 fn checksum(from: SocketAddr, to: SocketAddr, segment: &[u8]) -> u16 {
     let octets = |address: SocketAddr| match address.ip() {
@@ -348,6 +439,11 @@ fn checksum(from: SocketAddr, to: SocketAddr, segment: &[u8]) -> u16 {
         IpAddr::V6(v6) => v6.octets().to_vec(),
     };
     let bytes = [octets(from), octets(to), vec![0, 6, 0, segment.len() as u8], segment.to_vec()].concat();
+    folded(&bytes)
+}
+
+/// The checksum of IP and TCP.
+fn folded(bytes: &[u8]) -> u16 {
     let sum: u32 = bytes.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
     let folded = (sum & 0xffff) + (sum >> 16);
     !((folded & 0xffff) + (folded >> 16)) as u16
