@@ -1,8 +1,10 @@
 //! A pod with a ztunnel of its own in a cluster whose control plane is istiod-lite: `manifests/samples/own-ztunnel.yaml`
-//! as it stands.
+//! as it stands; and a machine outside it.
 
 #![forbid(unsafe_code)]
 
+#[path = "dedicated/machine.rs"]
+mod machine;
 #[allow(dead_code, reason = "shared by all programs of cases; each uses its part")]
 mod support;
 
@@ -23,6 +25,7 @@ const CASES: &[Case] = &[
     ("it talks HBONE both ways under STRICT, and stays ready", both_ways),
     ("its identity is its workload's, for policy on either side", identity),
     ("killed it is closed, and it finds the control plane again although all is captured", killed),
+    ("a machine outside the cluster joins, works and leaves as its document says", machine::as_documented),
     ("without any node proxy two of them talk to each other, and to nobody in clear text", without_node_proxies),
     ("deleted they leave nothing on their nodes", deleted),
 ];
@@ -108,6 +111,7 @@ fn without_node_proxies(stage: &Stage) -> Result<()> {
             Ok(())
         })?;
     }
+    stage.kubectl(&["apply", "-f", STRICT])?;
     stage.kubectl(&["-n", "istio-system", "delete", "daemonset", "ztunnel"])?;
     wait::until("the node proxies to end", SETTLE * 3, || {
         ensure!(["node-a", "node-b"].iter().all(|node| session.proxy(node).is_err()), "one still runs");
@@ -152,7 +156,7 @@ fn deleted(stage: &Stage) -> Result<()> {
         }
         Ok(())
     })?;
-    stage.kubectl(&["delete", "-f", STRICT])?;
+    stage.kubectl(&["delete", "--ignore-not-found", "-f", STRICT])?;
     stage.traffic_flows()
 }
 
