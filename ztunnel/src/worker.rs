@@ -25,7 +25,7 @@ use crate::config::Config;
 use crate::ending::Ending;
 use crate::handover::seal;
 use crate::names::Names;
-use crate::node::netns::Family;
+use crate::node::netns::{Family, leg_port};
 use crate::node::pod::{LocalPod, Tracked};
 use crate::resolve::{self, BadTarget};
 use crate::{dns, inbound, outbound, passthrough};
@@ -34,6 +34,8 @@ use crate::{dns, inbound, outbound, passthrough};
 const WORKLOAD_WAIT: Duration = Duration::from_secs(5);
 /// How long the other side of a TCP handshake may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// So many ports of our choice are tried for a last leg; then the kernel takes one that is free.
+const LEG_TRIES: usize = 4;
 /// Pods handed to a worker that it has not taken yet; the control side waits when full.
 const QUEUE: usize = 64;
 
@@ -385,9 +387,24 @@ impl Place {
         if !keep_source {
             return self.dial_plain(to).await;
         }
-        let leg = async { connect(self.pod.backend.app_leg(&self.pod.netns, client)?, to).await };
+        let from = |port| async move { connect(self.pod.backend.app_leg(&self.pod.netns, client, port)?, to).await };
+        let leg = async {
+            for _ in 0..LEG_TRIES {
+                let port = leg_port(&mut rand::rng());
+                match from(port).await {
+                    Err(error) if is_taken(&error) => {}
+                    done => return done,
+                }
+            }
+            from(0).await
+        };
         in_time(to, leg).await
     }
+}
+
+/// Somebody has that port, or the same connection, also one that has ended less than a minute ago.
+fn is_taken(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable)
 }
 
 async fn in_time(to: SocketAddr, dial: impl Future<Output = io::Result<TcpStream>>) -> Result<TcpStream, Ending> {

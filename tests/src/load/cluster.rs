@@ -55,7 +55,7 @@ impl Cluster {
         let cluster = Self { session, runs: 0, versions: 0 };
         for name in *names {
             let pod = wait::until(&format!("pod {name}"), SETTLE, || cluster.session.pod(name))?;
-            sys::sysctl(&pod.netns, &local::MANY_PORTS)?;
+            sys::sysctl(&pod.netns, &super::TIME_WAIT_REUSED)?;
             wait::until_true("a server to listen", SETTLE, || {
                 crate::raw::listening(&pod.netns, serve::HTTP).unwrap_or(false)
             })?;

@@ -24,6 +24,10 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
+/// A minute of connections waits in TIME_WAIT otherwise. The range of ports stays as the kernel has it: a client with a
+/// wider one may meet the ports of ztunnel's last legs.
+pub const TIME_WAIT_REUSED: [(&str, &str); 1] = [("net/ipv4/tcp_tw_reuse", "1")];
+
 /// In the payload of flows that must not be readable on the wire.
 pub const SECRET: &str = "soak-secret-7f3a";
 /// In the payload of flows that leave or enter the mesh in plain text: shows that the watcher can see.

@@ -106,7 +106,7 @@ impl Stage {
         let argv = unlimited(&[&bench.display().to_string(), "serve"]);
         let mut servers = Vec::new();
         for pod in [&client, &near, &far, &outside, &plain] {
-            sys::sysctl(&pod.net.netns.path(), &local::MANY_PORTS)?;
+            sys::sysctl(&pod.net.netns.path(), &super::TIME_WAIT_REUSED)?;
             servers.push(pod.spawn(&format!("serve-{}", pod.name), &words(&argv), &[])?);
         }
         for server in &mut servers {

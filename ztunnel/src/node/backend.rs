@@ -40,10 +40,10 @@ impl Backend {
     ///
     /// # Errors
     /// Those of the socket calls.
-    pub fn app_leg(self, netns: &Netns, client: IpAddr) -> io::Result<Socket> {
+    pub fn app_leg(self, netns: &Netns, client: IpAddr, port: u16) -> io::Result<Socket> {
         match self {
-            Self::Ebpf => netns.app_leg(client),
-            Self::Redirect => netns.outgoing_as(client),
+            Self::Ebpf => netns.app_leg(client, port),
+            Self::Redirect => netns.outgoing_as(client, port),
         }
     }
 }

@@ -12,6 +12,7 @@ use ebpf_loader::abi::{MARK_BYPASS, MARK_LEG};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::stat::fstat;
+use rand::Rng;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::dns::serve::{Answers, DnsSocket};
@@ -194,14 +195,15 @@ impl Netns {
         })
     }
 
-    /// A socket for the last leg to the application, which shall see `client` as the peer.
+    /// A socket for the last leg to the application, which shall see `client` as the peer. `port` is the source port, see
+    /// [`leg_port`]; 0 leaves it to the kernel.
     ///
     /// Mark and device lead the packets (and, by `tcp_fwmark_accept`, the answers) over lo, where the steering lets
     /// them pass to the application's own listener.
     ///
     /// # Errors
     /// Those of the socket calls.
-    pub fn app_leg(&self, client: IpAddr) -> io::Result<Socket> {
+    pub fn app_leg(&self, client: IpAddr, port: u16) -> io::Result<Socket> {
         let family = Family::of(client);
         let socket = self.enter(|| {
             let socket = tcp(family)?;
@@ -211,8 +213,7 @@ impl Netns {
         })?;
         transparent(&socket, family)?;
         socket.set_mark(MARK_LEG)?;
-        setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
-        socket.bind(&SocketAddr::new(client, 0).into())?;
+        bind_leg(&socket, SocketAddr::new(client, port))?;
         Ok(socket)
     }
 
@@ -221,13 +222,12 @@ impl Netns {
     ///
     /// # Errors
     /// Those of the socket calls; CAP_NET_ADMIN or CAP_NET_RAW is needed for a transparent socket.
-    pub fn outgoing_as(&self, client: IpAddr) -> io::Result<Socket> {
+    pub fn outgoing_as(&self, client: IpAddr, port: u16) -> io::Result<Socket> {
         let family = Family::of(client);
         let socket = self.enter(|| tcp(family))?;
         transparent(&socket, family)?;
         socket.set_mark(MARK_BYPASS)?;
-        setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
-        socket.bind(&SocketAddr::new(client, 0).into())?;
+        bind_leg(&socket, SocketAddr::new(client, port))?;
         Ok(socket)
     }
 
@@ -243,6 +243,27 @@ impl Netns {
             }))
         })
     }
+}
+
+/// A source port for a last leg that its client is not likely to use itself.
+///
+/// The application's end of a leg has the same addresses and, by chance, the same ports as a connection that the client
+/// makes in plain text; that one then would not get to us but to the application's socket, which answers it with
+/// nothing, or with a reset. Clients take theirs from 32768 on, unless somebody has told them otherwise; and what
+/// applications listen at is rarely above 20000: a leg's port is taken for those that do not share addresses.
+#[must_use]
+pub fn leg_port(rng: &mut impl Rng) -> u16 {
+    rng.random_range(20_000..32_768)
+}
+
+fn bind_leg(socket: &Socket, to: SocketAddr) -> io::Result<()> {
+    if to.port() == 0 {
+        setsockopt(socket, sockopt::IpBindAddressNoPort, &true)?;
+    } else {
+        // Many legs may have a port, as long as they lead to different places: `connect` sees to that.
+        socket.set_reuse_address(true)?;
+    }
+    socket.bind(&to.into())
 }
 
 fn tcp(family: Family) -> io::Result<Socket> {

@@ -220,6 +220,38 @@ fn a_successor_that_dies_after_it_has_claimed_the_node_leaves_it_to_the_one_befo
     assert_eq!(lab.call("pod", &lab.addresses("far")[0], APP_PORT), Ok(answer));
 }
 
+/// A leg has its client's address: on a port of the client's it would take a plain connection's packets.
+#[test]
+fn last_legs_keep_out_of_the_ports_that_clients_use() {
+    if !possible(&[]) {
+        return;
+    }
+    let mut lab = Lab::up('p', &PODS);
+    for node in ['a', 'b'] {
+        lab.configure(node, &mesh("aside"));
+        serve_in(&lab.netns(if node == 'a' { "near" } else { "far" }));
+    }
+    lab.start_ztunnel('a');
+    lab.start_ztunnel_with('b', 15000, 1);
+    let mut held: Vec<Held> =
+        ["pod", "aside"].iter().flat_map(|from| lab.addresses("far").map(|to| lab.hold(from, &to))).collect();
+    assert!(
+        held.iter_mut().all(|held| held.ask().ends_with(MARKER)),
+        "by tunnel and in plain text, over both families"
+    );
+    let table = inside(&lab.netns("far"), || fs::read_to_string("/proc/thread-self/net/tcp6").expect("the table"));
+    let application = format!(":{APP_PORT:04X}");
+    let peers: Vec<u16> = table
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>())
+        .filter(|fields| fields[1].ends_with(&application) && fields[3] == "01")
+        .map(|fields| u16::from_str_radix(fields[2].rsplit(':').next().expect("a port"), 16).expect("hexadecimal"))
+        .collect();
+    let (legs, clients): (Vec<u16>, Vec<u16>) = peers.into_iter().partition(|port| (20_000..32_768).contains(port));
+    // The transparent ends of plain connections are seen as well, those of IPv4 in the other table.
+    assert_eq!((legs.len(), clients.len()), (4, 1), "{table}");
+}
+
 #[test]
 fn a_pod_that_fails_open_goes_direct_without_a_ztunnel() {
     if !possible(&[]) {
