@@ -8,21 +8,22 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use mesh_tests::{record, wait};
 
-/// Where container runtimes, CNI plugins and ztunnel write when nobody gives them directories of their own.
-const PLACES: &[&str] = &[
-    "/etc/cni",
-    "/etc/containerd",
-    "/opt/cni",
-    "/opt/containerd",
-    "/run/containerd",
-    "/run/netns",
-    "/run/runc",
-    "/run/ztunnel",
-    "/sys/class/net",
-    "/sys/fs/bpf",
-    "/var/lib/cni",
-    "/var/lib/containerd",
-    "/var/lib/ztunnel",
+/// Where container runtimes, CNI plugins and ztunnel write when nobody gives them directories of their own, and how the
+/// names begin of what is theirs there: other tests may be at work.
+const PLACES: &[(&str, &[&str])] = &[
+    ("/etc/cni", &[""]),
+    ("/etc/containerd", &[""]),
+    ("/opt/cni", &[""]),
+    ("/opt/containerd", &[""]),
+    ("/run/containerd", &[""]),
+    ("/run/netns", &["cni-", "lab-"]),
+    ("/run/runc", &[""]),
+    ("/run/ztunnel", &[""]),
+    ("/sys/class/net", &["cni", "veth"]),
+    ("/sys/fs/bpf", &["ztunnel"]),
+    ("/var/lib/cni", &[""]),
+    ("/var/lib/containerd", &[""]),
+    ("/var/lib/ztunnel", &[""]),
 ];
 /// Where cgroups are, of whichever version.
 const CGROUPS: &str = "/sys/fs/cgroup";
@@ -101,9 +102,11 @@ fn of_another_lab(path: &Path, lab: &str) -> bool {
 
 fn things() -> BTreeSet<PathBuf> {
     let mut things = BTreeSet::new();
-    for place in PLACES.iter().map(Path::new).filter(|place| place.exists()) {
-        things.insert(place.to_owned());
-        things.extend(fs::read_dir(place).into_iter().flatten().flatten().map(|entry| entry.path()));
+    for (place, beginnings) in PLACES.iter().filter(|(place, _)| Path::new(place).exists()) {
+        things.insert(PathBuf::from(place));
+        let entries = fs::read_dir(place).into_iter().flatten().flatten();
+        let theirs = |name: &str| beginnings.iter().any(|beginning| name.starts_with(beginning));
+        things.extend(entries.filter(|entry| theirs(&entry.file_name().to_string_lossy())).map(|entry| entry.path()));
     }
     cgroups(Path::new(CGROUPS), &mut things);
     things
