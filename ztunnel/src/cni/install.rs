@@ -1,5 +1,5 @@
 //! Puts the plugin into the node's CNI directories, keeps it there while the main CNI comes, goes and rewrites its
-//! configuration, and takes it out again.
+//! configuration or clears the directory of programs, and takes it out again.
 //!
 //! Everything is written beside its place and renamed there, in the same directory: runtimes see whole files only, and
 //! containerd 1.6 looks again only when something was written in, or renamed within, the directory it watches. A file
@@ -78,7 +78,11 @@ pub async fn run(directories: Directories, entry: Value, drain: DrainWatcher) {
     let mut program = copy_program(&directories.bin);
     loop {
         // First the watch: what changes after the look wakes us.
-        let watch = watch(&directories.conf);
+        let watch = watch(&directories);
+        // A configuration that names a program which is not there keeps every pod of the node from starting, our own too.
+        if program.is_err() || !directories.bin.join(NAME).exists() {
+            program = copy_program(&directories.bin);
+        }
         let looked = match &program {
             Ok(()) => ensure(&directories.conf, &entry, existing),
             Err(error) => Err(anyhow::anyhow!("{error:#}")),
@@ -101,9 +105,6 @@ pub async fn run(directories: Directories, entry: Value, drain: DrainWatcher) {
             () = changed(watch) => tokio::time::sleep(SETTLE).await,
             () = tokio::time::sleep(LOOK_ANYWAY) => {}
             () = drain.draining() => return,
-        }
-        if program.is_err() {
-            program = copy_program(&directories.bin);
         }
     }
 }
@@ -230,9 +231,9 @@ fn copy_program(directory: &Path) -> anyhow::Result<()> {
     copy().map_err(|error: io::Error| anyhow::anyhow!("{}: {error}", directory.display()))
 }
 
-/// Watches a directory for anything that changes what a runtime would take.
+/// Watches both directories for anything that changes what a runtime would take.
 #[expect(deprecated, reason = "its successor is unsafe for the sake of odd types; this one owns its descriptor")]
-fn watch(directory: &Path) -> io::Result<AsyncFd<OwnedFd>> {
+fn watch(directories: &Directories) -> io::Result<AsyncFd<OwnedFd>> {
     let descriptor = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
     let events = WatchFlags::CLOSE_WRITE
         | WatchFlags::MOVED_FROM
@@ -240,7 +241,9 @@ fn watch(directory: &Path) -> io::Result<AsyncFd<OwnedFd>> {
         | WatchFlags::DELETE
         | WatchFlags::DELETE_SELF
         | WatchFlags::MOVE_SELF;
-    inotify::add_watch(&descriptor, directory, events | WatchFlags::ONLYDIR)?;
+    for directory in [&directories.conf, &directories.bin] {
+        inotify::add_watch(&descriptor, directory, events | WatchFlags::ONLYDIR)?;
+    }
     AsyncFd::with_interest(descriptor, Interest::READABLE)
 }
 

@@ -42,7 +42,7 @@ impl Node {
 
     async fn eventually(&self, name: &str) {
         let end = tokio::time::Instant::now() + Duration::from_secs(10);
-        while !self.has_plugin(name) {
+        while !self.has_plugin(name) || !self.directories.bin.join(NAME).exists() {
             assert!(tokio::time::Instant::now() < end, "not in {name}: {:?}", self.state());
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
@@ -131,6 +131,9 @@ async fn comes_back_whatever_the_main_cni_does() {
     // Broken, then mended.
     node.write("05-other.conflist", "{");
     node.write("05-other.conflist", LIST);
+    node.eventually("05-other.conflist").await;
+    // Programs are put there anew, without ours.
+    fs::remove_file(node.directories.bin.join(NAME)).unwrap();
     node.eventually("05-other.conflist").await;
     end.drain(Duration::ZERO).await;
     task.await.unwrap();
