@@ -11,11 +11,13 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::client::{Flow, READY, Visible};
+use super::soak::Restart;
 use super::stage::{Amount, Pods, shares};
 use super::{Tally, now_ms};
 use crate::bench::serve;
 use crate::cluster::state::Pod;
 use crate::places::Places;
+use crate::raw::NODES;
 use crate::session::Session;
 use crate::{demo, local, sys, wait};
 
@@ -130,9 +132,12 @@ impl Cluster {
         let set = format!("istio-proxy={image}");
         self.kubectl(&["-n", "istio-system", "set", "image", "daemonset/ztunnel", &set])?;
         self.rolled_out()?;
-        for ztunnel in self.ztunnels().into_iter().filter(|pod| pod.running_image(&self.session) == image) {
-            let said = ztunnel.metrics()?;
-            ensure!(said.contains(&format!("tag=\"{version}\"")), "the metrics do not show {version}");
+        for node in NODES {
+            wait::until(&format!("{version} to serve {node}"), SETTLE, || {
+                let said = self.serving(node)?.metrics()?;
+                ensure!(said.contains(&format!("tag=\"{version}\"")), "the metrics do not show it");
+                Ok(())
+            })?;
         }
         Ok(version)
     }
@@ -155,22 +160,27 @@ impl Cluster {
         self.kubectl(&["-n", "istio-system", "rollout", "status", "daemonset/ztunnel", "--timeout=60s"]).map(drop)
     }
 
-    /// Kills the ztunnel of a node and waits until its container has been started again and is ready. Returns when that start
-    /// was, in milliseconds since 1970.
+    /// Kills the ztunnel of a node and waits until its container has been started again and is ready. The restart begins with ztunnel
+    /// itself, not with the container that is made for it.
     ///
     /// # Errors
     /// When it does not come back.
-    pub fn kill(&self, node: &str) -> Result<u64> {
+    pub fn kill(&self, node: &str) -> Result<Restart> {
         let old = self.serving(node)?;
         let pid = old.0.main()?.pid;
+        let killed_ms = now_ms();
         kill(Pid::from_raw(i32::try_from(pid)?), Signal::SIGKILL)?;
-        let started = wait::until("the container to be started again", SETTLE, || {
+        let started_ms = wait::until("the container to be started again", SETTLE, || {
             let again = self.session.pod(&format!("istio-system/{}", old.0.name))?;
-            ensure!(again.main()?.pid != pid, "not yet");
+            let pid_now = again.main()?.pid;
+            ensure!(pid_now != pid, "not yet");
+            // Before that it is the lab that makes a container.
+            let program = fs::read_link(format!("/proc/{pid_now}/exe"))?;
+            ensure!(program.ends_with("ztunnel"), "{} still sets the container up", program.display());
             Ok(now_ms())
         })?;
         wait::until("the ztunnel to be ready again", SETTLE, || self.serving(node).map(drop))?;
-        Ok(started)
+        Ok(Restart { killed_ms, started_ms })
     }
 
     /// The ready ztunnel of a node that is not about to end.
@@ -239,12 +249,6 @@ impl Cluster {
 struct Ztunnel(Pod);
 
 impl Ztunnel {
-    fn running_image(&self, session: &Session) -> String {
-        let path = "jsonpath={.spec.containers[0].image}";
-        let output = session.kubectl_output(&["-n", "istio-system", "get", "pod", &self.0.name, "-o", path]);
-        output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default()
-    }
-
     fn metrics(&self) -> Result<String> {
         let to = SocketAddr::from(([127, 0, 0, 1], 15020));
         sys::in_netns(&self.0.netns, move || local::get(to, "/metrics"))

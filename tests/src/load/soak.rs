@@ -7,11 +7,11 @@ use anyhow::{Context, Result, anyhow, ensure};
 use clap::{Args, ValueEnum};
 use nix::sys::signal::Signal;
 
-use super::Tally;
 use super::client::Visible;
 use super::cluster::{self, Cluster};
 use super::stage::{Amount, Load, Stage, Ztunnel};
 use super::watch::{Seen, Watch};
+use super::{Tally, now_ms};
 use crate::local::GRACE;
 use crate::places::Places;
 use crate::raw::NODES;
@@ -19,8 +19,6 @@ use crate::topology::Netns;
 
 /// After `kill -9`: refusals end this soon after the restart has begun.
 pub const BACK: Duration = Duration::from_secs(1);
-/// Milliseconds before a restart in which the kill may have been that it follows.
-const BEFORE: u64 = 2500;
 /// How many ztunnels of a node drain at a time unless the setting says otherwise (`DRAINING_GENERATIONS`).
 const MOST_DRAINING: u32 = 2;
 /// How long nobody is there after `kill -9`, so that refusals are there to be seen.
@@ -238,8 +236,9 @@ fn with_files(places: &Places, id: &str, act: Act, scale: &Scale) -> Result<Verd
         let node = NODES[turn as usize % NODES.len()];
         let old = stage.current(node).context("a ztunnel serves each node")?;
         let new = if act == Act::Kill {
+            let killed_ms = now_ms();
             let new = kill(&mut stage, node, &ztunnel, old, &mut load)?;
-            restarts.push(new.started_ms);
+            restarts.push(Restart { killed_ms, started_ms: new.started_ms });
             new
         } else {
             sigterm(&mut stage, node, &ztunnel, old, turn, &mut load, &mut leaving)?
@@ -253,7 +252,7 @@ fn with_files(places: &Places, id: &str, act: Act, scale: &Scale) -> Result<Verd
         let ended = old.process.wait(Duration::from_secs(GRACE + 5)).context("a ztunnel that was asked to end")?;
         ensure!(ended.success(), "a ztunnel that was asked to end: {ended}");
     }
-    let back = restarts.iter().map(|started| last_refusal(&tally, *started, &restarts)).collect();
+    let back = restarts.iter().map(|restart| last_refusal(&tally, *restart, &restarts)).collect();
     Ok(Verdict { act, times, tally, seen, back })
 }
 
@@ -293,8 +292,15 @@ fn with_cluster(places: &Places, id: &str, act: Act, scale: &Scale) -> Result<Ve
     let tally = load.stop()?;
     let seen = watch.stop()?;
     cluster.session.stop()?;
-    let back = restarts.iter().map(|started| last_refusal(&tally, *started, &restarts)).collect();
+    let back = restarts.iter().map(|restart| last_refusal(&tally, *restart, &restarts)).collect();
     Ok(Verdict { act, times, tally, seen, back })
+}
+
+/// A kill and what followed, in milliseconds since 1970.
+#[derive(Clone, Copy, Debug)]
+pub struct Restart {
+    pub killed_ms: u64,
+    pub started_ms: u64,
 }
 
 /// Even distances in time, with as much before the first and after the last.
@@ -346,14 +352,13 @@ fn kill(stage: &mut Stage, node: &'static str, program: &Path, mut old: Ztunnel,
     Ok(new)
 }
 
-/// How long after a restart the last connection was begun that failed, before the next kill. All are in milliseconds since 1970.
-fn last_refusal(tally: &Tally, started: u64, restarts: &[u64]) -> Duration {
-    let next = restarts.iter().copied().filter(|at| *at > started).min().unwrap_or(u64::MAX);
-    // What fails between a kill and its restart belongs to that one; a kubelet waits for a second.
-    let before_next = next.saturating_sub(BEFORE);
-    let last =
-        tally.failures.iter().map(|failure| failure.begun_ms).filter(|at| *at >= started && *at < before_next).max();
-    Duration::from_millis(last.unwrap_or(started) - started)
+/// How long after a restart the last connection was begun that failed, before the next kill.
+fn last_refusal(tally: &Tally, of: Restart, restarts: &[Restart]) -> Duration {
+    let next = restarts.iter().map(|other| other.killed_ms).filter(|at| *at > of.started_ms).min().unwrap_or(u64::MAX);
+    // What was begun just before a kill fails with it.
+    let before = tally.failures.iter().filter(|failure| failure.failed_ms < next);
+    let last = before.map(|failure| failure.begun_ms).filter(|at| *at >= of.started_ms).max();
+    Duration::from_millis(last.unwrap_or(of.started_ms) - of.started_ms)
 }
 
 #[cfg(test)]
@@ -372,7 +377,7 @@ mod tests {
         };
         let failures = [900, 1000, 1250, 8800, 9000, 9100].map(refused).to_vec();
         let tally = Tally { failures, ..Tally::default() };
-        let restarts = [1000, 9000];
-        assert_eq!(restarts.map(|at| last_refusal(&tally, at, &restarts).as_millis()), [250, 100]);
+        let restarts = [(800, 1000), (5000, 9000)].map(|(killed_ms, started_ms)| Restart { killed_ms, started_ms });
+        assert_eq!(restarts.map(|restart| last_refusal(&tally, restart, &restarts).as_millis()), [250, 100]);
     }
 }
