@@ -69,7 +69,7 @@ pub fn notices(world: &World, pod: &Pod, reports: &Reports, now: Instant) -> Vec
             };
             notices.push(Notice { severity, reason: "NotEnrolled", message: format!("not captured: {bar}") });
         }
-        Err(Outside::NotAsked | Outside::OptedOut | Outside::Ended) => {}
+        Err(Outside::NotAsked | Outside::NamespaceUnknown | Outside::OptedOut | Outside::Ended) => {}
     }
     if let Some(mode) = label(&pod.metadata, DATAPLANE_MODE).filter(|mode| !matches!(*mode, "ambient" | "none")) {
         let message = format!("label {DATAPLANE_MODE}={mode:?} is neither ambient nor none: the namespace decides");
