@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeSet, HashSet};
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -222,11 +222,12 @@ async fn for_each_pass<F: Future<Output = bool>>(mut passes: Passes, write: impl
 }
 
 async fn write_statuses(client: Client, passes: Passes) {
+    let refused = Mutex::new(status::Refused::default());
     for_each_pass(passes, |pass| {
-        let client = client.clone();
+        let (client, refused) = (client.clone(), &refused);
         async move {
             let writes = status::differences(&pass.world, &pass.verdicts, OffsetDateTime::now_utc());
-            status::write(&client, writes).await
+            status::write(&client, writes, refused).await
         }
     })
     .await;

@@ -149,7 +149,11 @@ pub fn annotations(world: &World, reports: &Reports) -> Vec<Annotate> {
 fn annotate(world: &World, pod: &Pod, reports: &Reports) -> Option<Annotate> {
     let uid = pod.metadata.uid.as_deref()?;
     let current = annotation(&pod.metadata, REDIRECTION);
-    let wanted = if is_wanted(world, pod) {
+    let judged = rules::judge(world, pod);
+    if judged == Err(rules::Outside::NamespaceUnknown) {
+        return None;
+    }
+    let wanted = if judged.is_ok() {
         let node = pod.spec.as_ref()?.node_name.as_deref()?;
         match reports.of(world, node, uid).map(|heard| heard.state) {
             Some(State::Enrolled) => Some("enabled"),
@@ -311,6 +315,15 @@ mod tests {
         reports.report("n1", vec![state(State::Enrolled)]);
         assert_eq!(value(&world(None, json!({REDIRECTION: "enabled"})), &reports), Some(None));
         assert_eq!(value(&world(None, json!({})), &reports), None);
+    }
+
+    #[test]
+    fn a_namespace_that_is_not_known_takes_no_pod_out() {
+        let reports = Reports::default();
+        reports.report("n1", vec![state(State::Enrolled)]);
+        let mut world = world(Some("ambient"), json!({REDIRECTION: "enabled"}));
+        world.namespaces = Arc::default();
+        assert_eq!(value(&world, &reports), None);
     }
 
     #[test]

@@ -4,10 +4,10 @@ use mesh_proto::enrolment::resolve_response::Verdict;
 use mesh_proto::enrolment::{OutsideMesh, PodEnrolment, ResolveRequest, UnknownPod};
 use prost::Message as _;
 
-use crate::enrol::rules::DATAPLANE_MODE;
+use crate::enrol::rules::{self, DATAPLANE_MODE, Outside};
 use crate::translate::enrolment;
 use crate::translate::world::World;
-use crate::types::{Key, annotation};
+use crate::types::{Key, annotation, label};
 
 /// On the objects of static pods: the UID by which the kubelet and the container runtime know them.
 const STATIC_POD_UID: &str = "kubernetes.io/config.hash";
@@ -32,8 +32,11 @@ pub fn resolve(world: &World, node: &str, asked: &ResolveRequest) -> Verdict {
             // Encoded a moment ago.
             Err(_) => unknown(),
         },
+        None if rules::judge(world, pod) == Err(Outside::NamespaceUnknown) => unknown(),
         None => {
-            let namespace_outside = world.namespace_label(&asked.namespace, DATAPLANE_MODE) != Some("ambient");
+            let namespace = world.namespace(&asked.namespace);
+            let mode = namespace.map(|namespace| label(&namespace.metadata, DATAPLANE_MODE));
+            let namespace_outside = mode.is_some_and(|mode| mode != Some("ambient"));
             Verdict::Outside(OutsideMesh { namespace_outside })
         }
     }
@@ -95,6 +98,19 @@ mod tests {
         let mut opted_out = pod();
         opted_out["metadata"]["labels"] = json!({DATAPLANE_MODE: "none"});
         assert_eq!(ask(&world("ambient", opted_out), "n1", "u1"), outside(false));
+    }
+
+    #[test]
+    fn a_namespace_that_has_not_been_heard_of_is_not_outside() {
+        let mut early = world("ambient", pod());
+        early.namespaces = Arc::default();
+        assert_eq!(ask(&early, "n1", "u1"), unknown());
+        let mut opted_out = pod();
+        opted_out["metadata"]["labels"] = json!({DATAPLANE_MODE: "none"});
+        let mut early = world("ambient", opted_out);
+        early.namespaces = Arc::default();
+        let outside = Verdict::Outside(OutsideMesh { namespace_outside: false });
+        assert_eq!(ask(&early, "n1", "u1"), outside, "the pod speaks for itself, not for its namespace");
     }
 
     #[test]

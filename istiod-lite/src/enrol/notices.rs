@@ -25,6 +25,8 @@ use crate::types::{annotation, flag, label};
 const REROUTE_INTERFACES: &str = "istio.io/reroute-virtual-interfaces";
 /// Of one pod, ever. A node could send a new reason each second.
 const MOST_PER_POD: usize = 16;
+/// Of a pod's name in an Event's, which may have 253 characters and ends with a dot and a digest of 16.
+const LONGEST_NAME: usize = 253 - 17;
 /// The API takes 1024 bytes.
 const LONGEST_MESSAGE: usize = 1000;
 
@@ -69,7 +71,7 @@ pub fn notices(world: &World, pod: &Pod, reports: &Reports, now: Instant) -> Vec
             };
             notices.push(Notice { severity, reason: "NotEnrolled", message: format!("not captured: {bar}") });
         }
-        Err(Outside::NotAsked | Outside::OptedOut | Outside::Ended) => {}
+        Err(Outside::NotAsked | Outside::NamespaceUnknown | Outside::OptedOut | Outside::Ended) => {}
     }
     if let Some(mode) = label(&pod.metadata, DATAPLANE_MODE).filter(|mode| !matches!(*mode, "ambient" | "none")) {
         let message = format!("label {DATAPLANE_MODE}={mode:?} is neither ambient nor none: the namespace decides");
@@ -163,10 +165,13 @@ fn event(pod: &Pod, notice: &Notice, digest: u64) -> Option<Event> {
     let now = OffsetDateTime::now_utc().replace_nanosecond(0).ok()?.format(&Rfc3339).ok()?;
     let mut message = notice.message.clone();
     message.truncate(message.floor_char_boundary(LONGEST_MESSAGE));
+    let pod_name = meta.name.as_deref()?;
+    // No label of a name ends with a hyphen, and none is empty. The digest is of the pod too.
+    let name = pod_name[..pod_name.floor_char_boundary(LONGEST_NAME)].trim_end_matches(['-', '.']);
     // The owner lets it go with its pod where Events have no end of their own.
     let event = json!({
         "metadata": {
-            "name": format!("{}.{digest:016x}", meta.name.as_deref()?), "namespace": meta.namespace,
+            "name": format!("{name}.{digest:016x}"), "namespace": meta.namespace,
             "ownerReferences": [{"apiVersion": "v1", "kind": "Pod", "name": meta.name, "uid": meta.uid}],
         },
         "involvedObject": {"apiVersion": "v1", "kind": "Pod", "name": meta.name, "namespace": meta.namespace,
@@ -286,5 +291,21 @@ mod tests {
         assert_eq!(told.fresh(&world, &reports).len(), 1);
         let again = Told::default().fresh(&world, &reports);
         assert_eq!(again[0].metadata.name, first[0].metadata.name, "a restart finds its own events");
+    }
+
+    #[test]
+    fn the_event_of_a_pod_with_a_long_name_has_a_name_that_the_api_takes() {
+        let notice = warning("R", "m".into());
+        for (pod, expected) in [
+            ("a".repeat(253), format!("{}.00000000000000ff", "a".repeat(236))),
+            (format!("{}-.{}", "a".repeat(234), "b".repeat(17)), format!("{}.00000000000000ff", "a".repeat(234))),
+            ("a".into(), "a.00000000000000ff".into()),
+        ] {
+            let mut long = Pod::default();
+            long.metadata.name = Some(pod);
+            let name = event(&long, &notice, 255).expect("an Event").metadata.name.expect("a name");
+            assert!(name.len() <= 253, "{name}");
+            assert_eq!(name, expected);
+        }
     }
 }

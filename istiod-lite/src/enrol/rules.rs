@@ -23,6 +23,8 @@ pub enum Outside {
     NotAsked,
     /// The pod says `none`.
     OptedOut,
+    /// The pod's labels leave it to its namespace, which is not known (yet): nothing can be said.
+    NamespaceUnknown,
     /// All its containers have ended for good.
     Ended,
     /// Asked for, and not possible.
@@ -78,12 +80,13 @@ pub fn judge(world: &World, pod: &Pod) -> Result<AskedBy, Outside> {
 /// Whose labels ask for it: the pod's own, else its namespace's unless the pod says `none`.
 ///
 /// # Errors
-/// [`Outside::NotAsked`] or [`Outside::OptedOut`].
+/// [`Outside::NotAsked`], [`Outside::OptedOut`] or [`Outside::NamespaceUnknown`].
 pub fn asked_by(world: &World, pod: &Pod) -> Result<AskedBy, Outside> {
     let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
     match label(&pod.metadata, DATAPLANE_MODE) {
         Some("ambient") => Ok(AskedBy::Pod),
         Some("none") => Err(Outside::OptedOut),
+        _ if world.namespace(namespace).is_none() => Err(Outside::NamespaceUnknown),
         _ if world.namespace_label(namespace, DATAPLANE_MODE) == Some("ambient") => Ok(AskedBy::Namespace),
         _ => Err(Outside::NotAsked),
     }
@@ -180,6 +183,21 @@ mod tests {
                 let got = judged(&Given { namespace_mode, pod_mode, ..PLAIN });
                 assert_eq!(got, expected, "namespace {namespace_mode:?}, pod {pod_mode:?}");
             }
+        }
+    }
+
+    #[test]
+    fn a_namespace_that_is_not_known_has_asked_for_nothing_and_refused_nothing() {
+        for (label, expected) in [
+            ("", Err(Outside::NamespaceUnknown)),
+            ("istio.io/dataplane-mode: sideways", Err(Outside::NamespaceUnknown)),
+            ("istio.io/dataplane-mode: none", Err(Outside::OptedOut)),
+            ("istio.io/dataplane-mode: ambient", Ok(AskedBy::Pod)),
+        ] {
+            let world = fixture::world(&format!(
+                "kind: Pod\nmetadata: {{name: a, namespace: shop, labels: {{{label}}}}}\nspec: {{containers: []}}\n"
+            ));
+            assert_eq!(judge(&world, world.pods.values().next().expect("one pod")), expected, "{label}");
         }
     }
 

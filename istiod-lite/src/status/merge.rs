@@ -3,7 +3,7 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::translate::verdict::{ListenerReport, ParentReport, Report, Wanted};
+use crate::translate::verdict::{LONGEST_MESSAGE, ListenerReport, ParentReport, Report, Wanted};
 use crate::types::gateway::ROUTE_CONTROLLER;
 
 /// The changed fields of `status`; `None` when it already says so. `now` is RFC 3339.
@@ -67,7 +67,7 @@ fn condition(current: &[Value], wanted: &Wanted, generation: i64, now: &str) -> 
         "type": wanted.r#type,
         "status": wanted.status.as_str(),
         "reason": wanted.reason,
-        "message": wanted.message,
+        "message": &wanted.message[..wanted.message.floor_char_boundary(LONGEST_MESSAGE)],
         "lastTransitionTime": since,
     });
     // Services of older clusters have no generation; zero would claim to have observed nothing.
@@ -178,6 +178,13 @@ mod tests {
         let next = status(&first, &report(&[]), 1, "t2").unwrap();
         assert_eq!(next, json!({"addresses": []}));
         assert_eq!(status(&json!({"conditions": first["conditions"]}), &report(&[]), 1, "t2"), None);
+    }
+
+    #[test]
+    fn a_message_is_as_long_as_the_api_takes() {
+        let long = Wanted::new("Accepted", Status::True, "R", "ä".repeat(LONGEST_MESSAGE));
+        let written = status(&Value::Null, &Report::Conditions { owned: OWNED, wanted: vec![long] }, 1, "t").unwrap();
+        assert_eq!(written["conditions"][0]["message"].as_str().unwrap().len(), LONGEST_MESSAGE);
     }
 
     #[test]

@@ -1,9 +1,11 @@
 //! Writes what became of each object into its status. Only what differs is written, only our own conditions are
 //! touched, and a write is refused by the API if the object has changed meanwhile: then the next pass sees the new one.
+//! What the API finds invalid is not written again until the object, or what is to be said of it, changes.
 
 mod merge;
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
 
 use futures_util::{StreamExt, stream};
 use kube::api::{DynamicObject, Patch, PatchParams};
@@ -13,7 +15,8 @@ use serde_json::{Value, json};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use crate::translate::verdict::{Kind, Verdict};
+use crate::resources::lock;
+use crate::translate::verdict::{Kind, Report, Verdict};
 use crate::translate::world::World;
 use crate::types::gateway::{GatewayClassSpec, GatewaySpec, HttpRouteSpec};
 use crate::types::networking::{ServiceEntrySpec, WorkloadEntrySpec};
@@ -24,12 +27,38 @@ pub const FIELD_MANAGER: &str = "istiod-lite";
 /// Writes under way at once.
 const CONCURRENCY: usize = 16;
 
-/// A status to write: the body of a merge patch.
+/// Of a status, by name.
+type Fields = BTreeMap<String, Value>;
+
+/// A status to write.
 #[derive(Debug, PartialEq)]
 pub struct Write {
     pub kind: Kind,
     pub key: Key,
-    pub body: Value,
+    /// The resource version this was decided on.
+    version: String,
+    /// What it is to say.
+    report: Report,
+    /// The fields to change.
+    status: Fields,
+}
+
+/// What the API has found invalid.
+#[derive(Debug, Default)]
+pub struct Refused(Vec<Write>);
+
+impl Refused {
+    /// Those of `writes`, all that differs now, that are not known to be in vain.
+    fn remaining(&mut self, writes: Vec<Write>) -> Vec<Write> {
+        let known = std::mem::take(&mut self.0);
+        let is_known = |write: &Write| {
+            let same = |of: &Write| (of.kind, &of.key, &of.version) == (write.kind, &write.key, &write.version);
+            known.iter().any(|known| same(known) && known.report == write.report)
+        };
+        let (refused, remaining) = writes.into_iter().partition(is_known);
+        self.0 = refused;
+        remaining
+    }
 }
 
 /// What must be written so that every status says what its verdict says.
@@ -39,33 +68,72 @@ pub fn differences(world: &World, verdicts: &[Verdict], now: OffsetDateTime) -> 
         .iter()
         .filter_map(|verdict| {
             let (status, version) = current(world, verdict.kind, &verdict.key)?;
-            let status = merge::status(&status, &verdict.report, verdict.generation, &now)?;
-            let body = json!({"metadata": {"resourceVersion": version}, "status": status});
-            Some(Write { kind: verdict.kind, key: verdict.key.clone(), body })
+            let Value::Object(status) = merge::status(&status, &verdict.report, verdict.generation, &now)? else {
+                return None;
+            };
+            let (report, status) = (verdict.report.clone(), status.into_iter().collect());
+            Some(Write { kind: verdict.kind, key: verdict.key.clone(), version, report, status })
         })
         .collect()
 }
 
 /// Carries out `writes`. False: some failed for a reason that will not bring a watch event, so try again.
-pub async fn write(client: &Client, writes: Vec<Write>) -> bool {
-    let outcomes = stream::iter(writes).map(|write| patch(client, write)).buffer_unordered(CONCURRENCY);
-    outcomes.fold(true, |all, one| std::future::ready(all && one)).await
+pub async fn write(client: &Client, writes: Vec<Write>, refused: &Mutex<Refused>) -> bool {
+    let writes = lock(refused).remaining(writes);
+    let outcomes = stream::iter(writes).map(|write| async { (patch(client, &write).await, write) });
+    let done = outcomes.buffer_unordered(CONCURRENCY).map(|(outcome, write)| match outcome {
+        Outcome::Done => true,
+        Outcome::Invalid => {
+            lock(refused).0.push(write);
+            true
+        }
+        Outcome::Failed => false,
+    });
+    done.fold(true, |all, one| std::future::ready(all && one)).await
 }
 
-async fn patch(client: &Client, write: Write) -> bool {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    Done,
+    /// The API takes none of it.
+    Invalid,
+    Failed,
+}
+
+async fn patch(client: &Client, write: &Write) -> Outcome {
+    let whole = patch_fields(client, write, &write.status).await;
+    if whole != Outcome::Invalid || write.status.len() == 1 {
+        return whole;
+    }
+    // What is at fault shall not hold the rest back. One is enough: the watch brings the object with it, and the next pass
+    // the others.
+    for (field, value) in &write.status {
+        let one = patch_fields(client, write, &Fields::from([(field.clone(), value.clone())])).await;
+        if one != Outcome::Invalid {
+            return one;
+        }
+    }
+    Outcome::Invalid
+}
+
+async fn patch_fields(client: &Client, write: &Write, status: &Fields) -> Outcome {
     let resource = api_resource(write.kind);
     let api: Api<DynamicObject> = match write.key.namespace.is_empty() {
         true => Api::all_with(client.clone(), &resource),
         false => Api::namespaced_with(client.clone(), &write.key.namespace, &resource),
     };
     let params = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
-    match api.patch_status(&write.key.name, &params, &Patch::Merge(&write.body)).await {
-        Ok(_) => true,
+    let body = json!({"metadata": {"resourceVersion": write.version}, "status": status});
+    match api.patch_status(&write.key.name, &params, &Patch::Merge(&body)).await {
+        Ok(_) => Outcome::Done,
         // Changed or deleted meanwhile; the watch brings the news.
-        Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => true,
+        Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Outcome::Done,
         Err(error) => {
             tracing::warn!(kind = ?write.kind, object = %write.key, error = %error, "status not written");
-            false
+            match error {
+                kube::Error::Api(status) if status.code == 422 => Outcome::Invalid,
+                _ => Outcome::Failed,
+            }
         }
     }
 }
@@ -102,5 +170,57 @@ fn api_resource(kind: Kind) -> ApiResource {
         Kind::PeerAuthentication => PeerAuthenticationSpec::api_resource(),
         Kind::ServiceEntry => ServiceEntrySpec::api_resource(),
         Kind::WorkloadEntry => WorkloadEntrySpec::api_resource(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::FakeApi;
+    use crate::translate::fixture;
+    use crate::translate::verdict::{Status, Wanted};
+
+    fn verdict(message: &str) -> Verdict {
+        let wanted = vec![Wanted::new("Accepted", Status::True, "R", message)];
+        let addresses = vec![("x.test".to_owned(), "240.240.0.1".parse().unwrap())];
+        let report = Report::Addressed { owned: &["Accepted"], wanted, addresses };
+        Verdict { kind: Kind::ServiceEntry, key: Key::new("shop", "e"), generation: 1, report }
+    }
+
+    fn world(version: u32, status: &str) -> World {
+        let meta = format!("{{name: e, namespace: shop, resourceVersion: \"{version}\"}}");
+        fixture::world(&format!("kind: ServiceEntry\nmetadata: {meta}\nspec: {{}}\nstatus: {{{status}}}\n"))
+    }
+
+    /// The fields of each status that one write sends to an API which calls conditions invalid.
+    async fn sent(refused: &Mutex<Refused>, world: &World, message: &str) -> Vec<String> {
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let log = Arc::clone(&seen);
+        let client = FakeApi::answering(move |_, _, body| {
+            let body: Value = serde_json::from_slice(body).unwrap();
+            let mut fields: Vec<&str> = body["status"].as_object().unwrap().keys().map(String::as_str).collect();
+            fields.sort_unstable();
+            lock(&log).push(fields.join(" "));
+            match fields.contains(&"conditions") {
+                true => (422, json!({"kind": "Status", "status": "Failure", "code": 422, "reason": "Invalid"})),
+                false => (200, json!({"apiVersion": "networking.istio.io/v1", "kind": "ServiceEntry", "metadata": {}})),
+            }
+        });
+        let writes = differences(world, &[verdict(message)], OffsetDateTime::UNIX_EPOCH);
+        assert!(write(&client, writes, refused).await, "trying again each second changes nothing");
+        std::mem::take(&mut *lock(&seen))
+    }
+
+    #[tokio::test]
+    async fn an_invalid_condition_holds_no_address_back_and_is_not_sent_for_ever() {
+        let refused = Mutex::new(Refused::default());
+        let both = ["addresses conditions", "addresses"];
+        assert_eq!(sent(&refused, &world(1, ""), "m").await, both, "the address goes alone");
+        let addressed = |version| world(version, "addresses: [{host: x.test, value: 240.240.0.1}]");
+        assert_eq!(sent(&refused, &addressed(2), "m").await, ["conditions"]);
+        assert_eq!(sent(&refused, &addressed(2), "m").await, [""; 0], "the same would be refused again");
+        assert_eq!(sent(&refused, &addressed(2), "other").await, ["conditions"], "something else to say");
+        assert_eq!(sent(&refused, &addressed(2), "other").await, [""; 0]);
+        assert_eq!(sent(&refused, &addressed(3), "other").await, ["conditions"], "another object");
     }
 }

@@ -2,17 +2,18 @@
 //! others on the same port.
 //!
 //! An address is a hash of namespace and host, or the next free one. What stands in a status already is kept, so
-//! addresses survive restarts and other objects coming and going; where two claim the same, the older object keeps it.
-//! Written out by users (`spec.addresses`) it is nobody else's. Pure: the same world gives the same addresses.
+//! addresses survive restarts and other objects coming and going; where two claim the same, the older object keeps it,
+//! also against one that a user has written out (`spec.addresses`). Ranges that users write take nothing: an address
+//! counts before any range. Pure: the same world gives the same addresses.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde_json::Value;
 use xxhash_rust::xxh64::xxh64;
 
-use super::service_entry::Entry;
+use super::service_entry::{Entry, is_single};
 use crate::types::Key;
 
 /// Where addresses are taken from.
@@ -51,6 +52,8 @@ pub type Host<'a> = (&'a Key, &'a str);
 #[derive(Debug, Default)]
 pub struct Allocation<'a> {
     addresses: BTreeMap<Host<'a>, Vec<IpAddr>>,
+    /// By object: addresses that its user wrote and that an older object had been given, and that object.
+    refused: HashMap<&'a Key, Vec<(IpAddr, &'a Key)>>,
     pub exhausted: HashSet<Host<'a>>,
 }
 
@@ -61,44 +64,59 @@ impl<'a> Allocation<'a> {
         if !prefixes.enabled {
             return this;
         }
-        let spoken_for: Vec<IpNet> = entries.iter().flat_map(|entry| entry.vips.iter().copied()).collect();
-        let (single, ranges): (Vec<IpNet>, Vec<IpNet>) =
-            spoken_for.into_iter().partition(|net| net.prefix_len() == net.max_prefix_len());
-        let mut taken: HashSet<IpAddr> = single.iter().map(IpNet::addr).collect();
-        let is_free = |taken: &HashSet<IpAddr>, ip: &IpAddr| {
-            !taken.contains(ip) && !ranges.iter().any(|range| range.contains(ip))
-        };
-        let hosts: Vec<(&Entry<'a>, Host<'a>)> = entries
-            .iter()
-            .filter(|entry| entry.wants_addresses)
-            .flat_map(|entry| entry.hosts.iter().map(|host| (*entry, (entry.key, host.as_str()))))
-            .filter(|(_, (_, host))| !host.starts_with('*'))
-            .collect();
-        for (prefix, size) in prefixes.pools() {
-            let mut lacking = Vec::new();
-            for (entry, host) in &hosts {
-                let kept = in_status(&entry.object.status, host.1)
-                    .find(|ip| index(&prefix, *ip).is_some_and(|n| (1..=size).contains(&n)) && is_free(&taken, ip));
-                match kept {
-                    Some(ip) => {
-                        taken.insert(ip);
-                        this.addresses.entry(*host).or_default().push(ip);
-                    }
-                    None => lacking.push(*host),
+        let pools = prefixes.pools();
+        let mut taken: HashSet<IpAddr> = HashSet::new();
+        let mut given: HashMap<IpAddr, &'a Key> = HashMap::new();
+        let mut lacking: Vec<(Host<'a>, &(IpNet, u64))> = Vec::new();
+        // What is said already, the oldest first.
+        for entry in entries {
+            for ip in entry.vips.iter().filter(|net| is_single(net)).map(IpNet::addr) {
+                match given.get(&ip) {
+                    Some(older) => this.refused.entry(entry.key).or_default().push((ip, older)),
+                    None => _ = taken.insert(ip),
                 }
             }
-            for host in lacking {
-                let found = probe(&prefix, size, host).find(|ip| is_free(&taken, ip));
-                match found {
-                    Some(ip) => {
-                        taken.insert(ip);
-                        this.addresses.entry(host).or_default().push(ip);
+            let hosts = entry.hosts.iter().filter(|host| entry.wants_addresses && !host.starts_with('*'));
+            for host in hosts.map(|host| (entry.key, host.as_str())) {
+                for pool in &pools {
+                    let kept =
+                        in_status(&entry.object.status, host.1).find(|ip| is_of(pool, *ip) && !taken.contains(ip));
+                    match kept {
+                        Some(ip) => {
+                            taken.insert(ip);
+                            given.insert(ip, entry.key);
+                            this.addresses.entry(host).or_default().push(ip);
+                        }
+                        None => lacking.push((host, pool)),
                     }
-                    None => _ = this.exhausted.insert(host),
                 }
             }
         }
+        // Then what is free.
+        for pool in &pools {
+            let mut used = taken.iter().filter(|ip| is_of(pool, **ip)).count() as u64;
+            for (host, _) in lacking.iter().filter(|(_, of)| *of == pool) {
+                // One of as many addresses as are taken, and one more, is free, if any is.
+                let found = (used < pool.1).then(|| probe(pool, *host).find(|ip| !taken.contains(ip))).flatten();
+                match found {
+                    Some(ip) => {
+                        taken.insert(ip);
+                        used += 1;
+                        this.addresses.entry(*host).or_default().push(ip);
+                    }
+                    None => _ = this.exhausted.insert(*host),
+                }
+            }
+        }
+        for addresses in this.addresses.values_mut() {
+            addresses.sort_unstable();
+        }
         this
+    }
+
+    /// Which addresses that its user wrote `key` does not have, and which older object does.
+    pub fn refused(&self, key: &Key) -> impl Iterator<Item = (IpAddr, &'a Key)> {
+        self.refused.get(key).into_iter().flatten().copied()
     }
 
     pub fn of(&self, key: &'a Key, host: &'a str) -> &[IpAddr] {
@@ -113,9 +131,9 @@ pub fn in_status<'s>(status: &'s Value, host: &'s str) -> impl Iterator<Item = I
 }
 
 /// Addresses to try, each of the pool once.
-fn probe(prefix: &IpNet, size: u64, (key, host): Host<'_>) -> impl Iterator<Item = IpAddr> + use<> {
+fn probe((prefix, size): &(IpNet, u64), (key, host): Host<'_>) -> impl Iterator<Item = IpAddr> + use<> {
     let start = xxh64(format!("{}/{host}", key.namespace).as_bytes(), 0);
-    let prefix = *prefix;
+    let (prefix, size) = (*prefix, *size);
     (0..size).map(move |step| at(&prefix, 1 + (start % size + step) % size))
 }
 
@@ -125,6 +143,10 @@ fn at(prefix: &IpNet, index: u64) -> IpAddr {
         IpAddr::V4(base) => Ipv4Addr::from(u32::from(base) | u32::try_from(index).unwrap_or_default()).into(),
         IpAddr::V6(base) => Ipv6Addr::from(u128::from(base) | u128::from(index)).into(),
     }
+}
+
+fn is_of((prefix, size): &(IpNet, u64), ip: IpAddr) -> bool {
+    index(prefix, ip).is_some_and(|n| (1..=*size).contains(&n))
 }
 
 /// Where in the prefix an address lies; `None` outside of it.
@@ -145,6 +167,7 @@ mod tests {
 
     use super::*;
     use crate::translate::fixture;
+    use crate::translate::owned::Owned;
     use crate::translate::service_entry::Entries;
     use crate::translate::world::World;
 
@@ -162,7 +185,7 @@ mod tests {
     }
 
     fn told(world: &World, prefixes: &Prefixes) -> BTreeMap<String, Vec<IpAddr>> {
-        let entries = Entries::new(world);
+        let entries = Entries::new(world, &Owned::new(world));
         let all = entries.by_age();
         let allocation = Allocation::new(prefixes, &all);
         all.iter()
@@ -219,10 +242,41 @@ mod tests {
         let all = allocated(&(theirs(&mine.to_string()) + &entry("new", &["x.test"], "", "")));
         assert_ne!(all["x.test"][0], mine);
         assert!(all["y.test"].is_empty());
-        let all =
-            allocated(&(theirs("240.240.0.0/17") + &entry("new", &["x.test"], "", &status("x.test", "240.240.1.1"))));
-        let IpAddr::V4(moved) = all["x.test"][0] else { panic!("{all:?}") };
-        assert!(moved.octets()[2] >= 128, "{moved} is in the range that somebody else has");
+    }
+
+    #[test]
+    fn a_range_that_a_user_wrote_takes_no_address_however_wide_it_is() {
+        let given = status("x.test", "240.240.1.1");
+        let fresh = allocated(&entry("new", &["x.test"], "", &given));
+        assert_eq!(fresh["x.test"][0].to_string(), "240.240.1.1");
+        for range in ["0.0.0.0/0", "240.240.0.0/17", "\"::/0\"", "\"2001:2::/48\""] {
+            let wide = entry("a-range", &["y.test"], &format!(", addresses: [{range}]"), "");
+            let mut all = allocated(&(wide + &entry("new", &["x.test"], "", &given)));
+            assert!(all.remove("y.test").expect("the range's host").is_empty());
+            assert_eq!(all, fresh, "{range}");
+        }
+    }
+
+    #[test]
+    fn an_address_that_was_given_stays_with_the_older_object_and_the_newcomer_is_named() {
+        let refused = |yaml: &str| {
+            let world = fixture::world(yaml);
+            let entries = Entries::new(&world, &Owned::new(&world));
+            let all = entries.by_age();
+            let allocation = Allocation::new(&Prefixes::default(), &all);
+            let refused = all.iter().flat_map(|entry| {
+                allocation.refused(entry.key).map(|(ip, older)| format!("{}: {ip} of {older}", entry.key.name))
+            });
+            (refused.collect::<Vec<_>>(), told(&world, &Prefixes::default())["x.test"][0].to_string())
+        };
+        let given = |name| entry(name, &["x.test"], "", &status("x.test", "240.240.7.7"));
+        let written = entry("written", &["y.test"], ", addresses: [240.240.7.7]", "");
+        let kept = (vec!["written: 240.240.7.7 of shop/older".to_owned()], "240.240.7.7".to_owned());
+        // Of the same age, so the name decides.
+        assert_eq!(refused(&(written.clone() + &given("older"))), kept);
+        let (none, moved) = refused(&(written + &given("younger")));
+        assert!(none.is_empty(), "{none:?}");
+        assert_ne!(moved, "240.240.7.7");
     }
 
     #[test]
@@ -264,7 +318,7 @@ mod tests {
         let v4: HashSet<IpAddr> = all.values().flatten().filter(|ip| ip.is_ipv4()).copied().collect();
         let v6 = all.values().flatten().filter(|ip| ip.is_ipv6()).count();
         assert_eq!((v4.len(), v6), (6, 3));
-        let entries = Entries::new(&world);
+        let entries = Entries::new(&world, &Owned::new(&world));
         let all = entries.by_age();
         assert_eq!(Allocation::new(&prefixes, &all).exhausted.len(), 5, "in one family or the other");
     }

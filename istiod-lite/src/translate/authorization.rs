@@ -11,7 +11,7 @@ use mesh_proto::security::{
 };
 
 use super::parse::{self, Action, DropRule, Polarity, Reader, Text};
-use super::verdict::{Status, Wanted};
+use super::verdict::{Status, Wanted, joined};
 use super::world::World;
 use crate::types::security::{AuthorizationPolicySpec, Condition, Operation, Rule, Source};
 use crate::types::{Lenient, Object, annotation};
@@ -37,7 +37,7 @@ pub fn translate(
     // An unreadable selector selects everything, which widens a DENY; an ALLOW must not open what it was not meant for.
     let closed = match (action, spec.unreadable.as_slice()) {
         (_, []) => closed,
-        (Action::Allow, reasons) => Some(format!("{}; everything is denied", reasons.join("; "))),
+        (Action::Allow, reasons) => Some(format!("{}; everything is denied", joined(reasons))),
         (Action::Deny, _) => closed,
     };
     let mut problems: Vec<String> =
@@ -72,7 +72,7 @@ pub fn translate(
     let wanted = match (closed, problems.is_empty()) {
         (Some(message), _) => unsupported(message),
         (None, true) => Wanted::new(CONDITION, Status::True, "Accepted", "attached to ztunnel"),
-        (None, false) => Wanted::new(CONDITION, Status::True, "UnsupportedValue", problems.join("; ")),
+        (None, false) => Wanted::new(CONDITION, Status::True, "UnsupportedValue", joined(&problems)),
     };
     (Some(authorization), wanted)
 }

@@ -10,7 +10,7 @@ use mesh_proto::waypoint::{
 use super::authorization::is_dry_run;
 use super::binding::{self, Binding};
 use super::parse::{self, Action, DropRule, Polarity, Reader, Text};
-use super::verdict::{Status, Wanted};
+use super::verdict::{Status, Wanted, joined};
 use super::world::World;
 use crate::types::gateway::{MESH_CONTROLLER, WAYPOINT_CLASS};
 use crate::types::security::{self, AuthorizationPolicySpec, TargetRef};
@@ -85,13 +85,13 @@ pub fn translate(
     let condition = match (attached.is_empty(), targets.problems.first()) {
         (true, Some((reason, _))) => {
             let all: Vec<String> = targets.problems.iter().map(|(_, message)| message.clone()).collect();
-            Wanted::new(CONDITION, Status::False, reason, all.join("; "))
+            Wanted::new(CONDITION, Status::False, reason, joined(&all))
         }
         _ => {
             problems.extend(targets.problems.into_iter().map(|(_, message)| message));
             match problems.is_empty() {
                 true => Wanted::new(CONDITION, Status::True, "Accepted", "bound to its waypoints"),
-                false => Wanted::new(CONDITION, Status::True, "PartiallyInvalid", problems.join("; ")),
+                false => Wanted::new(CONDITION, Status::True, "PartiallyInvalid", joined(&problems)),
             }
         }
     };

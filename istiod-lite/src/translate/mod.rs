@@ -11,6 +11,7 @@ pub mod enrolment;
 pub mod gateway;
 pub mod guard;
 pub mod http_policy;
+pub mod owned;
 pub mod parse;
 pub mod peer_authentication;
 pub mod route;
@@ -52,7 +53,8 @@ pub fn translate(world: &World) -> Translation {
     let mut out = Translation::default();
     let bindings = services(&view, &mut out);
     let policies = policies(world, &bindings, &mut out);
-    let entry_bindings = service_entry::translate(world, &view.entries, &mut out);
+    let select = |namespace: &str, labels: &BTreeMap<String, String>| policies.selecting(namespace, Some(labels));
+    let entry_bindings = service_entry::translate(&view, &select, &mut out);
     workloads(&view, &bindings, &entry_bindings, &policies, &mut out);
     let attached = routes(world, &bindings, &mut out);
     out.verdicts.extend(world.gateway_classes.iter().filter_map(|(key, class)| gateway::class(key, class)));

@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 
 use mesh_proto::security::{Action, Authorization, Clause, Group, Match, Scope, StringMatch, string_match};
 
-use super::verdict::{Status, Wanted};
+use super::verdict::{Status, Wanted, joined};
 use super::world::World;
 use crate::types::security::{MutualTls, PeerAuthenticationSpec};
 use crate::types::{Object, matches_labels};
@@ -155,7 +155,7 @@ pub fn condition(world: &World, policy: &Policy) -> Option<Wanted> {
     if selector(spec).is_some() && policy.namespace() == world.mesh.root_namespace {
         problems.push("selector: not in the root namespace; ignored".into());
     }
-    (!problems.is_empty()).then(|| Wanted::new(CONDITION, Status::False, "UnsupportedValue", problems.join("; ")))
+    (!problems.is_empty()).then(|| Wanted::new(CONDITION, Status::False, "UnsupportedValue", joined(&problems)))
 }
 
 fn selector(spec: &PeerAuthenticationSpec) -> Option<&std::collections::BTreeMap<String, String>> {

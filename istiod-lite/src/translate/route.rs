@@ -12,7 +12,7 @@ use mesh_proto::waypoint::{
 use prost_types::Duration;
 
 use super::binding::Binding;
-use super::verdict::{ParentReport, Status, Wanted};
+use super::verdict::{ParentReport, Status, Wanted, joined};
 use super::world::World;
 use crate::types::gateway::{self as api, HttpRouteSpec, ParentRef};
 use crate::types::{Key, Lenient, Object, created};
@@ -152,14 +152,14 @@ impl Problems {
             None => Wanted::new("ResolvedRefs", Status::True, "ResolvedRefs", "All references resolved"),
             Some((reason, _)) => {
                 let all: Vec<&str> = self.backends.iter().map(|(_, message)| message.as_str()).collect();
-                Wanted::new("ResolvedRefs", Status::False, reason, all.join("; "))
+                Wanted::new("ResolvedRefs", Status::False, reason, joined(&all))
             }
         }
     }
 
     /// `Accepted`, and `PartiallyInvalid` where it applies.
     fn accepted(&self, rules: usize) -> (Wanted, Option<Wanted>) {
-        let message = self.rules.join("; ");
+        let message = joined(&self.rules);
         if self.rules.is_empty() {
             (Wanted::new("Accepted", Status::True, "Accepted", "Route was valid"), None)
         } else if self.refused >= rules {

@@ -50,7 +50,7 @@ pub fn translate(world: &World, service: &KubeService) -> Option<(Resource, Bind
 }
 
 /// Cluster IPs; none for a headless Service or one that has not been given any yet.
-fn vips(service: &KubeService) -> Vec<IpAddr> {
+pub fn vips(service: &KubeService) -> Vec<IpAddr> {
     let Some(spec) = &service.spec else { return Vec::new() };
     let many = spec.cluster_ips.as_deref().unwrap_or_default();
     let one = if many.is_empty() { spec.cluster_ip.as_slice() } else { &[] };

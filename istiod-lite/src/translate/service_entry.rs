@@ -13,10 +13,11 @@ use mesh_proto::workload::{
 
 use super::allocate::{self, Allocation};
 use super::binding::{self, Binding, TrafficType};
+use super::owned::Owned;
 use super::service::{TRAFFIC_DISTRIBUTION, app_protocol_named, distributed};
-use super::verdict::{Kind, Report, Status, Verdict, Wanted};
+use super::verdict::{Kind, Report, Status, Verdict, Wanted, joined};
 use super::workload_entry::{self, Endpoint};
-use super::world::World;
+use super::world::{View, World};
 use super::{Translation, address_bytes, address_resource};
 use crate::types::networking::{self, ServiceEntrySpec, WorkloadEntrySpec};
 use crate::types::{Key, Lenient, Object, annotation, label, matches_labels};
@@ -66,7 +67,7 @@ pub struct Entries<'a> {
 }
 
 impl<'a> Entries<'a> {
-    pub fn new(world: &'a World) -> Self {
+    pub fn new(world: &'a World, owned: &Owned<'_>) -> Self {
         if world.service_entries.is_empty() {
             return Self::default();
         }
@@ -79,6 +80,7 @@ impl<'a> Entries<'a> {
         for (key, object) in objects {
             let Ok(spec) = &object.spec else { continue };
             let mut entry = Entry::new(key, object, spec);
+            entry.leave_to_others(owned);
             entry.hosts.retain(|host| {
                 let by = match services.get(host) {
                     Some(namespace) if *namespace == &*key.namespace => "a Service".to_owned(),
@@ -170,7 +172,9 @@ impl<'a> Entry<'a> {
         let hosts = hosts.collect();
         let vips = spec.addresses.iter().filter_map(|address| {
             let parsed = address.parse::<IpNet>().or_else(|_| address.parse::<IpAddr>().map(IpNet::from));
-            parsed.map(|net| net.trunc()).map_err(|_| problems.push(format!("addresses: {address:?} is none"))).ok()
+            // As proxies read it: one IPv4 address has one form.
+            let canonical = |net: IpNet| if is_single(&net) { net.addr().to_canonical().into() } else { net.trunc() };
+            parsed.map(canonical).map_err(|_| problems.push(format!("addresses: {address:?} is none"))).ok()
         });
         let vips = vips.collect();
         let ports = spec.ports.iter().filter_map(|port| match port {
@@ -214,6 +218,21 @@ impl<'a> Entry<'a> {
         Self { key, object, spec, resolution, hosts, vips, ports, wants_addresses, visibility, problems }
     }
 
+    /// Takes out what Services, and pods of other namespaces, have.
+    fn leave_to_others(&mut self, owned: &Owned<'_>) {
+        let Self { key, hosts, vips, problems, .. } = self;
+        hosts.retain(|host| {
+            let owner = owned.host(host, &key.namespace);
+            problems.extend(owner.iter().map(|owner| format!("hosts: {host:?} belongs to {owner}")));
+            owner.is_none()
+        });
+        vips.retain(|net| {
+            let owner = is_single(net).then(|| owned.address(net.addr(), &key.namespace)).flatten();
+            problems.extend(owner.iter().map(|owner| format!("addresses: {} belongs to {owner}", net.addr())));
+            owner.is_none()
+        });
+    }
+
     fn selector(&self) -> Option<&BTreeMap<String, String>> {
         let is_used = !matches!(self.resolution, None | Some(Resolution::None));
         let labels = &self.spec.workload_selector.as_ref()?.labels;
@@ -246,14 +265,21 @@ pub fn services_selecting(
     entries.selecting(namespace, labels).flat_map(|entry| entry.services(&entry.hosts, named)).collect()
 }
 
+/// The policies that select these labels in this namespace.
+pub type Selecting<'s> = dyn Fn(&str, &BTreeMap<String, String>) -> Vec<String> + 's;
+
 /// Emits all of them; returns what each service is bound to, by its name.
-pub fn translate(world: &World, entries: &Entries<'_>, out: &mut Translation) -> BTreeMap<String, (Key, Binding)> {
+pub fn translate(view: &View<'_>, policies: &Selecting<'_>, out: &mut Translation) -> BTreeMap<String, (Key, Binding)> {
+    let (world, entries) = (view.world, &view.entries);
     let all = entries.by_age();
     let allocation = Allocation::new(&world.mesh.allocation, &all);
     let mut bindings = BTreeMap::new();
     for entry in all {
         let binding = binding::resolve(world, &entry.object.meta, TrafficType::Service);
         let mut problems = entry.problems.clone();
+        problems.extend(allocation.refused(entry.key).map(|(ip, older)| {
+            format!("addresses: {ip} is already that of ServiceEntry {} of namespace {}", older.name, older.namespace)
+        }));
         let mut addresses = Vec::new();
         for host in &entry.hosts {
             let Some(visibility) = entry.visibility else { continue };
@@ -270,7 +296,7 @@ pub fn translate(world: &World, entries: &Entries<'_>, out: &mut Translation) ->
                 name: entry.key.name.to_string(),
                 namespace: entry.key.namespace.to_string(),
                 hostname: host.clone(),
-                addresses: vips(world, entry, &written),
+                addresses: vips(world, entry, &allocation, &written),
                 ports: entry.ports.iter().map(|port| port_of(port, None)).collect(),
                 subject_alt_names: spiffe_names(entry.spec),
                 waypoint: binding.address.clone(),
@@ -288,7 +314,7 @@ pub fn translate(world: &World, entries: &Entries<'_>, out: &mut Translation) ->
             bindings.insert(name, (Key::new(&*entry.key.namespace, format!("ServiceEntry/{host}")), binding.clone()));
         }
         if entry.visibility.is_some() && !entry.hosts.is_empty() {
-            endpoints(world, entry, out, &mut problems);
+            endpoints(view, entry, policies, out, &mut problems);
         }
         out.verdicts.push(verdict(entry, problems, &binding, addresses));
     }
@@ -302,10 +328,11 @@ pub fn translate(world: &World, entries: &Entries<'_>, out: &mut Translation) ->
     bindings
 }
 
-fn vips(world: &World, entry: &Entry<'_>, allocated: &[IpAddr]) -> Vec<NetworkAddress> {
+fn vips(world: &World, entry: &Entry<'_>, allocation: &Allocation<'_>, allocated: &[IpAddr]) -> Vec<NetworkAddress> {
     let network = world.network();
-    let own = entry.vips.iter().map(|net| {
-        let length = (net.prefix_len() < net.max_prefix_len()).then(|| u32::from(net.prefix_len()));
+    let is_refused = |net: &IpNet| is_single(net) && allocation.refused(entry.key).any(|(ip, _)| ip == net.addr());
+    let own = entry.vips.iter().filter(|net| !is_refused(net)).map(|net| {
+        let length = (!is_single(net)).then(|| u32::from(net.prefix_len()));
         (net.addr(), length)
     });
     let all = own.chain(allocated.iter().map(|ip| (*ip, None)));
@@ -348,17 +375,25 @@ fn load_balancing(world: &World, entry: &Entry<'_>) -> Option<LoadBalancing> {
 }
 
 /// The endpoints it lists; by DNS and without any, each host is its own.
-fn endpoints(world: &World, entry: &Entry<'_>, out: &mut Translation, problems: &mut Vec<String>) {
+fn endpoints(
+    view: &View<'_>,
+    entry: &Entry<'_>,
+    policies: &Selecting<'_>,
+    out: &mut Translation,
+    problems: &mut Vec<String>,
+) {
     if matches!(entry.resolution, None | Some(Resolution::None)) || entry.spec.workload_selector.is_some() {
         return;
     }
-    let uid =
-        |address: &str| format!("{}/{}/ServiceEntry/{}/{address}", world.mesh.cluster_id, networking::GROUP, entry.key);
+    let cluster = &view.world.mesh.cluster_id;
+    let uid = |address: &str| format!("{cluster}/{}/ServiceEntry/{}/{address}", networking::GROUP, entry.key);
     let mut emit = |uid: String, spec: &WorkloadEntrySpec, hosts: &[String]| {
         let services = entry.services(hosts, &spec.ports);
-        let endpoint = Endpoint { uid, spec: spec.clone(), services, ..Endpoint::default() };
+        let mut policies = policies(&entry.key.namespace, &workload_entry::labels_of(&entry.object.meta, spec));
+        policies.sort_unstable();
+        let endpoint = Endpoint { uid, spec: spec.clone(), services, policies, ..Endpoint::default() };
         let by_name = entry.resolution == Some(Resolution::Dns);
-        workload_entry::resource(world, &entry.object.meta, &endpoint, by_name)
+        workload_entry::resource(view, &entry.object.meta, &endpoint, by_name)
             .map(|resource| out.resources.push(resource))
     };
     if entry.spec.endpoints.is_empty() && entry.resolution == Some(Resolution::Dns) {
@@ -388,8 +423,8 @@ fn verdict(entry: &Entry<'_>, problems: Vec<String>, binding: &Binding, addresse
     let accepted = match (problems.is_empty(), entry.hosts.is_empty()) {
         (true, false) => Wanted::new(ACCEPTED, Status::True, "Accepted", "all of it is enforced"),
         (true, true) => Wanted::new(ACCEPTED, Status::False, "Invalid", "hosts: there is none"),
-        (false, false) => Wanted::new(ACCEPTED, Status::True, "PartiallyInvalid", problems.join("; ")),
-        (false, true) => Wanted::new(ACCEPTED, Status::False, "Invalid", problems.join("; ")),
+        (false, false) => Wanted::new(ACCEPTED, Status::True, "PartiallyInvalid", joined(&problems)),
+        (false, true) => Wanted::new(ACCEPTED, Status::False, "Invalid", joined(&problems)),
     };
     let (reason, message) = match entry.visibility {
         Some(Visibility::Public) => ("Public", "every namespace sees it"),
@@ -421,6 +456,11 @@ fn port_of(port: &networking::Port, own: Option<u16>) -> Port {
 /// An empty one says nothing, which is known too.
 fn protocol(text: &str) -> Option<AppProtocol> {
     if text.is_empty() { Some(AppProtocol::Unknown) } else { app_protocol_named(text) }
+}
+
+/// One address, not a range.
+pub fn is_single(net: &IpNet) -> bool {
+    net.prefix_len() == net.max_prefix_len()
 }
 
 /// Letters, digits, hyphens and underscores between dots (RFC 1123, and what DNS is used for beside).

@@ -142,6 +142,16 @@ fn workload_entries_become_workloads_behind_what_selects_them() {
 }
 
 #[test]
+fn what_a_service_or_pod_has_no_entry_of_another_namespace_gets() {
+    golden("not-theirs");
+}
+
+#[test]
+fn endpoints_that_a_service_entry_lists_are_under_policy() {
+    golden("endpoint-policies");
+}
+
+#[test]
 fn an_endpoint_serves_the_ports_it_names_else_what_the_service_says() {
     let ports = |case: &str, name: &str| -> Vec<(u32, u32)> {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/translate").join(case).join("in.yaml");

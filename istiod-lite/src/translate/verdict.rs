@@ -5,6 +5,9 @@ use std::net::IpAddr;
 
 use crate::types::Key;
 
+/// Of a condition; the API takes so many characters (`maxLength`).
+pub const LONGEST_MESSAGE: usize = 32768;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Status {
     True,
@@ -39,6 +42,24 @@ impl Wanted {
     pub fn new(r#type: &'static str, status: Status, reason: &'static str, message: impl Into<String>) -> Self {
         Self { r#type, status, reason, message: message.into() }
     }
+}
+
+/// What is wrong with an object as one message: as many of its problems as the API takes, and how many more there are.
+pub fn joined<S: AsRef<str>>(problems: &[S]) -> String {
+    // Leaves room for what is said around them and of the rest.
+    const ENOUGH: usize = LONGEST_MESSAGE - 1024;
+    let mut message = String::new();
+    for (n, problem) in problems.iter().map(AsRef::as_ref).enumerate() {
+        if message.len() + problem.len() > ENOUGH {
+            let more = if n == 0 { "" } else { "; and " };
+            return format!("{message}{more}{} more", problems.len() - n);
+        }
+        if n > 0 {
+            message.push_str("; ");
+        }
+        message.push_str(problem);
+    }
+    message
 }
 
 /// The kinds we report on.
@@ -92,4 +113,21 @@ pub struct ParentReport {
     /// The parentRef as the user wrote it.
     pub parent: serde_json::Value,
     pub conditions: Vec<Wanted>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_too_many_problems_as_many_are_told_as_fit_and_how_many_more_there_are() {
+        assert_eq!(joined(&["a", "b: c"]), "a; b: c");
+        assert_eq!(joined::<&str>(&[]), "");
+        let problems: Vec<String> = (0..10_000).map(|n| format!("hosts: {n} is not a host name")).collect();
+        let message = joined(&problems);
+        assert!((LONGEST_MESSAGE - 2048..LONGEST_MESSAGE).contains(&message.len()), "{}", message.len());
+        let told = message.matches("is not a host name").count();
+        assert!(message.ends_with(&format!("is not a host name; and {} more", problems.len() - told)), "{told}");
+        assert_eq!(joined(&["x".repeat(LONGEST_MESSAGE)]), "1 more");
+    }
 }

@@ -12,7 +12,7 @@ use super::binding::{self, TrafficType};
 use super::service_entry::{self, is_hostname};
 use super::verdict::{Kind, Report, Status, Verdict, Wanted};
 use super::workload::{self, NATIVE_TUNNEL, elide};
-use super::world::{View, World};
+use super::world::View;
 use super::{address_bytes, address_resource};
 use crate::resources::Resource;
 use crate::types::networking::{self, WorkloadEntrySpec};
@@ -35,10 +35,16 @@ pub struct Endpoint {
 
 /// Labels of the object and of the workload, the latter's first.
 pub fn labels(object: &Object<WorkloadEntrySpec>) -> BTreeMap<String, String> {
-    let mut labels = object.meta.labels.clone().unwrap_or_default();
-    if let Ok(spec) = &object.spec {
-        labels.extend(spec.labels.clone());
+    match &object.spec {
+        Ok(spec) => labels_of(&object.meta, spec),
+        Err(_) => object.meta.labels.clone().unwrap_or_default(),
     }
+}
+
+/// The same for any workload that `meta`'s object lists.
+pub fn labels_of(meta: &ObjectMeta, spec: &WorkloadEntrySpec) -> BTreeMap<String, String> {
+    let mut labels = meta.labels.clone().unwrap_or_default();
+    labels.extend(spec.labels.clone());
     labels
 }
 
@@ -72,7 +78,12 @@ pub fn translate(
                 policies,
                 waypoint: binding.address,
             };
-            match resource(world, &object.meta, &endpoint, true) {
+            let other = view.owned.host(&spec.address.to_ascii_lowercase(), &key.namespace);
+            let resource = match other {
+                Some(other) => Err(format!("address: {:?} belongs to {other}", spec.address)),
+                None => resource(view, &object.meta, &endpoint, true),
+            };
+            match resource {
                 Ok(resource) => {
                     let accepted =
                         Wanted::new(service_entry::ACCEPTED, Status::True, "Accepted", "all of it is enforced");
@@ -91,9 +102,19 @@ fn invalid(reason: &str) -> Wanted {
 }
 
 /// The workload that `meta`'s object lists; an error says why there is none. `by_name`: its address may be a host name.
-pub fn resource(world: &World, meta: &ObjectMeta, endpoint: &Endpoint, by_name: bool) -> Result<Resource, String> {
+pub fn resource(view: &View<'_>, meta: &ObjectMeta, endpoint: &Endpoint, by_name: bool) -> Result<Resource, String> {
+    let world = view.world;
     let Endpoint { uid, spec, services, is_unhealthy, policies, waypoint } = endpoint;
-    let (addresses, hostname) = match spec.address.parse::<IpAddr>() {
+    let network = if spec.network.is_empty() { world.network() } else { &spec.network };
+    // As proxies read it: one IPv4 address has one form.
+    let (addresses, hostname) = match spec.address.parse::<IpAddr>().map(|ip| ip.to_canonical()) {
+        // A workload of that address would be taken for what is dialled there.
+        Ok(ip)
+            if network == world.network()
+                && let Some(service) = view.owned.cluster_ip(ip) =>
+        {
+            return Err(format!("address: {ip} belongs to {service}"));
+        }
         Ok(ip) => (vec![ip], String::new()),
         Err(_) if spec.address.is_empty() => return Err("address: there is none".into()),
         Err(_) if spec.address.starts_with("unix://") => return Err("address: sockets are not supported".into()),
@@ -104,12 +125,10 @@ pub fn resource(world: &World, meta: &ObjectMeta, endpoint: &Endpoint, by_name: 
         Err(_) => (Vec::new(), spec.address.to_ascii_lowercase()),
     };
     let key = Key::of(meta);
-    let mut labels = meta.labels.clone().unwrap_or_default();
-    labels.extend(spec.labels.clone());
+    let labels = labels_of(meta, spec);
     let first = |keys: &[&str]| keys.iter().find_map(|key| labels.get(*key)).cloned();
     // Only who says so itself: nobody captures it.
     let native_tunnel = labels.get(NATIVE_TUNNEL).is_some_and(|value| value == "http");
-    let network = if spec.network.is_empty() { world.network() } else { &spec.network };
     let mut place = spec.locality.split('/').map(str::to_owned);
     let mut next = || place.next().unwrap_or_default();
     let locality = Locality { region: next(), zone: next(), subzone: next() };

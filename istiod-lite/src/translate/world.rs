@@ -10,6 +10,7 @@ use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use super::allocate::Prefixes;
+use super::owned::Owned;
 use super::service_entry::Entries;
 use crate::types::gateway::{GatewayClassSpec, GatewaySpec, HttpRouteSpec};
 use crate::types::networking::{ServiceEntrySpec, WorkloadEntrySpec};
@@ -110,6 +111,7 @@ impl World {
 /// Lookups that would otherwise be scans, built once per translation.
 pub struct View<'a> {
     pub world: &'a World,
+    pub owned: Owned<'a>,
     pub entries: Entries<'a>,
     services: HashMap<&'a str, Vec<&'a Service>>,
     /// By namespace and Service name.
@@ -128,7 +130,9 @@ impl<'a> View<'a> {
                 slices.entry(&key.namespace).or_default().entry(service).or_default().push(slice);
             }
         }
-        Self { world, entries: Entries::new(world), services, slices }
+        let owned = Owned::new(world);
+        let entries = Entries::new(world, &owned);
+        Self { world, owned, entries, services, slices }
     }
 
     pub fn services_in(&self, namespace: &str) -> impl Iterator<Item = &'a Service> + '_ {

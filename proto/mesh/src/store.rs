@@ -208,10 +208,13 @@ impl Snapshot {
     }
 
     /// The service a client of `client_namespace` reaches at `ip`: among those it may see, one of its own namespace
-    /// before the canonical one before any other. Ranges count only where no exact address does.
+    /// before the canonical one before any other. Ranges count only where no exact address does, of a service or of a
+    /// workload: whoever writes a wide one must not take the way to pods, and their HBONE, from others.
     pub fn best_service_by_vip(&self, network: &str, ip: IpAddr, client_namespace: &str) -> Option<&Arc<Service>> {
-        best(self.services_by_vip(network, ip), client_namespace, None)
-            .or_else(|| self.indexes.best_by_range(network, ip, client_namespace))
+        best(self.services_by_vip(network, ip), client_namespace, None).or_else(|| {
+            let is_workloads = self.workload_by_ip(network, ip).is_some();
+            (!is_workloads).then(|| self.indexes.best_by_range(network, ip, client_namespace)).flatten()
+        })
     }
 
     pub fn services_by_hostname(&self, hostname: &str) -> impl Iterator<Item = &Arc<Service>> {

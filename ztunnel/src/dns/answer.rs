@@ -49,20 +49,36 @@ struct Candidate {
     stripped: Option<String>,
 }
 
-/// What the mesh knows of `name` (lower case, no final dot); `None` where it knows nothing.
+/// What the mesh knows of `name` (lower case, no final dot); `None` where it knows nothing. A name that may mean a
+/// Kubernetes service means it, unless the client's own namespace says otherwise: nobody else takes its callers.
 #[must_use]
 pub fn answer(world: &Snapshot, client: &Client<'_>, name: &str, kind: Kind) -> Option<Found> {
-    for Candidate { name, stripped } in candidates(client, name) {
-        if let Some(service) = lookup(world, client, &name) {
-            return Some(Found { canonical: stripped, addresses: addresses(world, client, service, kind) });
-        }
-        for wildcard in wildcards(&name) {
-            if let Some(service) = lookup(world, client, &wildcard) {
-                return Some(Found { canonical: None, addresses: addresses(world, client, service, kind) });
-            }
-        }
-    }
-    None
+    let candidates = candidates(client, name);
+    let (service, canonical) = first(world, client, &candidates)?;
+    let (service, canonical) = match *service.namespace == *client.namespace || is_of_cluster(client, service) {
+        true => (service, canonical),
+        false => kubernetes(world, client, &candidates).unwrap_or((service, canonical)),
+    };
+    Some(Found { canonical: canonical.map(str::to_owned), addresses: addresses(world, client, service, kind) })
+}
+
+/// A service, and the canonical name to tell.
+type Named<'a, 'c> = (&'a Service, Option<&'c str>);
+
+/// The first that any candidate stands for, by its name or by a wildcard.
+fn first<'a, 'c>(world: &'a Snapshot, client: &Client<'_>, candidates: &'c [Candidate]) -> Option<Named<'a, 'c>> {
+    candidates.iter().find_map(|Candidate { name, stripped }| {
+        let exact = lookup(world, client, name).map(|service| (service, stripped.as_deref()));
+        exact.or_else(|| wildcards(name).find_map(|name| lookup(world, client, &name)).map(|service| (service, None)))
+    })
+}
+
+/// The first Kubernetes service that any of them names.
+fn kubernetes<'a, 'c>(world: &'a Snapshot, client: &Client<'_>, candidates: &'c [Candidate]) -> Option<Named<'a, 'c>> {
+    candidates.iter().find_map(|Candidate { name, stripped }| {
+        let service = lookup(world, client, name).filter(|service| is_of_cluster(client, service))?;
+        Some((service, stripped.as_deref()))
+    })
 }
 
 /// The name, what Kubernetes' search list makes of it, and the same for what is left without a search domain: a
@@ -105,11 +121,17 @@ fn wildcards(name: &str) -> impl Iterator<Item = String> + '_ {
 /// told. Anything else has its addresses in some other DNS.
 fn lookup<'a>(world: &'a Snapshot, client: &Client<'_>, name: &str) -> Option<&'a Service> {
     let service = world.service_by_hostname_preferring(name, client.namespace, client.preferred_namespace)?;
-    let of_cluster = || {
+    let below_svc = || {
         let rest = service.hostname.strip_suffix(client.domain).and_then(|rest| rest.strip_suffix(".svc."));
         rest.is_some_and(|rest| !rest.is_empty())
     };
-    (!service.vips.is_empty() || of_cluster()).then_some(&**service)
+    (!service.vips.is_empty() || below_svc()).then_some(&**service)
+}
+
+/// Is it called as a Kubernetes service of its own namespace is?
+fn is_of_cluster(client: &Client<'_>, service: &Service) -> bool {
+    let rest = service.hostname.strip_suffix(client.domain).and_then(|rest| rest.strip_suffix(".svc."));
+    rest.and_then(|rest| rest.strip_suffix(&*service.namespace)).is_some_and(|rest| rest.ends_with('.'))
 }
 
 fn addresses(world: &Snapshot, client: &Client<'_>, service: &Service, kind: Kind) -> Vec<IpAddr> {

@@ -14,9 +14,10 @@ use tokio::net::{TcpStream, UdpSocket};
 use tokio::task::JoinSet;
 
 use super::forward::{self, NoAnswer};
-use super::message::Transport;
+use super::message::{Query, Transport};
 use super::packet;
 use super::{Verdict, decide, forwarded, with_scratch};
+use crate::ending::Ending;
 use crate::node::backend::Backend;
 use crate::node::pod::LocalPod;
 use crate::worker::{Place, Shared, count_self_call};
@@ -194,15 +195,7 @@ pub async fn tcp(at: &Place, mut client: TcpStream, server: SocketAddr) {
             Verdict::Forward(query, labels) => {
                 let ask = async {
                     let _permit = at.pod.dns.permit().ok_or(NoAnswer::Overloaded)?;
-                    if let Some(kept) = &mut upstream {
-                        // A server may close between two queries; then a new connection is due, and only then.
-                        match forward::tcp(kept, server, &query, &bytes).await {
-                            Err(NoAnswer::Io { .. }) => upstream = None,
-                            other => return other,
-                        }
-                    }
-                    let fresh = upstream.insert(at.dial_plain(server).await?);
-                    forward::tcp(fresh, server, &query, &bytes).await.inspect_err(|_| upstream = None)
+                    ask(&mut upstream, || at.dial_plain(server), server, &query, &bytes).await
                 };
                 forwarded(&query, &labels, ask).await
             }
@@ -213,6 +206,32 @@ pub async fn tcp(at: &Place, mut client: TcpStream, server: SocketAddr) {
             Ok(Err(_)) | Err(_) => return,
         }
     }
+}
+
+/// Asks over the connection that is kept, or a new one, which is then kept. One that has failed in any way is not: what
+/// it brings next may be the answer to the query before.
+async fn ask<D: Future<Output = Result<TcpStream, Ending>>>(
+    kept: &mut Option<TcpStream>,
+    dial: impl FnOnce() -> D,
+    server: SocketAddr,
+    query: &Query,
+    bytes: &[u8],
+) -> Result<Vec<u8>, NoAnswer> {
+    if let Some(mut stream) = kept.take() {
+        match forward::tcp(&mut stream, server, query, bytes).await {
+            // A server may close between two queries; then a new connection is due, and only then.
+            Err(NoAnswer::Io { .. }) => {}
+            Err(other) => return Err(other),
+            Ok(answer) => {
+                *kept = Some(stream);
+                return Ok(answer);
+            }
+        }
+    }
+    let mut stream = dial().await?;
+    let answer = forward::tcp(&mut stream, server, query, bytes).await?;
+    *kept = Some(stream);
+    Ok(answer)
 }
 
 /// A zone transfer has no end that could be told without reading all of it: the two sides are joined.
@@ -227,5 +246,103 @@ async fn transfer(at: &Place, mut client: TcpStream, server: SocketAddr, query: 
             tracing::debug!(target: "dns", pod = %at.pod.name, %server, %error, "zone transfer");
         },
         () = at.pod.drain.cut() => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use tokio::net::TcpListener;
+
+    use super::super::message::{self, Asked};
+    use super::*;
+
+    /// What a server does with a query.
+    #[derive(Clone, Copy)]
+    enum Does {
+        Answer,
+        AnswerAnother,
+        Nothing,
+        Close,
+    }
+
+    /// Does one after the other, whatever connection they come by.
+    async fn server(listener: TcpListener, script: Vec<Does>) {
+        let script = Arc::new(Mutex::new(script.into_iter()));
+        let mut connections = JoinSet::new();
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let script = script.clone();
+            connections.spawn(async move {
+                while let Ok(Some(mut message)) = forward::read(&mut stream).await {
+                    let next = script.lock().unwrap().next().expect("so many queries");
+                    message[2] |= 0x80;
+                    match next {
+                        Does::Answer => {}
+                        Does::AnswerAnother => message[0] ^= 1,
+                        Does::Nothing => continue,
+                        Does::Close => return,
+                    }
+                    forward::write(&mut stream, &message).await.unwrap();
+                }
+            });
+        }
+    }
+
+    /// `www.example.com`, type A.
+    fn query() -> (Query, Vec<u8>) {
+        let bytes = b"\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x03www\x07example\x03com\x00\x00\x01\x00\x01";
+        match message::read(bytes, Transport::Tcp) {
+            Asked::Query(query) => (*query, bytes.to_vec()),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_has_failed_in_any_way_is_not_asked_again() {
+        use Does::{Answer, AnswerAnother, Close, Nothing};
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let to = listener.local_addr().unwrap();
+        let mut tasks = JoinSet::new();
+        let script = vec![Answer, AnswerAnother, Answer, Nothing, Answer, Close, Answer, Answer];
+        tasks.spawn(server(listener, script));
+        let (query, bytes) = query();
+        let (mut kept, mut dialled) = (None, 0);
+        let mut told = Vec::new();
+        for does in [Answer, AnswerAnother, Answer, Nothing, Answer, Close, Answer] {
+            // The server is silent, so it is time alone that passes.
+            if matches!(does, Nothing) {
+                tokio::time::pause();
+            }
+            let dial = || {
+                dialled += 1;
+                async { Ok(TcpStream::connect(to).await.expect("it listens")) }
+            };
+            let answer = ask(&mut kept, dial, to, &query, &bytes).await;
+            if matches!(does, Nothing) {
+                tokio::time::resume();
+            }
+            let told_so = match answer {
+                Ok(answer) => {
+                    assert_eq!(answer[..2], bytes[..2], "under the client's id");
+                    "answer"
+                }
+                Err(NoAnswer::Mismatch(_)) => "mismatch",
+                Err(NoAnswer::Timeout(_)) => "timeout",
+                Err(_) => "other",
+            };
+            told.push((told_so, dialled));
+        }
+        let expected = [
+            ("answer", 1),
+            ("mismatch", 1),
+            ("answer", 2),
+            ("timeout", 2),
+            ("answer", 3),
+            // Closed between two queries, as far as can be told: asked again over a new one.
+            ("answer", 4),
+            ("answer", 4),
+        ];
+        assert_eq!(told, expected);
     }
 }

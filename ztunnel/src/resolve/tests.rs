@@ -188,6 +188,45 @@ fn passthrough_service_keeps_the_original_destination() {
 }
 
 #[test]
+fn a_range_says_nothing_of_an_address_that_is_a_workloads() {
+    let range = |mode| {
+        let mut wide = service("wide", "192.0.2.1");
+        wide.vips.clear();
+        wide.cidr_vips = vec!["/10.0.0.0/8".parse().unwrap()];
+        wide.load_balancing.mode = mode;
+        wide
+    };
+    let web = || workload("web", "10.0.0.2");
+    for mode in [LoadBalancingMode::Passthrough, LoadBalancingMode::Standard] {
+        let world = World::new().service(range(mode)).workload(web());
+        let route = world.route(&client(), "10.0.0.2:8080");
+        check(route, "10.0.0.2:15008", Some("10.0.0.2:8080"), &["sa-web"], Via::Direct);
+    }
+    let world = World::new().service(range(LoadBalancingMode::Passthrough)).workload(web());
+    let other = world.route(&client(), "10.0.0.3:8080").unwrap();
+    assert_eq!((other.next_hop, other.tunnel), ("10.0.0.3:8080".parse().unwrap(), None));
+    assert_eq!(&*other.service.expect("the range's").name, "wide", "an address that nobody has");
+    let mut exact = range(LoadBalancingMode::Passthrough);
+    exact.vips = vec!["/10.0.0.2".parse().unwrap()];
+    let route = World::new().service(exact).workload(web()).route(&client(), "10.0.0.2:8080").unwrap();
+    assert_eq!(route.via, Via::Passthrough, "an exact one counts");
+}
+
+#[test]
+fn a_waypoint_named_by_its_pods_address_is_not_hidden_by_a_range() {
+    let mut wide = service("wide", "192.0.2.1");
+    wide.vips.clear();
+    wide.cidr_vips = vec!["/0.0.0.0/0".parse().unwrap()];
+    wide.load_balancing.mode = LoadBalancingMode::Passthrough;
+    let mut by_address = gateway("waypoint");
+    by_address.destination = GatewayDestination::Address("/10.0.9.9".parse().unwrap());
+    let web = Workload { waypoint: Some(by_address), ..workload("web", "10.0.0.2") };
+    let world = World::new().service(wide).workload(web).workload(waypoint_pod());
+    let hop = "10.0.9.9:15008";
+    check(world.route(&client(), "10.0.0.2:99"), hop, Some("10.0.0.2:99"), &["sa-waypoint"], Via::Waypoint);
+}
+
+#[test]
 fn service_waypoint_gets_the_address_as_it_was_dialled() {
     let mut api = service("api", "10.96.0.1");
     api.waypoint = Some(gateway("waypoint"));

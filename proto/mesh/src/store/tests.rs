@@ -184,6 +184,11 @@ fn ranges_count_only_where_no_exact_vip_does() {
     assert_eq!(find("other", "192.0.2.1", "x"), "c/canonical");
     store.apply(Update::new().remove_address("c/canonical").remove_address("b/narrow"));
     assert_eq!(find("net", "10.5.0.2", "x"), "a/wide");
+    store.apply(Update::new().workload(Workload { network: "net".into(), ..pod("p", "10.5.0.2") }));
+    assert_eq!(find("net", "10.5.0.2", "a"), "", "a workload's");
+    assert_eq!(find("net", "10.5.0.3", "x"), "a/wide");
+    store.apply(Update::new().workload(Workload { network: "net".into(), ..pod("p", "10.5.0.1") }));
+    assert_eq!(find("net", "10.5.0.1", "x"), "d/exact");
 }
 
 #[test]

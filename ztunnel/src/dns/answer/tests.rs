@@ -227,6 +227,34 @@ fn of_services_with_one_name_the_nearest_wins_and_hidden_ones_are_not_seen() {
 }
 
 #[test]
+fn a_kubernetes_service_is_found_by_its_short_names_whatever_other_namespaces_call_theirs() {
+    let world = World::default()
+        .service("shop", API, &["10.96.0.1"])
+        .service("aaa", "api", &["240.240.0.1"])
+        .service("aaa", "api.shop", &["240.240.0.2"])
+        .service("aaa", "*.shop", &["240.240.0.3"])
+        .service("aaa", "*.local", &["240.240.0.4"])
+        .service("aaa", "www.example.com", &["240.240.0.5"])
+        .known();
+    for (name, expected) in [
+        ("api", ": 10.96.0.1"),
+        ("api.shop", ": 10.96.0.1"),
+        ("api.shop.svc", ": 10.96.0.1"),
+        (API, ": 10.96.0.1"),
+        ("api.shop.shop.svc.cluster.local", "api.shop: 10.96.0.1"),
+        ("api.shop.cluster.local", "api.shop: 10.96.0.1"),
+        // No Service is called so.
+        ("www.example.com", ": 240.240.0.5"),
+        ("db.shop", ": 240.240.0.3"),
+    ] {
+        assert_eq!(ask(&world, &CLIENT, name, Kind::A), expected, "{name}");
+    }
+    let own = Client { namespace: "aaa", ..CLIENT };
+    assert_eq!(ask(&world, &own, "api.shop", Kind::A), ": 240.240.0.2", "for its own pods a namespace may say so");
+    assert_eq!(ask(&world, &own, "api.shop.svc.cluster.local", Kind::A), ": 10.96.0.1");
+}
+
+#[test]
 fn the_longest_name_there_can_be_is_looked_up_in_bounded_time() {
     let name = vec!["a"; 127].join(".");
     assert_eq!(World::default().service("shop", API, &["10.96.0.1"]).told(&name, Kind::A), "-");
