@@ -32,3 +32,18 @@ fn no_new_connection_fails_while_ztunnels_are_restarted_by_sigterm() -> Result<(
 fn after_kill_9_refusals_end_with_the_restart_and_nothing_leaves_in_clear() -> Result<()> {
     play(Act::Kill).map(drop)
 }
+
+#[test]
+fn joining_and_leaving_the_mesh_fails_no_new_connection_and_loses_no_open_one() -> Result<()> {
+    play(Act::Enrol).map(drop)
+}
+
+#[test]
+fn an_upgrade_fails_no_new_connection_and_loses_no_open_one() -> Result<()> {
+    play(Act::Upgrade).map(drop)
+}
+
+#[test]
+fn a_ztunnel_killed_in_a_cluster_serves_again_and_nothing_leaves_in_clear() -> Result<()> {
+    play(Act::KillPod).map(drop)
+}

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   rules, routes, links, addresses    the kernel says so, in a netlink socket of each namespace ─┐
-//!   sysctls, sk_lookup, listeners      nobody says so: looked at, for all pods, once each LOOK  ──┴─► doubt ─► repair
+//!   sysctls; sk_lookup, listeners      nobody says so: looked at, for all pods, once each LOOK  ──┴─► doubt ─► repair
+//!                                      (the latter at every third)
 //! ```
 //! One small task for each pod and no thread. What is idle costs a few system calls per pod and LOOK, without a change
 //! of namespace. The first repair comes at once, since until then captured connections have lost their way; after that
@@ -33,8 +34,10 @@ use super::sysctl::Sysctls;
 use super::tenure::Tenure;
 use super::{EnrolError, Registry};
 
-/// How often what the kernel does not tell is looked at. A repair shall come within a second.
+/// How often what the kernel does not tell is looked at. What a pod can change shall be repaired within a second.
 const LOOK: Duration = Duration::from_millis(800);
+/// Every so many looks what lies outside the pod is looked at as well: it takes several times the system calls.
+const WHOLE: u32 = 3;
 /// Shortest time between two repairs of one pod, and while somebody fights with us.
 const PACE: Duration = Duration::from_millis(100);
 const PACE_IN_FIGHT: Duration = Duration::from_millis(500);
@@ -73,6 +76,10 @@ impl Kept {
     /// Nobody will accept any more: a listener that stays open would let connections wait for ever.
     pub fn close_listeners(&self) {
         self.listeners().clear();
+    }
+
+    fn slots(&self) -> impl Iterator<Item = Slot> + use<> {
+        self.listeners().iter().map(|(slot, _)| *slot).collect::<Vec<_>>().into_iter()
     }
 
     fn listeners(&self) -> std::sync::MutexGuard<'_, Vec<(Slot, OwnedFd)>> {
@@ -230,7 +237,7 @@ impl Keeper {
     pub async fn look(self: Arc<Self>, registry: Arc<Registry>, drain: DrainWatcher) {
         let mut ticks = tokio::time::interval(LOOK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut deserted = 0;
+        let (mut deserted, mut looks) = (0, 0_u32);
         loop {
             tokio::select! {
                 _ = ticks.tick() => {}
@@ -245,7 +252,8 @@ impl Keeper {
                     }
                 })
             } else {
-                self.doubt(&registry)
+                looks = looks.wrapping_add(1);
+                self.doubt(&registry, looks.is_multiple_of(WHOLE))
             };
             if let Err(error) = looked {
                 tracing::warn!(%error, "reading the capture state");
@@ -276,19 +284,21 @@ impl Keeper {
         }
     }
 
-    fn doubt(&self, registry: &Registry) -> Result<(), LoadError> {
+    fn doubt(&self, registry: &Registry, whole: bool) -> Result<(), LoadError> {
         let pods = kept(registry);
-        if pods.is_empty() {
-            return Ok(());
-        }
-        let listening = self.capture.listening()?;
+        let listening = if whole && !pods.is_empty() { Some(self.capture.listening()?) } else { None };
         for pod in pods {
-            let kept = &pod.kept;
-            let heard = kept.listeners().iter().all(|(slot, _)| listening.contains(&(pod.cookie, *slot)));
-            let set = kept.sysctls.get().is_none_or(Sysctls::are_set);
-            if !(heard && set && self.capture.is_attached(pod.cookie)?) {
+            let is_set = pod.kept.sysctls.get().is_none_or(Sysctls::are_set);
+            let is_steered = match &listening {
+                Some(listening) => {
+                    let mut slots = pod.kept.slots();
+                    slots.all(|slot| listening.contains(&(pod.cookie, slot))) && self.capture.is_attached(pod.cookie)?
+                }
+                None => true,
+            };
+            if !(is_set && is_steered) {
                 // Nobody waits for it once the pod is leaving.
-                kept.doubt.notify_one();
+                pod.kept.doubt.notify_one();
             }
         }
         Ok(())
