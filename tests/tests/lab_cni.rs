@@ -461,7 +461,7 @@ fn uninstalls(stage: &Stage) -> Result<()> {
     stage.kubectl(&["apply", "-f", "manifests/uninstall.yaml"])?;
     stage.kubectl(&["-n", "istio-system", "rollout", "status", "daemonset/ztunnel-uninstall", "--timeout=60s"])?;
     ensure!(fs::read_to_string(node.conf_dir().join(CONF))? == main_conf());
-    ensure!(!node.root.join("opt/cni/bin").join(PLUGIN).exists());
+    ensure!(!node.root.join("opt/cni/bin").join(PLUGIN).exists(), "the plugin's program is there");
     Ok(())
 }
 

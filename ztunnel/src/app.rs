@@ -38,7 +38,7 @@ use crate::handover::{self, live_on};
 use crate::names::{Names, Servers};
 use crate::node::backend::redirect;
 use crate::node::enrolment::Desired;
-use crate::node::find::Finder;
+use crate::node::find::{self, Finder};
 use crate::node::host::Host;
 use crate::node::manager::{self, Manager};
 use crate::node::orders::Orders;
@@ -265,8 +265,7 @@ fn surroundings(config: &Config, capture: &Capture) -> anyhow::Result<(Host, Fin
     if let Some(file) = host.file() {
         capture.set_host(file)?;
     }
-    let of = |process: &str| std::fs::read_link(config.proc_root.join(process).join("exe"));
-    if of("1").is_ok_and(|init| std::env::current_exe().is_ok_and(|own| own == init)) {
+    if !find::shows_the_node(&config.proc_root) {
         anyhow::bail!(
             "process 1 of {} is ztunnel: the node's processes are not there (hostPID)",
             config.proc_root.display()

@@ -79,8 +79,10 @@ pub enum Command {
     Cni,
     CniInstall,
     CniUninstall,
-    /// And stay, as a DaemonSet's containers have to.
-    CniUninstallAndWait,
+    /// Take everything of ours off the node.
+    Uninstall,
+    /// Do nothing until SIGTERM, as the containers of a DaemonSet have to.
+    Wait,
     /// Take away what a dedicated ztunnel left in the kernel.
     Release,
     Version,
@@ -94,7 +96,9 @@ ztunnel: the node proxy of the mesh
 usage: ztunnel [proxy ztunnel]      run (settings come from the environment, see README.md)
        ztunnel cni                  be the CNI plugin for one call (CNI_COMMAND and standard input)
        ztunnel cni install          put the plugin into CNI_BIN_DIR and CNI_CONF_DIR, once
-       ztunnel cni uninstall [wait] take it out again; needs no running ztunnel. With `wait`: and stay until SIGTERM
+       ztunnel cni uninstall        take it out again, and nothing else
+       ztunnel uninstall            take everything of ours off the node, on which no ztunnel may run any more
+       ztunnel wait                 do nothing until SIGTERM
        ztunnel release              take away what a ztunnel of dedicated mode left in the kernel (same environment)
        ztunnel --version            print the version and exit
        ztunnel --help               print this and exit";
@@ -121,7 +125,8 @@ pub fn parse_args<I: IntoIterator<Item = String>>(args: I) -> Result<Command, Mi
         ["cni"] => command = Command::Cni,
         ["cni", "install"] => command = Command::CniInstall,
         ["cni", "uninstall"] => command = Command::CniUninstall,
-        ["cni", "uninstall", "wait"] => command = Command::CniUninstallAndWait,
+        ["uninstall"] => command = Command::Uninstall,
+        ["wait"] => command = Command::Wait,
         ["release"] if command == Command::Run => command = Command::Release,
         other => mistakes.push(format!("unknown argument(s) {:?}; the only form is `proxy ztunnel`", other.join(" "))),
     }
@@ -264,8 +269,38 @@ pub struct CniSettings {
 pub struct CniTask {
     pub settings: CniSettings,
     pub directories: Directories,
+}
+
+/// What `ztunnel uninstall` needs: where a ztunnel leaves things on its node, with the defaults of [`Config`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UninstallTask {
+    pub directories: Directories,
     /// Where draining ztunnels learn that no other one will come.
     pub run_dir: PathBuf,
+    pub cgroup_root: PathBuf,
+    pub bpffs_dir: PathBuf,
+    pub proc_root: PathBuf,
+    pub host_netns: PathBuf,
+}
+
+impl UninstallTask {
+    /// # Errors
+    /// As [`Config::from_env`].
+    pub fn from_env<I: IntoIterator<Item = (String, String)>>(vars: I) -> Result<Self, Mistakes> {
+        let mut raw = Raw(Environment::new(vars));
+        let directories = raw.directories();
+        let proc_root = PathBuf::from(raw.0.string("PROC_ROOT", "/proc"));
+        let host_default = proc_root.join("1/ns/net");
+        let task = Self {
+            directories,
+            run_dir: PathBuf::from(raw.0.string("RUN_DIR", DEFAULT_RUN_DIR)),
+            cgroup_root: raw.0.text("CGROUP_ROOT").map_or_else(default_cgroup_root, PathBuf::from),
+            bpffs_dir: PathBuf::from(raw.0.string("BPFFS_DIR", DEFAULT_BPFFS_DIR)),
+            proc_root,
+            host_netns: raw.0.text("HOST_NETNS").map_or(host_default, PathBuf::from),
+        };
+        raw.0.mistakes.into_result(task)
+    }
 }
 
 impl CniTask {
@@ -273,11 +308,9 @@ impl CniTask {
     /// As [`Config::from_env`].
     pub fn from_env<I: IntoIterator<Item = (String, String)>>(vars: I) -> Result<Self, Mistakes> {
         let mut raw = Raw(Environment::new(vars));
-        let bin = PathBuf::from(raw.0.string("CNI_BIN_DIR", "/opt/cni/bin"));
-        let conf = PathBuf::from(raw.0.string("CNI_CONF_DIR", "/etc/cni/net.d"));
-        let run_dir = PathBuf::from(raw.0.string("RUN_DIR", DEFAULT_RUN_DIR));
+        let directories = raw.directories();
         let settings = raw.cni(cni::DEFAULT_SOCKET);
-        raw.0.mistakes.into_result(Self { settings, directories: Directories { bin, conf }, run_dir })
+        raw.0.mistakes.into_result(Self { settings, directories })
     }
 }
 
@@ -561,6 +594,12 @@ impl Raw {
         }
     }
 
+    fn directories(&mut self) -> Directories {
+        let bin = PathBuf::from(self.0.string("CNI_BIN_DIR", "/opt/cni/bin"));
+        let conf = PathBuf::from(self.0.string("CNI_CONF_DIR", "/etc/cni/net.d"));
+        Directories { bin, conf }
+    }
+
     fn cni(&mut self, socket: &str) -> CniSettings {
         let socket = Some(self.0.string("CNI_SOCKET", socket)).filter(|path| !path.is_empty()).map(PathBuf::from);
         let install = match (self.0.text("CNI_BIN_DIR"), self.0.text("CNI_CONF_DIR")) {
@@ -800,6 +839,34 @@ mod tests {
     }
 
     #[test]
+    fn an_uninstallation_looks_where_a_ztunnel_leaves_things() {
+        let moved = [
+            ("PROC_ROOT", "/host/proc"),
+            ("RUN_DIR", "/run/z"),
+            ("BPFFS_DIR", "/bpf/z"),
+            ("CGROUP_ROOT", "/cgroup"),
+            ("CNI_SOCKET", "/s"),
+            ("CNI_BIN_DIR", "/bin"),
+            ("CNI_CONF_DIR", "/conf"),
+        ];
+        for vars in [&moved[..0], &moved] {
+            let config = env(&[&[("NODE_NAME", "a")], vars].concat()).unwrap();
+            let vars = vars.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+            let task = UninstallTask::from_env(vars).unwrap();
+            let (bin, conf) = (PathBuf::from("/opt/cni/bin"), PathBuf::from("/etc/cni/net.d"));
+            let expected = UninstallTask {
+                directories: config.cni.install.unwrap_or(Directories { bin, conf }),
+                run_dir: config.run_dir,
+                cgroup_root: config.cgroup_root,
+                bpffs_dir: config.bpffs_dir,
+                proc_root: config.proc_root,
+                host_netns: config.host_netns,
+            };
+            assert_eq!(task, expected);
+        }
+    }
+
+    #[test]
     fn lists_every_mistake_at_once() {
         let mistakes = env(&[
             ("NODE_NAME", "a"),
@@ -954,6 +1021,8 @@ mod tests {
         assert_eq!(parse(&["--frobnicate", "--twice"]).unwrap_err().lines().len(), 2);
         assert_eq!(parse(&["cni"]), Ok(Command::Cni));
         assert_eq!(parse(&["cni", "uninstall"]), Ok(Command::CniUninstall));
+        assert_eq!(parse(&["uninstall"]), Ok(Command::Uninstall));
+        assert_eq!(parse(&["wait"]), Ok(Command::Wait));
         assert!(parse(&["cni", "dance"]).is_err());
         assert_eq!(parse(&["release"]), Ok(Command::Release));
         assert!(parse(&["release", "--now"]).is_err() && parse(&["release", "all"]).is_err());

@@ -78,6 +78,17 @@ pub fn leave_marker(run_dir: &Path) -> io::Result<()> {
     }
 }
 
+/// Removes the sockets of draining ztunnels, once there is none.
+///
+/// # Errors
+/// When one cannot be removed.
+pub fn remove_sockets(run_dir: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(run_dir.join(SOCKETS)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
 /// Takes back an uninstallation: there is a ztunnel again.
 pub fn remove_marker(run_dir: &Path) {
     // Usually there is none.

@@ -6,12 +6,11 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::Context as _;
 use nix::sys::signal::{SigSet, Signal};
 use ztunnel::cni::install;
-use ztunnel::config::{CniTask, Command, Config, Mistakes, USAGE, parse_args};
-use ztunnel::handover::{self, supervisor};
-use ztunnel::{app, dedicated};
+use ztunnel::config::{CniTask, Command, Config, Mistakes, USAGE, UninstallTask, parse_args};
+use ztunnel::handover::supervisor;
+use ztunnel::{app, dedicated, uninstall};
 
 /// A mistake of whoever started us; nothing was tried.
 const BAD_SETTINGS: u8 = 2;
@@ -32,16 +31,18 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Ok(Command::Cni) => ztunnel_cni::main(),
-        Ok(command @ (Command::CniInstall | Command::CniUninstall | Command::CniUninstallAndWait)) => {
-            match CniTask::from_env(std::env::vars()) {
-                Ok(task) => done(match command {
-                    Command::CniInstall => install::install(&task.directories, &task.settings.entry()),
-                    Command::CniUninstall => uninstall(&task),
-                    _ => uninstall(&task).and_then(|()| until_ended()),
-                }),
-                Err(mistakes) => refuse(&mistakes),
-            }
-        }
+        Ok(command @ (Command::CniInstall | Command::CniUninstall)) => match CniTask::from_env(std::env::vars()) {
+            Ok(task) => done(match command {
+                Command::CniInstall => install::install(&task.directories, &task.settings.entry()),
+                _ => install::uninstall(&task.directories),
+            }),
+            Err(mistakes) => refuse(&mistakes),
+        },
+        Ok(Command::Uninstall) => match UninstallTask::from_env(std::env::vars()) {
+            Ok(task) => done(uninstall::run(&task)),
+            Err(mistakes) => refuse(&mistakes),
+        },
+        Ok(Command::Wait) => done(until_ended()),
         Ok(Command::Run) => match Config::from_env(std::env::vars()) {
             // The process that a runtime waits for is then not the one that serves.
             Ok(config) if !config.detached_drain.is_zero() && config.supervisor.is_none() => supervisor::run(),
@@ -75,13 +76,6 @@ fn run(config: Config) -> ExitCode {
         }
     };
     done(app::run(config, log))
-}
-
-/// The plugin first: it would go on asking for a ztunnel that will not come back.
-fn uninstall(task: &CniTask) -> anyhow::Result<()> {
-    install::uninstall(&task.directories)?;
-    handover::leave_marker(&task.run_dir)
-        .with_context(|| format!("telling draining ztunnels in {}", task.run_dir.display()))
 }
 
 /// Waits for SIGTERM or SIGINT. As process 1 of a container we would not be ended by them unless we ask.

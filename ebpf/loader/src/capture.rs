@@ -229,6 +229,13 @@ impl Capture {
         Ok(alive)
     }
 
+    /// Every netns of which anything is kept: those that are attached, and those that were and have something remembered.
+    pub fn kept(&self) -> Result<HashSet<NetnsCookie>, LoadError> {
+        let mut kept = self.maps().cookies()?;
+        kept.extend(self.attached()?);
+        Ok(kept)
+    }
+
     /// Takes out every netns that is gone, every one that is not in `known`, and what builds with another layout left.
     /// Returns what was taken out.
     ///

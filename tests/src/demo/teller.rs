@@ -224,6 +224,13 @@ impl LongLived {
     }
 }
 
+impl LongLived {
+    /// Waits for it to end, in whatever way.
+    pub fn ends(&mut self, deadline: Duration) -> Result<()> {
+        wait::until("the open connection to end", deadline, || self.child.try_wait()?.map(drop).context("it is open"))
+    }
+}
+
 impl Drop for LongLived {
     fn drop(&mut self) {
         // An error means it has ended.

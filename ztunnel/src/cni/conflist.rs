@@ -71,13 +71,28 @@ pub fn add(text: &str, entry: &Value, refresh: bool) -> Result<Edit, BadConf> {
     if conf.get("type").and_then(Value::as_str).is_none() {
         return Err(BadConf::Shape);
     }
-    let mut list = json!({ "cniVersion": version });
-    conf.shift_remove("cniVersion");
+    Ok(Edit::Replace { list: render(&list_of(conf, Some(entry))) })
+}
+
+/// A single plugin's configuration as a list, and perhaps our entry behind it.
+fn list_of(mut conf: Map<String, Value>, entry: Option<&Value>) -> Value {
+    let mut list = json!({ "cniVersion": conf.shift_remove("cniVersion") });
     if let Some(name) = conf.shift_remove("name") {
         list["name"] = name;
     }
-    list["plugins"] = json!([conf, entry]);
-    Ok(Edit::Replace { list: render(&list) })
+    list["plugins"] = [Value::Object(conf)].into_iter().chain(entry.cloned()).collect();
+    list
+}
+
+/// Is `list`, whether or not our entry is in it, what was made of the single plugin's configuration `single`? If not, it
+/// has another author.
+#[must_use]
+pub fn is_made_of(list: &str, single: &str) -> bool {
+    let without = remove(list).unwrap_or_else(|| list.to_owned());
+    match (serde_json::from_str::<Value>(&without), serde_json::from_str(single)) {
+        (Ok(list), Ok(single)) => list == list_of(single, None),
+        _ => false,
+    }
 }
 
 /// Takes our entry out; `None` where there is none.
@@ -165,6 +180,19 @@ mod tests {
             json!({"cniVersion": "0.4.0", "name": "lab", "plugins": [{"type": "bridge", "bridge": "cni0"}, entry()]})
         );
         assert_eq!(list_name("10-lab.conf"), "10-lab.conflist");
+    }
+
+    #[test]
+    fn a_list_is_known_by_what_it_was_made_of() {
+        let single = r#"{"cniVersion":"0.4.0","name":"lab","type":"bridge","bridge":"cni0"}"#;
+        let Edit::Replace { list } = add(single, &entry(), false).unwrap() else { panic!("no list") };
+        let without = remove(&list).unwrap();
+        assert!(is_made_of(&list, single) && is_made_of(&without, single));
+        assert!(!is_made_of(&list, &single.replace("cni0", "cni1")));
+        assert!(!is_made_of(&rewritten(add(LIST, &entry(), false).unwrap()), single));
+        for broken in ["", "[]", "{"] {
+            assert!(!is_made_of(broken, single) && !is_made_of(&list, broken), "{broken}");
+        }
     }
 
     #[test]

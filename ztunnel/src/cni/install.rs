@@ -3,7 +3,7 @@
 //!
 //! Everything is written beside its place and renamed there, in the same directory: runtimes see whole files only, and
 //! containerd 1.6 looks again only when something was written in, or renamed within, the directory it watches. A file
-//! that was never ours is never removed. Taking out needs no ztunnel; it does not happen when one ends, because another
+//! that was never ours is neither removed nor written over. Taking out needs no ztunnel; it does not happen when one ends, because another
 //! one comes, and pods started in between would not be captured.
 
 use std::fs;
@@ -17,6 +17,7 @@ use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use serde_json::{Value, json};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::time::Instant;
 use ztunnel_cni::namespaces::replace;
 use ztunnel_cni::plugin::NAME;
 
@@ -26,6 +27,11 @@ use super::conflist::{self, Edit, SAVED};
 const LOOK_ANYWAY: Duration = Duration::from_secs(30);
 /// A CNI's installer writes several files in a row.
 const SETTLE: Duration = Duration::from_millis(50);
+/// So many times that we had to put something back, each within [`CALM`] of the one before, are a fight with somebody who
+/// does the same. It is told once, and from then on each turn of ours comes twice as late as the one before.
+const FIGHT: u32 = 5;
+const CALM: Duration = Duration::from_secs(10);
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// Configurations are some kilobytes.
 const MAX_CONF: u64 = 1 << 20;
 
@@ -61,13 +67,20 @@ enum Found {
     In(String),
 }
 
+/// Whether a look has changed anything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wrote {
+    Something,
+    Nothing,
+}
+
 /// Installs binary and configuration; without a main CNI there is nothing to configure yet.
 ///
 /// # Errors
 /// With the path that could not be read or written, or the configuration that cannot take a plugin.
 pub fn install(directories: &Directories, entry: &Value) -> anyhow::Result<()> {
     copy_program(&directories.bin)?;
-    report(&ensure(&directories.conf, entry, Existing::Refresh)?);
+    report(&ensure(&directories.conf, entry, Existing::Refresh)?.0);
     Ok(())
 }
 
@@ -75,37 +88,86 @@ pub fn install(directories: &Directories, entry: &Value) -> anyhow::Result<()> {
 pub async fn run(directories: Directories, entry: Value, drain: DrainWatcher) {
     let mut last = String::new();
     let mut existing = Existing::Refresh;
+    let mut fight = Fight::default();
     let mut program = copy_program(&directories.bin);
     loop {
         // First the watch: what changes after the look wakes us.
         let watch = watch(&directories);
+        let mut wrote = Wrote::Nothing;
         // A configuration that names a program which is not there keeps every pod of the node from starting, our own too.
         if program.is_err() || !directories.bin.join(NAME).exists() {
             program = copy_program(&directories.bin);
+            wrote = if program.is_ok() { Wrote::Something } else { Wrote::Nothing };
         }
         let looked = match &program {
             Ok(()) => ensure(&directories.conf, &entry, existing),
             Err(error) => Err(anyhow::anyhow!("{error:#}")),
         };
         let said = match &looked {
-            Ok(found) => {
+            Ok((found, in_conf)) => {
                 existing = Existing::Keep;
+                if *in_conf == Wrote::Something {
+                    wrote = Wrote::Something;
+                }
                 format!("{found:?}")
             }
             Err(error) => format!("{error:#}"),
         };
         if said != last {
             match &looked {
-                Ok(found) => report(found),
+                Ok((found, _)) => report(found),
                 Err(error) => tracing::warn!(error = format!("{error:#}"), "installing the CNI plugin"),
             }
             last = said;
         }
+        let mut pause = SETTLE;
+        if wrote == Wrote::Something {
+            metrics::counter!("ztunnel_cni_installs_total").increment(1);
+            pause = fight.wrote(Instant::now());
+            if fight.has_just_begun() {
+                let file = if let Ok((Found::In(file), _)) = &looked { file } else { NAME };
+                tracing::warn!(file, "something takes the CNI plugin out again and again; it comes back ever later");
+            }
+        }
         tokio::select! {
-            () = changed(watch) => tokio::time::sleep(SETTLE).await,
+            () = changed(watch) => {}
             () = tokio::time::sleep(LOOK_ANYWAY) => {}
             () = drain.draining() => return,
         }
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = drain.draining() => return,
+        }
+    }
+}
+
+/// Tells a fight from a main CNI that is being installed, and ends it by patience: two that both write at once whenever
+/// the other has written would do nothing else.
+#[derive(Default)]
+struct Fight {
+    writes: u32,
+    last: Option<Instant>,
+}
+
+impl Fight {
+    /// Something was written at this moment; returns how long the next look has to wait.
+    fn wrote(&mut self, now: Instant) -> Duration {
+        let calm = CALM + self.pause();
+        if self.last.is_none_or(|last| now - last > calm) {
+            self.writes = 0;
+        }
+        self.last = Some(now);
+        self.writes = self.writes.saturating_add(1);
+        self.pause()
+    }
+
+    const fn has_just_begun(&self) -> bool {
+        self.writes == FIGHT
+    }
+
+    fn pause(&self) -> Duration {
+        let doublings = (self.writes + 1).saturating_sub(FIGHT).min(u32::BITS - 1);
+        SETTLE.saturating_mul(1 << doublings).min(LONGEST_PAUSE)
     }
 }
 
@@ -160,43 +222,72 @@ fn take_out(path: &Path) -> io::Result<()> {
 }
 
 /// Gives a single plugin's configuration its name back, unless its owner has written it anew, and removes the list that
-/// was made of it.
+/// was made of it. Where the owner has put another list in that one's place, the owner has moved on: the list stays,
+/// and what was saved is of no use.
 fn restore(saved: &Path) -> io::Result<()> {
     let name = saved.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let name = name.strip_suffix(SAVED).unwrap_or(&name).to_owned();
-    let original = saved.with_file_name(&name);
-    if original.exists() {
+    let (original, list) = (saved.with_file_name(&name), saved.with_file_name(conflist::list_name(&name)));
+    let is_ours = match read(&list) {
+        Ok(text) => conflist::is_made_of(&text, &read(saved)?),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => true,
+        Err(error) => return Err(error),
+    };
+    if !is_ours || original.exists() {
         fs::remove_file(saved)?;
     } else {
+        // Before the list goes: at no moment is the node without a configuration.
         fs::rename(saved, &original)?;
     }
-    match fs::remove_file(saved.with_file_name(conflist::list_name(&name))) {
+    if !is_ours {
+        return Ok(());
+    }
+    match fs::remove_file(list) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
 }
 
 /// One look: the configuration that runtimes take has our plugin afterwards.
-fn ensure(conf: &Path, entry: &Value, existing: Existing) -> anyhow::Result<Found> {
+fn ensure(conf: &Path, entry: &Value, existing: Existing) -> anyhow::Result<(Found, Wrote)> {
     let in_file = |path: &Path, error: &dyn std::fmt::Display| anyhow::anyhow!("{}: {error}", path.display());
     let names = names(conf).map_err(|error| in_file(conf, &error))?;
-    let Some(name) = conflist::in_order(names).into_iter().next() else { return Ok(Found::NoConf) };
+    let Some(name) = conflist::in_order(names).into_iter().next() else { return Ok((Found::NoConf, Wrote::Nothing)) };
     let path = conf.join(&name);
     let text = read(&path).map_err(|error| in_file(&path, &error))?;
     match conflist::add(&text, entry, existing == Existing::Refresh).map_err(|error| in_file(&path, &error))? {
-        Edit::Nothing => Ok(Found::In(name)),
+        Edit::Nothing => Ok((Found::In(name), Wrote::Nothing)),
         Edit::Rewrite(text) => {
             replace(&path, text.as_bytes(), mode(&path)).map_err(|error| in_file(&path, &error))?;
-            Ok(Found::In(name))
+            Ok((Found::In(name), Wrote::Something))
         }
         Edit::Replace { list } => {
             let target = conflist::list_name(&name);
+            let (list_path, saved) = (conf.join(&target), conf.join(format!("{name}{SAVED}")));
+            let is_free = may_be_written(&list_path, &text, &saved).map_err(|error| in_file(&list_path, &error))?;
+            anyhow::ensure!(
+                is_free,
+                "{}: the list that the plugin would have to be in, {target}, is there already and not ours; as runtimes \
+                 take {name} first, remove one of the two",
+                path.display()
+            );
             // The list first: at no moment is the node without a configuration.
-            replace(&conf.join(&target), list.as_bytes(), mode(&path)).map_err(|error| in_file(&path, &error))?;
-            fs::rename(&path, conf.join(format!("{name}{SAVED}"))).map_err(|error| in_file(&path, &error))?;
-            Ok(Found::In(target))
+            replace(&list_path, list.as_bytes(), mode(&path)).map_err(|error| in_file(&path, &error))?;
+            fs::rename(&path, saved).map_err(|error| in_file(&path, &error))?;
+            Ok((Found::In(target), Wrote::Something))
         }
     }
+}
+
+/// Is there no such list, or one that we have made: of what was saved, or of `single`, where we were ended before that
+/// was saved?
+fn may_be_written(list: &Path, single: &str, saved: &Path) -> io::Result<bool> {
+    let text = match read(list) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
+        read => read?,
+    };
+    let made_of = |single: &str| conflist::is_made_of(&text, single);
+    Ok(conflist::remove(&text).is_some() && (made_of(single) || read(saved).is_ok_and(|saved| made_of(&saved))))
 }
 
 fn names(directory: &Path) -> io::Result<Vec<String>> {

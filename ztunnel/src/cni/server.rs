@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ebpf_loader::NetnsCookie;
+use futures_util::stream::{self, StreamExt as _};
 use mesh::drain::DrainWatcher;
 use mesh::grpc::AuthChannel;
 use mesh::serve::Readiness;
@@ -117,6 +118,8 @@ pub async fn run(listener: Listener, deps: Deps, drain: DrainWatcher) {
     let mut desired = deps.desired.clone();
     let server = Arc::new(Server { deps, added: Mutex::default() });
     let mut calls = JoinSet::new();
+    // One at a time, beside the calls: it may have to wait for the control plane. Given up when we end.
+    let mut upkeeping = JoinSet::new();
     let mut upkeep = tokio::time::interval(UNNAMED / 3);
     upkeep.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -133,7 +136,11 @@ pub async fn run(listener: Listener, deps: Deps, drain: DrainWatcher) {
             },
             Some(_) = calls.join_next() => {}
             Ok(()) = desired.changed() => server.learn(&desired.borrow_and_update()),
-            _ = upkeep.tick() => server.look_after().await,
+            _ = upkeep.tick(), if upkeeping.is_empty() => {
+                let server = server.clone();
+                upkeeping.spawn(async move { server.look_after().await });
+            }
+            Some(_) = upkeeping.join_next() => {}
             () = drain.draining() => break,
         }
     }
@@ -376,12 +383,16 @@ impl Server {
             let unnamed = added.values().filter(|a| a.since.elapsed() > UNNAMED && !desired.pods.contains_key(&a.uid));
             unnamed.cloned().collect()
         };
-        for added in unnamed {
-            if matches!(self.ask(&added.pod).await, Word::Outside) {
+        let looked = stream::iter(unnamed).for_each_concurrent(AT_ONCE, |added| async move {
+            // It may have been named while the question was on its way.
+            if matches!(self.ask(&added.pod).await, Word::Outside)
+                && !self.deps.desired.borrow().pods.contains_key(&added.uid)
+            {
                 tracing::info!(pod = %added.pod.name, namespace = %added.pod.namespace, "not in the mesh any more");
                 self.remove(&added).await;
             }
-        }
+        });
+        looked.await;
     }
 }
 

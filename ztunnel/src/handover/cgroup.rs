@@ -69,17 +69,19 @@ impl Shelter {
     }
 }
 
-/// Removes what generations left behind that were killed. Those with processes cannot be removed.
-pub fn sweep(root: &Path) {
+/// Removes what generations left behind that were killed. Those with processes cannot be removed: how many there are.
+pub fn sweep(root: &Path) -> usize {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let v1 = v1_mounts(&mounts).map(|(mount, _)| mount);
+    let mut left = 0;
     for root in v1.chain([root.to_owned()]) {
-        for home in fs::read_dir(root.join(PARENT)).into_iter().flatten().flatten() {
-            if home.path().is_dir() {
-                remove(&home.path());
-            }
+        let entries = fs::read_dir(root.join(PARENT)).into_iter().flatten().flatten().map(|entry| entry.path());
+        for home in entries.filter(|path| path.is_dir()) {
+            remove(&home);
+            left += usize::from(home.exists());
         }
     }
+    left
 }
 
 fn remove(home: &Path) {

@@ -218,6 +218,13 @@ impl Finder {
     }
 }
 
+/// Are the processes below `proc_root` the node's, and not just those of our container?
+#[must_use]
+pub fn shows_the_node(proc_root: &Path) -> bool {
+    let first = fs::read_link(proc_root.join("1/exe"));
+    !first.is_ok_and(|first| std::env::current_exe().is_ok_and(|own| own == first))
+}
+
 /// This process, in its namespace.
 fn own() -> io::Result<Found> {
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;

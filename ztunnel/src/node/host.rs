@@ -84,17 +84,19 @@ impl Host {
         self.state = state;
     }
 
-    /// Takes the addresses away; fine when they are not there.
-    pub async fn remove_addresses(&mut self) {
-        if self.state == Addresses::Absent {
-            return;
-        }
-        for address in sources(true) {
-            if let Err(error) = self.remove(address).await {
-                tracing::debug!(%address, %error, "removing an address of probes");
+    /// Takes the addresses away; fine when they are not there. Both are tried, and only once.
+    ///
+    /// # Errors
+    /// The first that the kernel refused.
+    pub async fn remove_addresses(&mut self) -> Result<(), RoutingError> {
+        let mut outcome = Ok(());
+        if self.state != Addresses::Absent {
+            for address in sources(true) {
+                outcome = outcome.and(self.remove(address).await);
             }
+            self.state = Addresses::Absent;
         }
-        self.state = Addresses::Absent;
+        outcome
     }
 
     async fn add(&self, address: IpAddr) -> Result<(), RoutingError> {

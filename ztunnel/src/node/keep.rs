@@ -29,6 +29,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use super::backend::Backend;
 use super::netns::Netns;
 use super::pod::LocalPod;
+use super::release;
 use super::routing::{self, Dns, Part};
 use super::sysctl::Sysctls;
 use super::tenure::Tenure;
@@ -127,7 +128,7 @@ impl Keeper {
     /// The step that was refused.
     pub async fn unroute(&self, pod: &LocalPod) -> Result<(), EnrolError> {
         let _alone = pod.kept.routing.lock().await;
-        self.take_back(&pod.netns, pod.cookie, self.sysctls(pod)?).await
+        release::take_back(&self.capture, &pod.netns, pod.cookie, self.sysctls(pod)?).await
     }
 
     /// [`Self::unroute`] for a namespace that a predecessor routed.
@@ -135,15 +136,7 @@ impl Keeper {
     /// # Errors
     /// The step that was refused.
     pub async fn unroute_namespace(&self, netns: &Netns, cookie: NetnsCookie) -> Result<(), EnrolError> {
-        self.take_back(netns, cookie, &Sysctls::open(netns, &self.proc_root)?).await
-    }
-
-    async fn take_back(&self, netns: &Netns, cookie: NetnsCookie, sysctls: &Sysctls) -> Result<(), EnrolError> {
-        let found = self.capture.remember(cookie, 0)?;
-        let removed = routing::remove(netns, sysctls, found).await;
-        // Whatever came of it: what is remembered has a place in a map of limited size.
-        self.capture.forget_found(cookie)?;
-        Ok(removed?)
+        release::take_back(&self.capture, netns, cookie, &Sysctls::open(netns, &self.proc_root)?).await
     }
 
     fn sysctls<'a>(&self, pod: &'a LocalPod) -> Result<&'a Sysctls, EnrolError> {

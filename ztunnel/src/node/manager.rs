@@ -306,8 +306,11 @@ impl Manager {
     async fn prepare_host(&mut self, complete: bool) {
         if self.entries.values().any(|entry| !entry.wanted.probe_ports.is_empty()) {
             self.deps.host.add_addresses(self.deps.shared.config.ipv6).await;
-        } else if complete && self.leaving.is_empty() {
-            self.deps.host.remove_addresses().await;
+        } else if complete
+            && self.leaving.is_empty()
+            && let Err(error) = self.deps.host.remove_addresses().await
+        {
+            tracing::debug!(%error, "removing the addresses of probes");
         }
     }
 

@@ -16,6 +16,7 @@ pub mod marked;
 pub mod netns;
 pub mod orders;
 pub mod pod;
+pub mod release;
 pub mod report;
 pub mod routing;
 pub mod sysctl;

@@ -303,7 +303,11 @@ impl Link {
             IpAddr::V4(ip) => AddressMessageBuilder::<Ipv4Addr>::new().index(self.lo).address(ip, length).build(),
             IpAddr::V6(ip) => AddressMessageBuilder::<Ipv6Addr>::new().index(self.lo).address(ip, length).build(),
         };
-        tolerate(self.handle.address().del(message).execute().await, libc::EADDRNOTAVAIL)
+        let removed = self.handle.address().del(message).execute().await;
+        if is_error(&removed, &NO_FAMILY) {
+            return Ok(());
+        }
+        tolerate(removed, libc::EADDRNOTAVAIL)
             .map_err(|source| RoutingError::Netlink { what: "removing the address of probes from lo", source })
             .map(drop)
     }

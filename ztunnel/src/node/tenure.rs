@@ -54,6 +54,34 @@ impl Tenure {
     }
 }
 
+/// The process that has claimed the node and still runs, if there is one: `proc_root` shows the node's processes.
+///
+/// # Errors
+/// When the marks cannot be read.
+pub fn claimant(bpffs_dir: &Path, proc_root: &Path) -> io::Result<Option<u32>> {
+    let marks = match fs::read_dir(bpffs_dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        marks => marks?,
+    };
+    // A number may be another program's by now. (Its short name would not tell: a supervised ztunnel is called `exe`.)
+    let own = std::env::current_exe()?;
+    let is_ztunnel = |pid: &u32| {
+        let program = fs::read_link(proc_root.join(pid.to_string()).join("exe"));
+        program.is_ok_and(|program| name(&program).is_some() && name(&program) == name(&own))
+    };
+    let pids = marks.flatten().filter_map(|mark| {
+        let name = mark.file_name().into_string().ok()?;
+        name.strip_prefix(PREFIX)?.split('_').next()?.parse().ok()
+    });
+    Ok(pids.filter(|pid| *pid != std::process::id()).find(is_ztunnel))
+}
+
+/// A program's, also when its file is gone.
+fn name(program: &Path) -> Option<&str> {
+    let name = program.file_name()?.to_str()?;
+    Some(name.strip_suffix(" (deleted)").unwrap_or(name))
+}
+
 impl Drop for Tenure {
     fn drop(&mut self) {
         // Gone already when there is a successor.
@@ -79,5 +107,25 @@ mod tests {
         drop((old, new));
         let left: Vec<_> = fs::read_dir(dir.path()).unwrap().flatten().map(|e| e.file_name()).collect();
         assert_eq!(left, ["links"]);
+    }
+
+    #[test]
+    fn who_has_claimed_the_node_is_who_lives_and_is_a_ztunnel() {
+        let (marks, proc) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let claimant = || claimant(marks.path(), proc.path()).unwrap();
+        let process = |pid: u32, program: &str| {
+            fs::create_dir(proc.path().join(pid.to_string())).unwrap();
+            std::os::unix::fs::symlink(program, proc.path().join(pid.to_string()).join("exe")).unwrap();
+        };
+        for mark in ["current_7_1", "current_8_1", "current_x", "links"] {
+            fs::create_dir(marks.path().join(mark)).unwrap();
+        }
+        assert_eq!(claimant(), None, "the dead have claimed nothing");
+        process(7, "/usr/bin/somebody-else");
+        assert_eq!(claimant(), None);
+        let own = std::env::current_exe().unwrap();
+        process(8, &format!("/elsewhere/{} (deleted)", name(&own).unwrap()));
+        assert_eq!(claimant(), Some(8));
+        assert_eq!(super::claimant(&marks.path().join("none"), proc.path()).unwrap(), None);
     }
 }

@@ -85,6 +85,65 @@ fn a_configuration_that_was_written_anew_meanwhile_is_kept() {
     assert_eq!(node.state().0, BTreeMap::from([("10-main.conf".to_owned(), SINGLE.replace("bridge", "ptp"))]));
 }
 
+/// What the main CNI writes as a list of its own where ours was.
+fn other_list() -> String {
+    LIST.replace("bridge", "ptp")
+}
+
+#[test]
+fn a_list_that_the_main_cni_has_put_in_place_of_ours_outlives_the_plugin() {
+    for is_installed in [false, true] {
+        let node = Node::new();
+        node.write("10-main.conf", SINGLE);
+        node.install();
+        node.write("10-main.conflist", &other_list());
+        if is_installed {
+            node.install();
+            assert!(node.has_plugin("10-main.conflist"));
+        }
+        uninstall(&node.directories).unwrap();
+        let left = BTreeMap::from([("10-main.conflist".to_owned(), other_list())]);
+        assert_eq!(node.state(), (left, false), "with the plugin in it: {is_installed}");
+    }
+}
+
+#[test]
+fn a_list_that_is_not_ours_is_not_written_over() {
+    let node = Node::new();
+    node.write("10-main.conf", SINGLE);
+    node.write("10-main.conflist", &other_list());
+    let before = node.state().0;
+    let refused = install(&node.directories, &ours()).unwrap_err().to_string();
+    assert!(refused.contains("10-main.conf:") && refused.contains("not ours"), "{refused}");
+    assert_eq!(node.state().0, before);
+    // Nor when a plugin is in it that was added to a list of the main CNI's own.
+    fs::remove_file(node.directories.conf.join("10-main.conf")).unwrap();
+    node.install();
+    node.write("10-main.conf", SINGLE);
+    let before = node.state().0;
+    install(&node.directories, &ours()).unwrap_err();
+    assert_eq!(node.state().0, before);
+    uninstall(&node.directories).unwrap();
+    assert_eq!(node.state().0["10-main.conflist"], other_list());
+}
+
+#[test]
+fn a_list_of_ours_is_made_anew_from_what_its_owner_has_written_anew() {
+    let node = Node::new();
+    node.write("10-main.conf", SINGLE);
+    node.install();
+    let (anew, list) = (SINGLE.replace("bridge", "ptp"), node.directories.conf.join("10-main.conflist"));
+    node.write("10-main.conf", &anew);
+    node.install();
+    assert!(conflist::is_made_of(&read(&list).unwrap(), &anew) && node.has_plugin("10-main.conflist"));
+    // As if ztunnel had ended before the list's origin was out of the way.
+    fs::remove_file(node.directories.conf.join(format!("10-main.conf{SAVED}"))).unwrap();
+    node.write("10-main.conf", &anew);
+    node.install();
+    uninstall(&node.directories).unwrap();
+    assert_eq!(node.state().0, BTreeMap::from([("10-main.conf".to_owned(), anew)]));
+}
+
 #[test]
 fn the_mode_of_a_configuration_stays() {
     use std::os::unix::fs::PermissionsExt as _;
@@ -138,4 +197,37 @@ async fn comes_back_whatever_the_main_cni_does() {
     end.drain(Duration::ZERO).await;
     task.await.unwrap();
     assert!(node.has_plugin("05-other.conflist"), "the end of a ztunnel takes nothing away");
+}
+
+#[test]
+fn a_fight_gets_slower_is_told_once_and_ends_with_a_calm() {
+    let (start, mut fight) = (Instant::now(), Fight::default());
+    let (mut now, mut told, mut pauses) = (start, 0, Vec::new());
+    for _ in 0..40 {
+        let pause = fight.wrote(now);
+        told += u32::from(fight.has_just_begun());
+        pauses.push(pause);
+        // The other one answers at once.
+        now += pause;
+    }
+    assert_eq!(pauses[..4], [SETTLE; 4], "a main CNI that is being installed");
+    assert_eq!(pauses[4..7], [SETTLE * 2, SETTLE * 4, SETTLE * 8]);
+    assert_eq!((pauses[39], told), (LONGEST_PAUSE, 1));
+    assert_eq!(fight.wrote(now + LONGEST_PAUSE + CALM * 2), SETTLE, "a calm");
+}
+
+#[tokio::test]
+async fn who_takes_the_plugin_out_whenever_it_is_there_is_answered_ever_later() {
+    let node = Node::new();
+    let (end, drain) = drain::channel();
+    let task = tokio::spawn(run(node.directories.clone(), ours(), drain));
+    let start = Instant::now();
+    for _ in 0..FIGHT + 3 {
+        node.write("10-main.conflist", LIST);
+        node.eventually("10-main.conflist").await;
+    }
+    // The pauses after the last rewrites that had one before them; the others are short.
+    assert!(start.elapsed() >= SETTLE * (2 + 4 + 8), "{:?}", start.elapsed());
+    end.drain(Duration::ZERO).await;
+    task.await.unwrap();
 }

@@ -6,7 +6,7 @@ use ebpf_loader::NetnsCookie;
 
 use super::{GONE_CHECK, Manager, State};
 use crate::node::find::Found;
-use crate::node::{marked, routing};
+use crate::node::release;
 
 impl Manager {
     /// Releases it. True when something was left alone because it may be that of a wanted pod which has not been found
@@ -53,17 +53,12 @@ impl Manager {
     /// Ends a pod's capture; rules stay for as long as connections are open that need them.
     async fn release(&mut self, uid: &str, cookie: NetnsCookie, Found { netns, .. }: Found) {
         tracing::info!(%uid, netns = %cookie, "releasing a pod that left the mesh while no ztunnel was here");
-        if let Err(error) = routing::release_dns(&netns).await {
-            tracing::debug!(%uid, %error, "releasing a pod's DNS");
-        }
-        if let Err(error) = self.deps.capture.detach(cookie) {
-            tracing::warn!(%uid, %error, "detaching a pod");
+        if let Err(error) = release::stop(&self.deps.capture, &netns, cookie).await {
+            tracing::warn!(%uid, %error, "ending a pod's capture");
         }
         let (capture, keeper) = (self.deps.capture.clone(), self.keeper.clone());
         self.releasing.spawn(async move {
-            while marked::any_open(&netns).unwrap_or(false) {
-                tokio::time::sleep(GONE_CHECK).await;
-            }
+            release::until_unneeded(&netns, GONE_CHECK).await;
             // It may have joined again.
             if !capture.is_attached(cookie).unwrap_or(true)
                 && let Err(error) = keeper.unroute_namespace(&netns, cookie).await
