@@ -325,9 +325,7 @@ impl Source {
         if config.mode.dedicated().is_some() {
             dedicated::release::refuse_foreign_pins(config)?;
         }
-        let capture =
-            capture::open(&config.bpffs_dir, &config.cgroup_root, &config.excluded_destinations, config.dns_capture)
-                .context("setting up capture")?;
+        let capture = capture::open(config).context("setting up capture")?;
         let (host, finder) = surroundings(config, &capture)?;
         Ok(Self::ControlPlane { capture, host, finder })
     }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use ebpf_loader::{Capture, LoadError, PodCapture, Prefix};
 use ipnet::IpNet;
 
+use crate::config::Config;
 use crate::node::enrolment::{Dns, Enrolment, Failure, Inbound};
 
 pub use ebpf_loader::{NetnsCookie, Phase, Slot};
@@ -14,15 +15,24 @@ pub use ebpf_loader::{NetnsCookie, Phase, Slot};
 ///
 /// # Errors
 /// What is missing on this machine, by name: programs, capability, cgroup2, bpffs, kernel version.
-pub fn open(bpffs_dir: &Path, cgroup_root: &Path, excluded: &[IpNet], dns: bool) -> Result<Arc<Capture>, LoadError> {
-    ebpf_loader::ensure_bpffs(bpffs_dir)?;
-    let capture = Capture::open(bpffs_dir, cgroup_root)?;
-    let prefixes: Vec<Prefix> = excluded.iter().filter_map(prefix).collect();
+pub fn open(config: &Config) -> Result<Arc<Capture>, LoadError> {
+    // What a container mounts for itself goes with it, and with that all pins: the node must have it, or this fails.
+    if !has_own_mounts(&config.proc_root) {
+        ebpf_loader::ensure_bpffs(&config.bpffs_dir)?;
+    }
+    let capture = Capture::open(&config.bpffs_dir, &config.cgroup_root)?;
+    let prefixes: Vec<Prefix> = config.excluded_destinations.iter().filter_map(prefix).collect();
     capture.set_global_exclusions(&prefixes)?;
-    if dns {
+    if config.dns_capture {
         capture.capture_dns()?;
     }
     Ok(Arc::new(capture))
+}
+
+/// Is what this process mounts seen by itself alone?
+fn has_own_mounts(proc_root: &Path) -> bool {
+    let node = std::fs::read_link(proc_root.join("1/ns/mnt"));
+    node.is_ok_and(|node| std::fs::read_link("/proc/self/ns/mnt").is_ok_and(|own| own != node))
 }
 
 /// How much of a pod's traffic is taken.

@@ -3,7 +3,7 @@
 //! ```text
 //!   rules, routes, links, addresses    the kernel says so, in a netlink socket of each namespace ─┐
 //!   sysctls; sk_lookup, listeners      nobody says so: looked at, for all pods, once each LOOK  ──┴─► doubt ─► repair
-//!                                      (the latter at every third)
+//!                                      (the latter at every fourth)
 //! ```
 //! One small task for each pod and no thread. What is idle costs a few system calls per pod and LOOK, without a change
 //! of namespace. The first repair comes at once, since until then captured connections have lost their way; after that
@@ -24,7 +24,7 @@ use rtnetlink::sys::protocols::NETLINK_ROUTE;
 use rtnetlink::sys::{AsyncSocket, SocketAddr, TokioSocket};
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, MissedTickBehavior};
+use tokio::time::Instant;
 
 use super::backend::Backend;
 use super::netns::Netns;
@@ -35,10 +35,12 @@ use super::sysctl::Sysctls;
 use super::tenure::Tenure;
 use super::{EnrolError, Registry};
 
-/// How often what the kernel does not tell is looked at. What a pod can change shall be repaired within a second.
-const LOOK: Duration = Duration::from_millis(800);
+/// How often what the kernel does not tell is looked at: with many pods, most of what an idle ztunnel spends.
+const LOOK: Duration = Duration::from_secs(2);
 /// Every so many looks what lies outside the pod is looked at as well: it takes several times the system calls.
-const WHOLE: u32 = 3;
+const WHOLE: u32 = 4;
+/// The same where another ztunnel has claimed the node, and might have ended.
+const LOOK_FOR_SUCCESSOR: Duration = Duration::from_millis(800);
 /// Shortest time between two repairs of one pod, and while somebody fights with us.
 const PACE: Duration = Duration::from_millis(100);
 const PACE_IN_FIGHT: Duration = Duration::from_millis(500);
@@ -228,12 +230,11 @@ impl Keeper {
     /// Looks at what the kernel does not tell, of all pods of `registry` that are kept, until the drain begins. Where a
     /// successor has ended that had claimed the node, the node is claimed back: nobody else serves it.
     pub async fn look(self: Arc<Self>, registry: Arc<Registry>, drain: DrainWatcher) {
-        let mut ticks = tokio::time::interval(LOOK);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (mut deserted, mut looks) = (0, 0_u32);
         loop {
+            let pause = if self.tenure.is_lost() { LOOK_FOR_SUCCESSOR } else { LOOK };
             tokio::select! {
-                _ = ticks.tick() => {}
+                () = tokio::time::sleep(pause) => {}
                 () = drain.draining() => return,
             }
             let looked = if self.tenure.is_lost() {
