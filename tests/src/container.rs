@@ -98,6 +98,8 @@ pub struct Root {
     pub directories: Vec<PathBuf>,
     pub hostname: String,
     pub read_only: bool,
+    /// Not a container but a machine: its sysctls can be set.
+    pub writable_sysctls: bool,
 }
 
 /// Parts of the host every root shares. `/etc` is not among them.
@@ -217,8 +219,10 @@ impl Root {
                 }
             }
         }
-        // As by every container runtime.
-        s += "mount --bind proc/sys proc/sys; mount -o remount,ro,bind proc/sys\n";
+        if !self.writable_sysctls {
+            // As by every container runtime.
+            s += "mount --bind proc/sys proc/sys; mount -o remount,ro,bind proc/sys\n";
+        }
         // Attributes of /sys/class/net are those of the namespace sysfs was mounted in.
         s += "mount -t sysfs sysfs sys\n";
         for name in ETC.iter().filter(|name| Path::new("/etc").join(name).exists()) {

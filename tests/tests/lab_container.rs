@@ -23,6 +23,7 @@ fn launch(lab: &Lab, argv: &[&str]) -> anyhow::Result<Launch> {
         directories: vec!["/var/lib/app".into()],
         hostname: "pod-of-a-test".into(),
         read_only: true,
+        writable_sysctls: false,
     });
     launch.env.insert("NAME".into(), "value with 'quotes'".into());
     Ok(launch)

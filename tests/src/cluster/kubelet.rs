@@ -471,6 +471,7 @@ impl Actor {
                 directories: image.directories,
                 hostname: self.pod.name_any(),
                 read_only: read_only == Some(true),
+                writable_sysctls: false,
             }),
             security: template::security(&spec, container),
             workdir: container.working_dir.as_ref().map(PathBuf::from),

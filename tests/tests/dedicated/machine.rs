@@ -103,6 +103,7 @@ impl<'a> Machine<'a> {
             directories: Vec::new(),
             hostname: "vm-1".to_owned(),
             read_only: false,
+            writable_sysctls: true,
         };
         let mut machine = Self { stage, netns, cgroup, pins, root, env, services: Vec::new() };
         for (name, port) in [("app", APP_PORT), ("sshd", SSH)] {

@@ -3,7 +3,7 @@
 //! ```text
 //!   rules, routes, links, addresses    the kernel says so, in a netlink socket of each namespace ─┐
 //!   sysctls; sk_lookup, listeners      nobody says so: looked at, for all pods, once each LOOK  ──┴─► doubt ─► repair
-//!                                      (the latter at every fourth)
+//!                                      (the latter at every third)
 //! ```
 //! One small task for each pod and no thread. What is idle costs a few system calls per pod and LOOK, without a change
 //! of namespace. The first repair comes at once, since until then captured connections have lost their way; after that
@@ -36,9 +36,9 @@ use super::tenure::Tenure;
 use super::{EnrolError, Registry};
 
 /// How often what the kernel does not tell is looked at: with many pods, most of what an idle ztunnel spends.
-const LOOK: Duration = Duration::from_secs(2);
+const LOOK: Duration = Duration::from_secs(3);
 /// Every so many looks what lies outside the pod is looked at as well: it takes several times the system calls.
-const WHOLE: u32 = 4;
+const WHOLE: u32 = 3;
 /// The same where another ztunnel has claimed the node, and might have ended.
 const LOOK_FOR_SUCCESSOR: Duration = Duration::from_millis(800);
 /// Shortest time between two repairs of one pod, and while somebody fights with us.

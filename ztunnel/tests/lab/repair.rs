@@ -14,7 +14,7 @@ const SOON: Duration = Duration::from_secs(1);
 /// What a crowded machine may add to it before a test says that nothing was repaired at all.
 const SLACK: Duration = Duration::from_secs(4);
 /// What the kernel does not tell is looked at now and then (`node/keep.rs`).
-const LOOKS: Duration = Duration::from_secs(8);
+const LOOKS: Duration = Duration::from_secs(9);
 
 /// Breaks something in `client`, and expects it mended soon and counted under `what`.
 #[track_caller]
