@@ -577,7 +577,8 @@ impl Manager {
     async fn collect(&mut self, complete: bool) {
         let Some(by) = self.collect_by.filter(|_| complete) else { return };
         let hopeful = |e: &Entry| matches!(&e.state, State::Waiting(w) if !matches!(w, EnrolError::NoAddress));
-        if self.entries.values().any(hopeful) && Instant::now() < by {
+        // Once the node is claimed, a look is a walk over `/proc` that nobody waits for.
+        if Instant::now() < by && (self.has_claimed || self.entries.values().any(hopeful)) {
             return;
         }
         if !std::mem::replace(&mut self.has_claimed, true)
