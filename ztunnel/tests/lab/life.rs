@@ -148,6 +148,18 @@ fn open_captured_and_new_connections_live_through_join_leave_and_fail_with_a_cra
     assert_alive("open, after the next one has come", &mut open);
 }
 
+/// A lab with all pods in the mesh, `far` serving, and a ztunnel on each node.
+fn all_in(mark: char) -> Lab {
+    let mut lab = Lab::up(mark, &PODS);
+    for node in ['a', 'b'] {
+        lab.configure(node, &Mesh::default());
+    }
+    serve_in(&lab.netns("far"));
+    lab.start_ztunnel('b');
+    lab.start_ztunnel('a');
+    lab
+}
+
 /// Rules for captured connections in a pod's namespace.
 fn rules(lab: &Lab, pod: &str) -> usize {
     run(&format!("ip -n {}-{pod} rule", lab.name)).matches("lookup 15000").count()
@@ -158,21 +170,13 @@ fn a_pod_that_left_while_no_ztunnel_was_there_is_released_altogether() {
     if !possible(&[]) {
         return;
     }
-    let mut lab = Lab::up('w', &PODS);
-    for node in ['a', 'b'] {
-        lab.configure(node, &Mesh::default());
-    }
-    for pod in ["near", "far"] {
-        serve_in(&lab.netns(pod));
-    }
+    let mut lab = all_in('w');
     let netns = lab.netns("pod");
     let sysctl = || {
         inside(&netns, || fs::read_to_string("/proc/sys/net/ipv4/tcp_fwmark_accept").expect("a sysctl"))
             .trim()
             .to_owned()
     };
-    lab.start_ztunnel('a');
-    lab.start_ztunnel('b');
     assert_eq!((rules(&lab, "pod"), rules(&lab, "near"), sysctl().as_str()), (2, 2, "1"));
     lab.kill_ztunnel('a');
     lab.configure('a', &mesh("pod"));
@@ -190,13 +194,7 @@ fn a_successor_that_dies_after_it_has_claimed_the_node_leaves_it_to_the_one_befo
     if !possible(&[]) {
         return;
     }
-    let mut lab = Lab::up('u', &PODS);
-    for node in ['a', 'b'] {
-        lab.configure(node, &Mesh::default());
-    }
-    serve_in(&lab.netns("far"));
-    lab.start_ztunnel('b');
-    lab.start_ztunnel('a');
+    let mut lab = all_in('u');
     let pins = lab.pins.join("a");
     let marks = || run(&format!("ls {} | grep current_ || true", pins.display()));
     let mut held = lab.hold("pod", &lab.addresses("far")[0]);
