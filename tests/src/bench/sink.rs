@@ -3,20 +3,22 @@
 //! The sink stands where a proxy would, with nothing behind it, so that what is measured is the way there. It serves one connection
 //! after the other. For ours it is the kernel's own programs, maps and rules as a ztunnel sets them up.
 
+use std::convert::Infallible;
 use std::fs::File;
-use std::io::{Read as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::AsFd as _;
+use std::io::{self, ErrorKind, Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use ebpf_loader::{Capture, Phase, PodCapture, Slot};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 /// Where the sink listens when it is dialled itself, or redirected to.
 pub const PORT: u16 = 15001;
@@ -30,7 +32,10 @@ pub const READY: &str = "ready";
 /// First byte of a connection: what the sink is to do with the rest. Without one it is closed.
 const ECHO: u8 = b'e';
 const SWALLOW: u8 = b's';
+const RESET: u8 = b'r';
 const READ_AHEAD: usize = 256 << 10;
+/// How long a side of a connection that is timed tries again before it sleeps.
+const AWAKE: Duration = Duration::from_millis(5);
 /// Carried but not measured, at the beginning.
 const WARM_UP: Duration = Duration::from_millis(100);
 /// Most operations that are timed one by one.
@@ -63,7 +68,7 @@ pub struct SinkOptions {
 /// What is timed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Deed {
-    /// `connect`, closed with a reset
+    /// `connect`; the sink closes with a reset
     Connect,
     /// 64 bytes there and back
     Ping,
@@ -104,9 +109,10 @@ fn pin(cpu: usize) -> Result<()> {
 ///
 /// # Errors
 /// What is missing for the way that is asked for.
-pub fn sink(options: &SinkOptions) -> Result<()> {
+pub fn sink(options: &SinkOptions) -> Result<Infallible> {
     pin(options.cpu)?;
-    let (listener, capture) = match options.way {
+    // What captures has to live as long as connections are taken.
+    let (listener, _capture) = match options.way {
         Way::Direct => (TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT))?, None),
         Way::Ours => {
             let (listener, capture) = captured(options)?;
@@ -115,12 +121,12 @@ pub fn sink(options: &SinkOptions) -> Result<()> {
     };
     println!("{READY}");
     let mut buffer = vec![0; READ_AHEAD];
-    for stream in listener.incoming() {
+    listener.set_nonblocking(true)?;
+    loop {
+        let (stream, _) = awake(&listener, || listener.accept())?;
         // A connection that is reset is one that has been timed.
-        let _ = serve(stream?, &mut buffer);
+        let _ = serve(stream, &mut buffer);
     }
-    drop(capture);
-    Ok(())
 }
 
 /// A listener that gets what the pod around this process dials, as a ztunnel would set it up.
@@ -141,16 +147,38 @@ fn captured(options: &SinkOptions) -> Result<(TcpListener, Capture)> {
     Ok((socket.into(), capture))
 }
 
-fn serve(mut stream: TcpStream, buffer: &mut [u8]) -> std::io::Result<()> {
+/// Tries again what would block, and sleeps only when nothing comes for a while: to wake the other side's core takes longer than what
+/// is measured, and is no part of it. The socket does not block.
+fn awake<T>(socket: &impl AsFd, mut attempt: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        let until = Instant::now() + AWAKE;
+        while Instant::now() < until {
+            match attempt() {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                result => return result,
+            }
+        }
+        poll(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE)?;
+    }
+}
+
+fn receive(mut stream: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
+    awake(stream, || stream.read(buffer))
+}
+
+fn serve(mut stream: TcpStream, buffer: &mut [u8]) -> io::Result<()> {
+    stream.set_nonblocking(true)?;
     let mut first = [0];
-    if stream.read(&mut first)? == 0 {
+    if receive(&stream, &mut first)? == 0 {
         return Ok(());
     }
-    if first[0] == ECHO {
-        stream.set_nodelay(true)?;
+    match first[0] {
+        ECHO => stream.set_nodelay(true)?,
+        RESET => return SockRef::from(&stream).set_linger(Some(Duration::ZERO)),
+        _ => stream.set_nonblocking(false)?,
     }
     loop {
-        let length = stream.read(buffer)?;
+        let length = if first[0] == ECHO { receive(&stream, buffer)? } else { stream.read(buffer)? };
         if length == 0 {
             return Ok(());
         }
@@ -171,20 +199,30 @@ pub fn dial(options: &DialOptions) -> Result<()> {
             let began = Instant::now();
             let mut stream = TcpStream::connect(options.to)?;
             let took = began.elapsed();
-            // The sink has to be done with it before the next one comes, or its queue is what is measured.
-            stream.shutdown(Shutdown::Write)?;
-            while stream.read(&mut [0])? > 0 {}
-            // Without it ports would be waiting in TIME_WAIT by the ten thousand.
-            socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
-            Ok(took)
+            // The sink has to be done with it before the next one comes, or its queue is what is measured; and it must
+            // end in a reset, or soon the search for a port that is not in TIME_WAIT is.
+            stream.write_all(&[RESET])?;
+            stream.set_nonblocking(true)?;
+            match receive(&stream, &mut [0]) {
+                Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(took),
+                Err(error) => Err(error),
+                Ok(_) => Err(io::Error::other("the sink does not reset")),
+            }
         })?,
         Deed::Ping => {
             let mut stream = open(options.to, ECHO)?;
+            stream.set_nonblocking(true)?;
             let mut message = vec![0x42; options.size];
             repeat(options, || {
                 let began = Instant::now();
                 stream.write_all(&message)?;
-                stream.read_exact(&mut message)?;
+                let mut filled = 0;
+                while filled < message.len() {
+                    match receive(&stream, &mut message[filled..])? {
+                        0 => return Err(ErrorKind::UnexpectedEof.into()),
+                        length => filled += length,
+                    }
+                }
                 Ok(began.elapsed())
             })?
         }
@@ -201,7 +239,7 @@ fn open(to: SocketAddr, deed: u8) -> Result<TcpStream> {
     Ok(stream)
 }
 
-fn repeat(options: &DialOptions, mut once: impl FnMut() -> std::io::Result<Duration>) -> Result<Timed> {
+fn repeat(options: &DialOptions, mut once: impl FnMut() -> io::Result<Duration>) -> Result<Timed> {
     let begin = Instant::now() + WARM_UP;
     let end = begin + Duration::from_secs_f64(options.secs);
     let mut nanos = Vec::with_capacity(SAMPLES);
@@ -261,7 +299,7 @@ mod tests {
             });
         });
         let reset = TcpStream::connect(to).expect("it listens");
-        socket2::SockRef::from(&reset).set_linger(Some(Duration::ZERO)).expect("a socket option");
+        SockRef::from(&reset).set_linger(Some(Duration::ZERO)).expect("a socket option");
         drop(reset);
         let options = |deed| DialOptions { deed, to, cpu: 0, size: 64, secs: 0.05 };
         let mut stream = open(to, ECHO).expect("it still listens");

@@ -45,7 +45,7 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().suite {
         Suite::L4(options) => l4::run(&options),
         Suite::Capture(options) => capture::run(&options),
-        Suite::Sink(options) => sink::sink(&options),
+        Suite::Sink(options) => sink::sink(&options).map(|never| match never {}),
         Suite::Dial(options) => sink::dial(&options),
         Suite::Pods(options) => many::run(&options),
         Suite::Soak(options) => soak::run(&options),
