@@ -7,6 +7,8 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -273,7 +275,16 @@ pub fn append(path: &Path) -> Result<File> {
     OpenOptions::new().create(true).append(true).open(path).with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// A command that runs inside a started container: its namespaces, root and cgroup. Rights are the caller's.
+/// Is the process in the root that was made for it? Before, it is a shell that still mounts.
+///
+/// # Errors
+/// When it has ended.
+pub fn is_set_up(pid: u32) -> io::Result<bool> {
+    let (own, root) = (fs::metadata("/")?, fs::metadata(format!("/proc/{pid}/root"))?);
+    Ok((own.dev(), own.ino()) != (root.dev(), root.ino()))
+}
+
+/// A command that runs inside a container that is set up: its namespaces, root and cgroup. Rights are the caller's.
 pub fn exec_command(pid: u32, cgroup: &Path, env: &BTreeMap<String, String>, argv: &[String]) -> Command {
     let script = format!(
         "echo $$ > {}/cgroup.procs; exec nsenter --target {pid} --mount --uts --net --root --wd -- \"$@\"",

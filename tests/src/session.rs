@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, Output, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -168,6 +168,10 @@ impl Session {
     pub fn exec(&self, pod: &str, argv: &[&str]) -> Result<Command> {
         let pod = self.pod(pod)?;
         let container = pod.main()?;
+        wait::until(&format!("{} to be set up", pod.name), Duration::from_secs(10), || {
+            ensure!(container::is_set_up(container.pid)?, "its file systems are being mounted");
+            Ok(())
+        })?;
         let argv: Vec<String> = argv.iter().map(|word| (*word).to_owned()).collect();
         Ok(container::exec_command(container.pid, &container.cgroup, &container.env, &argv))
     }

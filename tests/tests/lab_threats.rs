@@ -181,12 +181,10 @@ fn claims_address(stage: &Stage) -> Result<()> {
                 let answer = stage.request("client", &[&url])?;
                 ensure!(answer.status == "000" && answer.body.is_empty(), "{url}: {answer:?}");
             }
-            // Usually it comes as far as the handshake. Where a tunnel to the victim was open, its packets may have met
-            // nobody instead, and the request ended without any answer; that is as closed.
             let line = wait::until("the client's ztunnel to see through it", SETTLE, || {
                 told()?.get(before).cloned().context("no line yet")
-            });
-            println!("  {address}: {}", line.unwrap_or_else(|_| "no answer at all".to_owned()));
+            })?;
+            println!("  {address}: {line}");
             // What the thief sends in the victim's name is the thief's.
             let other = session.pod("server-v2")?;
             let to = other.addresses.iter().find(|ip| ip.is_ipv4() == address.is_ipv4()).context("an address")?;
