@@ -99,7 +99,8 @@ pub fn run(mut config: Config, log: LogHandle) -> anyhow::Result<()> {
         let (feeds_end, drain) = drain::channel();
         let (certs, rotation) = certs::open(&config)?;
         let names = Names::new(Servers::File(RESOLV_CONF.into()), config.ipv6);
-        let shared = Shared { config: config.clone(), store: Store::new(), certs: certs.clone(), names };
+        let shared =
+            Shared { config: config.clone(), store: Store::new(), certs: certs.clone(), names, joins: Arc::default() };
         let workers = Arc::new(Workers::start(&shared).context("starting workers")?);
         let readiness = Readiness::default();
         let mut tasks = JoinSet::new();

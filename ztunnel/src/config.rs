@@ -213,6 +213,8 @@ pub struct Config {
     /// Whose services win among equals of several namespaces, in DNS only.
     pub preferred_namespace: Option<String>,
     pub response_baggage: bool,
+    /// Two pods of this node are joined inside the process once the tunnel between them is authorized.
+    pub same_node_join: bool,
     pub log_policy_decisions: bool,
     pub pool_max_streams: usize,
     pub pool_idle: Duration,
@@ -416,6 +418,7 @@ impl Config {
             "dnsCapture": self.dns_capture,
             "preferredServiceNamespace": self.preferred_namespace,
             "responseBaggage": self.response_baggage,
+            "sameNodeJoin": self.same_node_join,
             "logPolicyDecisions": self.log_policy_decisions,
             "poolMaxStreamsPerConn": self.pool_max_streams,
             "poolUnusedReleaseTimeout": seconds(self.pool_idle),
@@ -559,6 +562,7 @@ impl Raw {
             // Istio's spelling.
             preferred_namespace: self.0.text("PREFERED_SERVICE_NAMESPACE").map(str::to_owned),
             response_baggage: self.0.bool("ENABLE_RESPONSE_BAGGAGE", true),
+            same_node_join: self.0.bool("SAME_NODE_JOIN", true),
             log_policy_decisions: self.0.bool("AUTHZ_POLICY_INFO_LOGGING", false),
             pool_max_streams: self.0.parse("POOL_MAX_STREAMS_PER_CONNECTION", 100, "a number from 1 to 65535", |v| {
                 v.parse::<u16>().ok().filter(|n| *n > 0).map(usize::from)

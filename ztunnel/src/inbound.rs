@@ -3,16 +3,19 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use mesh::hbone::{self, Baggage, ConnectRequest};
+use mesh::hbone::{self, Baggage, ConnectRequest, HboneStream};
 use mesh::model::Workload;
 use mesh::policy::{self, authorize};
+use mesh::serve::CopyError;
 use mesh::store::Snapshot;
 use mesh::telemetry::ResponseFlag;
 use mesh::telemetry::access::{self, Connection, Direction, Failure, Party, Security, TcpRecord};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::ending::Ending;
-use crate::node::pod::{Facts, Opening, Tracked, Transport, Way};
+use crate::join::AcceptorTie;
+use crate::node::pod::{Facts, LocalPod, Opening, Tracked, Transport, Way};
 use crate::resolve;
 use crate::worker::{Local, Place, SELF_CALL, copy, h2_settings};
 
@@ -112,8 +115,36 @@ async fn forward(
     };
     let own = local.workload.baggage();
     let answer = at.shared.config.response_baggage.then_some(&own);
+    if let Some(found) = at.shared.joins.find(request.stream()) {
+        let tie = found.hand_over(upstream.into_std().map_err(CopyError::Upstream)?, record.bytes());
+        let downstream = request.accept(answer).map_err(Ending::Answer)?;
+        return joined(&tracked, &at.pod, downstream, tie).await;
+    }
     let downstream = request.accept(answer).map_err(Ending::Answer)?;
     copy(&tracked, &at.pod, &record.bytes(), downstream, upstream).await
+}
+
+/// Stands by while the client's side copies: policy and drain here end it there, and so does the end of the tunnel.
+async fn joined(
+    tracked: &Tracked,
+    pod: &LocalPod,
+    mut tunnel: HboneStream,
+    mut tie: AcceptorTie,
+) -> Result<(), Ending> {
+    tracked.established();
+    let mut nothing = [0];
+    tokio::select! {
+        biased;
+        () = tie.over() => {
+            // A client that is gone wants no goodbye.
+            let _ = tunnel.shutdown().await;
+            Ok(())
+        }
+        () = tracked.denied() => Err(Ending::DeniedLater),
+        () = pod.drain.cut() => Err(Ending::Drained),
+        // Nothing travels in it, so all that can come is its end.
+        _ = tunnel.read(&mut nothing) => Ok(()),
+    }
 }
 
 /// Why a connection was let in, for those who asked to see it.

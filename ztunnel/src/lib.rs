@@ -21,6 +21,7 @@ pub mod dns;
 pub mod ending;
 pub mod handover;
 pub mod inbound;
+pub mod join;
 pub mod names;
 pub mod node;
 pub mod outbound;

@@ -4,16 +4,19 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use ebpf_loader::abi::DNS_PORT;
-use mesh::hbone::{ConnectHeaders, HboneStream, PoolKey, TraceParent};
-use mesh::net::OriginalDst;
+use mesh::hbone::{ConnectHeaders, EarlyBytes, HboneStream, Meanwhile, PoolKey, TraceParent};
+use mesh::net::{ByteStream, OriginalDst, is_hang_up};
 use mesh::policy::{self, authorize};
+use mesh::serve::CopyError;
 use mesh::telemetry::ResponseFlag;
 use mesh::telemetry::access::{self, Connection, Direction, Failure, Security, TcpRecord};
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
 use crate::dns;
 use crate::ending::Ending;
-use crate::node::pod::{Facts, Opening, Tracked, Transport, Way};
+use crate::join::Handed;
+use crate::node::pod::{Facts, LocalPod, Opening, Tracked, Transport, Way};
 use crate::resolve::{self, ByName, NoRoute, Route, Tunnel, Via};
 use crate::worker::{Local, Place, SELF_CALL, copy, reset};
 
@@ -66,7 +69,7 @@ async fn forward(
     captured: Captured,
     record: &TcpRecord,
 ) -> Result<(), Ending> {
-    let Captured { stream, client, dst, opening } = captured;
+    let Captured { mut stream, client, dst, opening } = captured;
     let opened = async {
         let route = route?;
         let tracked = Tracked::open(
@@ -84,15 +87,39 @@ async fn forward(
             Some(tunnel) if at.pod.addresses().contains(&route.next_hop.ip()) => {
                 Upstream::Plain(hairpin(at, source, client, tunnel).await?)
             }
-            Some(tunnel) => Upstream::Tunnel(open_tunnel(at, source, &route, tunnel, client).await?),
+            Some(tunnel) if at.may_join(&route) => {
+                let mut offer = at.shared.joins.offer();
+                let mut announce = |stream| offer.announce(stream);
+                let mut meanwhile = Meanwhile::Announce(&mut announce);
+                let up = open_tunnel(at, source, &route, tunnel, client, &mut meanwhile).await?;
+                match offer.taken() {
+                    Some(handed) => Upstream::Joined(up, handed),
+                    None => Upstream::Tunnel(up),
+                }
+            }
+            Some(tunnel) => {
+                let mut meanwhile = Meanwhile::Say(EarlyBytes::of(&mut stream));
+                let up = open_tunnel(at, source, &route, tunnel, client, &mut meanwhile).await?;
+                if let Meanwhile::Say(early) = meanwhile {
+                    match early.sent() {
+                        Ok(bytes) => record.bytes().add_received(bytes as u64),
+                        // As in the copy that would follow: the client ended it, and the tunnel dropped is reset.
+                        Err(error) if is_hang_up(error.kind()) => return Ok(None),
+                        Err(error) => return Err(CopyError::Downstream(error).into()),
+                    }
+                }
+                Upstream::Tunnel(up)
+            }
             None => Upstream::Plain(at.dial_plain(route.next_hop).await?),
         };
-        Ok::<_, Ending>((tracked, upstream))
+        Ok::<_, Ending>(Some((tracked, upstream)))
     };
     match opened.await {
-        Ok((tracked, upstream)) => match upstream {
+        Ok(None) => Ok(()),
+        Ok(Some((tracked, upstream))) => match upstream {
             Upstream::Plain(up) => copy(&tracked, &at.pod, &record.bytes(), stream, up).await,
             Upstream::Tunnel(up) => copy(&tracked, &at.pod, &record.bytes(), stream, up).await,
+            Upstream::Joined(tunnel, handed) => joined(&tracked, &at.pod, record, stream, tunnel, handed).await,
         },
         Err(ending) => {
             reset(&stream);
@@ -105,6 +132,36 @@ async fn forward(
 enum Upstream {
     Plain(TcpStream),
     Tunnel(HboneStream),
+    /// The tunnel stands, and the application behind it is reached without it.
+    Joined(HboneStream, Handed),
+}
+
+/// Copies between two applications of this node, for the records of both sides.
+async fn joined(
+    tracked: &Tracked,
+    pod: &LocalPod,
+    record: &TcpRecord,
+    mut stream: TcpStream,
+    mut tunnel: HboneStream,
+    handed: Handed,
+) -> Result<(), Ending> {
+    metrics::counter!("ztunnel_same_node_joins_total").increment(1);
+    let Handed { app, bytes, mut tie } = handed;
+    let mut app = TcpStream::from_std(app).map_err(CopyError::Upstream)?;
+    let counts = [record.bytes(), bytes];
+    let done = tokio::select! {
+        done = copy(tracked, pod, &counts, &mut stream, &mut app) => done,
+        // As when a peer resets the tunnel.
+        () = tie.cut() => {
+            stream.abort();
+            app.abort();
+            return Ok(());
+        }
+    };
+    tie.over();
+    // The other side may be gone.
+    let _ = tunnel.shutdown().await;
+    done
 }
 
 /// A stream to the route's authority inside an mTLS connection to its next hop.
@@ -114,6 +171,7 @@ async fn open_tunnel(
     route: &Route,
     tunnel: &Tunnel,
     client: SocketAddr,
+    meanwhile: &mut Meanwhile<'_>,
 ) -> Result<HboneStream, Ending> {
     let to = route.next_hop;
     let local = at.pod.address_like(to.ip()).ok_or(Ending::NoSource(to))?;
@@ -126,7 +184,7 @@ async fn open_tunnel(
         traceparent: Some(TraceParent::random()),
         ..ConnectHeaders::default()
     };
-    let opened = at.pool.connect(key, &cert, || at.dial(local, to), &tunnel.authority, &headers).await;
+    let opened = at.pool.connect_while(key, &cert, || at.dial(local, to), &tunnel.authority, &headers, meanwhile).await;
     opened.map(|t| t.stream).map_err(|source| Ending::Tunnel { to, source })
 }
 

@@ -13,10 +13,10 @@ use mesh::hbone::{Authority, H2Settings, Pool, PoolSettings};
 use mesh::identity::{CertificateManager, Identity, WorkloadCertificate};
 use mesh::model::Workload;
 use mesh::net::{PeerAddr, canonical};
-use mesh::serve::{accept_loop, copy_bidirectional};
+use mesh::serve::{Count, accept_loop, copy_bidirectional};
 use mesh::store::{Snapshot, Store};
+use mesh::telemetry::ResponseFlag;
 use mesh::telemetry::access::{self, Direction};
-use mesh::telemetry::{ByteCounts, ResponseFlag};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
@@ -24,10 +24,11 @@ use tokio::task::JoinSet;
 use crate::config::Config;
 use crate::ending::Ending;
 use crate::handover::seal;
+use crate::join::Joins;
 use crate::names::Names;
 use crate::node::netns::{Family, leg_port};
 use crate::node::pod::{LocalPod, Tracked};
-use crate::resolve::{self, BadTarget};
+use crate::resolve::{self, BadTarget, Route, Via};
 use crate::{dns, inbound, outbound, passthrough};
 
 /// How long a connection waits for its own workload to arrive from the control plane.
@@ -46,6 +47,7 @@ pub struct Shared {
     pub store: Arc<Store>,
     pub certs: CertificateManager,
     pub names: Names,
+    pub joins: Arc<Joins>,
 }
 
 impl Shared {
@@ -323,6 +325,15 @@ impl Place {
         own
     }
 
+    /// May the bytes be spared the tunnel? Where the control plane says that the destination is on this node; whether it is
+    /// in this process, its acceptor knows.
+    #[must_use]
+    pub fn may_join(&self, route: &Route) -> bool {
+        let config = &self.shared.config;
+        let here = |workload: &Arc<Workload>| !workload.node.is_empty() && *workload.node == *config.node_name;
+        config.same_node_join && route.via == Via::Direct && route.destination.as_ref().is_some_and(here)
+    }
+
     /// [`resolve::inbound`], which must not lead to a port of this process either: in dedicated mode metrics and
     /// readiness listen in the pod's namespace.
     ///
@@ -363,7 +374,9 @@ impl Place {
     /// # Errors
     /// Those of the socket calls, as they are.
     pub async fn dial(&self, source: std::net::IpAddr, to: SocketAddr) -> io::Result<TcpStream> {
-        connect(self.pod.netns.outgoing(source)?, to).await
+        let socket = self.pod.netns.outgoing(source)?;
+        mesh::net::tune(&socket)?;
+        connect(socket, to).await
     }
 
     /// [`Self::dial`] with the pod's address and a deadline, for plain connections.
@@ -387,7 +400,12 @@ impl Place {
         if !keep_source {
             return self.dial_plain(to).await;
         }
-        let from = |port| async move { connect(self.pod.backend.app_leg(&self.pod.netns, client, port)?, to).await };
+        let from = |port| async move {
+            let socket = self.pod.backend.app_leg(&self.pod.netns, client, port)?;
+            // No keepalive: nobody vanishes on this kernel without a word.
+            socket.set_tcp_nodelay(true)?;
+            connect(socket, to).await
+        };
         let leg = async {
             for _ in 0..LEG_TRIES {
                 let port = leg_port(&mut rand::rng());
@@ -416,25 +434,18 @@ async fn in_time(to: SocketAddr, dial: impl Future<Output = io::Result<TcpStream
 }
 
 async fn connect(socket: socket2::Socket, to: SocketAddr) -> io::Result<TcpStream> {
-    let stream = TcpSocket::from_std_stream(socket.into()).connect(to).await?;
-    mesh::net::tune(&stream)?;
-    Ok(stream)
+    TcpSocket::from_std_stream(socket.into()).connect(to).await
 }
 
 /// Moves bytes until both sides are done, policy no longer allows it, or the drain deadline has passed.
 ///
 /// # Errors
 /// Which of those it was, unless both sides were done.
-pub async fn copy<A, B>(
-    tracked: &Tracked,
-    pod: &LocalPod,
-    bytes: &ByteCounts,
-    mut down: A,
-    mut up: B,
-) -> Result<(), Ending>
+pub async fn copy<A, B, C>(tracked: &Tracked, pod: &LocalPod, bytes: &C, mut down: A, mut up: B) -> Result<(), Ending>
 where
     A: mesh::net::ByteStream,
     B: mesh::net::ByteStream,
+    C: Count,
 {
     tracked.established();
     let cut = tokio::select! {

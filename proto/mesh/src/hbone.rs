@@ -6,6 +6,7 @@ use std::{fmt, io, net::SocketAddr, str::FromStr, time::Duration};
 use crate::{telemetry::ResponseFlag, text::Text, tls::TlsError};
 
 mod client;
+mod early;
 mod headers;
 mod keepalive;
 mod pool;
@@ -13,6 +14,7 @@ mod server;
 mod stream;
 
 pub use client::{Tunnel, connect_once};
+pub use early::{EarlyBytes, Meanwhile, StreamName};
 pub use headers::{Baggage, ConnectHeaders, TraceParent};
 pub use pool::{Pool, PoolKey, PoolSettings, PoolStats};
 pub use server::{ConnectRequest, ServeError, serve};

@@ -3,11 +3,11 @@
 use std::{
     io,
     net::{IpAddr, SocketAddr},
+    os::fd::AsFd,
     time::Duration,
 };
 
 use socket2::{SockRef, TcpKeepalive};
-use tokio::net::TcpStream;
 
 mod read_ahead;
 mod stream;
@@ -37,11 +37,16 @@ pub fn canonical_ip(ip: IpAddr) -> IpAddr {
     ip.to_canonical()
 }
 
-/// Sets what every proxied socket wants: no Nagle delay, and keepalive that notices a vanished peer.
-pub fn tune(stream: &TcpStream) -> io::Result<()> {
-    stream.set_nodelay(true)?;
+/// Sets what every proxied socket wants: no Nagle delay, and keepalive that notices a vanished peer. What a listener
+/// accepts has from the beginning what the listener has, which spares five system calls per connection.
+///
+/// # Errors
+/// Those of `setsockopt`.
+pub fn tune(socket: &impl AsFd) -> io::Result<()> {
+    let socket = SockRef::from(socket);
+    socket.set_tcp_nodelay(true)?;
     let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE).with_retries(KEEPALIVE_PROBES);
-    SockRef::from(stream).set_tcp_keepalive(&keepalive)
+    socket.set_tcp_keepalive(&keepalive)
 }
 
 /// Whether an error says no more than that the other side went away.

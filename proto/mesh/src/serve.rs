@@ -6,4 +6,4 @@ mod copy;
 
 pub use accept::accept_loop;
 pub use admin::{AdminRequest, AdminResponse, AdminServer, Readiness, ReadyGuard, json, text};
-pub use copy::{CopyError, Transferred, copy_bidirectional};
+pub use copy::{CopyError, Count, Transferred, copy_bidirectional};

@@ -33,7 +33,13 @@ const ALPN: &[u8] = b"h2";
 pub struct VerifiedPeer {
     identity: Identity,
     addr: SocketAddr,
+    session: SessionName,
 }
+
+/// What both ends of a session can say of it and nobody else can: keying material exported for this purpose (RFC 8446, section 7.5).
+pub type SessionName = [u8; 32];
+
+const SESSION_LABEL: &[u8] = b"EXPORTER-mesh-session-name";
 
 impl VerifiedPeer {
     pub fn identity(&self) -> &Identity {
@@ -43,6 +49,11 @@ impl VerifiedPeer {
     /// The far end of the TCP connection that carries the session.
     pub fn addr(&self) -> SocketAddr {
         self.addr
+    }
+
+    /// The session itself.
+    pub fn session(&self) -> SessionName {
+        self.session
     }
 }
 
@@ -195,7 +206,8 @@ where
     let identity = peer_identity(&stream.get_ref().1.peer_certificates(), stream.get_ref().1.alpn_protocol(), |id| {
         id.trust_domain() == own
     })?;
-    Ok((stream.into(), VerifiedPeer { identity, addr: peer }))
+    let session = stream.get_ref().1.export_keying_material([0; 32], SESSION_LABEL, None)?;
+    Ok((stream.into(), VerifiedPeer { identity, addr: peer, session }))
 }
 
 /// The client's half of a handshake. `peer` is the address that was dialled.
@@ -222,7 +234,8 @@ where
     let identity = peer_identity(&stream.get_ref().1.peer_certificates(), stream.get_ref().1.alpn_protocol(), |id| {
         expected.contains(id)
     })?;
-    Ok((stream.into(), VerifiedPeer { identity, addr: peer }))
+    let session = stream.get_ref().1.export_keying_material([0; 32], SESSION_LABEL, None)?;
+    Ok((stream.into(), VerifiedPeer { identity, addr: peer, session }))
 }
 
 /// The identity that made the verifier accept. Peers that skip ALPN get this far, and no further.

@@ -378,7 +378,8 @@ mod tests {
         let tally = drive(&options(server(|_| true).await, 100, 10)).await.unwrap();
         assert!(tally.adds_up(), "{tally:?}");
         assert!(tally.failed == 0 && tally.long_lost == 0 && tally.opened > 20, "{tally:?}");
-        assert_eq!(tally.long_alive, 10);
+        // Five stay to the end; each of the others may have had its last end just before.
+        assert!((5..=10).contains(&tally.long_alive), "{tally:?}");
         assert_eq!(tally.flows["f"], tally.ok);
     }
 

@@ -141,6 +141,8 @@ impl Netns {
                     transparent(&socket, family)?;
                     // Balances new connections over the workers; the kernel applies it after the steering as well.
                     socket.set_reuse_port(true)?;
+                    // Before it listens: what waits to be accepted has its options already.
+                    mesh::net::tune(&socket)?;
                     socket.bind(&address.into())?;
                     socket.listen(BACKLOG)?;
                     let listener = std::net::TcpListener::from(socket);
@@ -267,15 +269,11 @@ fn bind_leg(socket: &Socket, to: SocketAddr) -> io::Result<()> {
 }
 
 fn tcp(family: Family) -> io::Result<Socket> {
-    let socket = Socket::new(family.domain(), Type::STREAM, Some(Protocol::TCP))?;
-    socket.set_nonblocking(true)?;
-    Ok(socket)
+    Socket::new(family.domain(), Type::STREAM.nonblocking(), Some(Protocol::TCP))
 }
 
 fn udp(family: Family) -> io::Result<Socket> {
-    let socket = Socket::new(family.domain(), Type::DGRAM, Some(Protocol::UDP))?;
-    socket.set_nonblocking(true)?;
-    Ok(socket)
+    Socket::new(family.domain(), Type::DGRAM.nonblocking(), Some(Protocol::UDP))
 }
 
 fn transparent(socket: &Socket, family: Family) -> io::Result<()> {

@@ -7,5 +7,6 @@
 
 mod life;
 mod repair;
+mod same_node;
 mod support;
 mod two_nodes;

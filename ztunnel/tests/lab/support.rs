@@ -132,7 +132,7 @@ impl Lab {
         self.pods.iter().find(|(_, p)| *p == pod).expect("a pod of the lab").0
     }
 
-    fn pod_cgroup(&self, pod: &str) -> PathBuf {
+    pub fn pod_cgroup(&self, pod: &str) -> PathBuf {
         self.cgroup.join(format!("{}/kubepods/burstable/pod{}-{pod}/main", self.node_of(pod), self.name))
     }
 
@@ -168,13 +168,13 @@ impl Lab {
     pub fn configure(&self, node: char, mesh: &Mesh<'_>) {
         let mut text = String::from("workloads:\n");
         let told = "a string takes it";
-        for (_, pod) in self.pods {
+        for (node, pod) in self.pods {
             let [v4, v6] = self.addresses(pod);
             let serves = mesh.serves.iter().find(|(p, _)| p == pod).map_or("", |(_, serves)| *serves);
             let protocol = if *pod == mesh.left { "TCP" } else { "HBONE" };
             writeln!(
                 text,
-                r#"- {{uid: "Kubernetes//Pod/shop/{pod}", name: {pod}, namespace: shop, serviceAccount: {pod}, workloadIps: ["{v4}", "{v6}"], protocol: {protocol}, services: {{{serves}}}}}"#
+                r#"- {{uid: "Kubernetes//Pod/shop/{pod}", name: {pod}, namespace: shop, serviceAccount: {pod}, workloadIps: ["{v4}", "{v6}"], node: {node}, protocol: {protocol}, services: {{{serves}}}}}"#
             )
             .expect(told);
         }
@@ -224,6 +224,7 @@ impl Lab {
             .arg(env!("CARGO_BIN_EXE_ztunnel"))
             .env("LOCAL_XDS_PATH", self.dir.path().join(format!("{node}.yaml")))
             .env("LOCAL_CA_DIR", self.dir.path())
+            .env("NODE_NAME", node.to_string())
             .env("CGROUP_ROOT", self.cgroup.join(node.to_string()))
             .env("BPFFS_DIR", self.pins.join(node.to_string()))
             // Run in the node's namespace.

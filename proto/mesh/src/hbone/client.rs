@@ -1,7 +1,9 @@
 //! The opening side of one connection: handshakes, CONNECT, and the task that drives it.
 
 use std::{
+    future::{Future, poll_fn},
     net::SocketAddr,
+    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
@@ -20,7 +22,10 @@ use tokio::{
     sync::Notify,
 };
 
-use super::{Authority, ConnectHeaders, H2Settings, HboneStream, PoolSettings, SEND_BUFFER, TunnelError, keepalive};
+use super::{
+    Authority, ConnectHeaders, H2Settings, HboneStream, Meanwhile, PoolSettings, SEND_BUFFER, StreamName, TunnelError,
+    keepalive,
+};
 use crate::{
     identity::{Identity, WorkloadCertificate},
     tls::{self, TlsStream, VerifiedPeer},
@@ -92,12 +97,26 @@ impl Opener {
     }
 
     /// Opens one tunnel in the place reserved for it.
-    pub(super) async fn open(&self, request: Request<()>, permit: StreamPermit) -> Result<Tunnel, OpenError> {
+    pub(super) async fn open(
+        &self,
+        request: Request<()>,
+        permit: StreamPermit,
+        meanwhile: &mut Meanwhile<'_>,
+    ) -> Result<Tunnel, OpenError> {
         let mut send = self.send.clone().ready().await.map_err(OpenError::Unprocessed)?;
-        let (response, body) = send.send_request(request, false).map_err(OpenError::Unprocessed)?;
+        let (mut response, mut body) = send.send_request(request, false).map_err(OpenError::Unprocessed)?;
         // From here on the handle must not keep a connection alive that the pool has let go.
         drop(send);
-        let response = response.await.map_err(|error| {
+        let stream = StreamName { session: self.peer.session(), stream: response.stream_id().as_u32() };
+        meanwhile.asked(stream, &mut body);
+        let answered = poll_fn(|cx| {
+            let answer = Pin::new(&mut response).poll(cx);
+            if answer.is_pending() {
+                meanwhile.poll(cx, &mut body);
+            }
+            answer
+        });
+        let response = answered.await.map_err(|error| {
             if sent_away(&error) {
                 OpenError::Unprocessed(error)
             } else {
@@ -194,7 +213,7 @@ where
     // ends it when the peer is.
     tokio::spawn(drive(connection, settings.h2.clone()));
     let permit = opener.reserve(1).ok_or(TunnelError::Unstable)?;
-    match tokio::time::timeout(settings.response_timeout, opener.open(request, permit)).await {
+    match tokio::time::timeout(settings.response_timeout, opener.open(request, permit, &mut Meanwhile::Wait)).await {
         Ok(Ok(tunnel)) => Ok(tunnel),
         Ok(Err(OpenError::Unprocessed(error))) => Err(TunnelError::from_h2(error, TunnelError::Stream)),
         Ok(Err(OpenError::Final(error))) => Err(error),

@@ -20,13 +20,12 @@ use std::{
 use tokio::{net::TcpStream, task::JoinSet, time::timeout};
 
 use super::{
-    Authority, ConnectHeaders, H2Settings, Tunnel, TunnelError,
+    Authority, ConnectHeaders, H2Settings, Meanwhile, Tunnel, TunnelError,
     client::{self, OpenError, Opener, StreamPermit},
 };
 use crate::{
     drain::DrainWatcher,
     identity::{Identity, WorkloadCertificate},
-    net,
 };
 
 /// What connections are shared by: all of it must be equal.
@@ -117,7 +116,7 @@ impl Pool {
     }
 
     /// A tunnel to `authority` through the peer that `key` names, on a pooled connection that was made with no older a
-    /// certificate than `cert`, or on one made by `dial`.
+    /// certificate than `cert`, or on one made by `dial`, which has to [`tune`](crate::net::tune) it.
     pub async fn connect<D, F>(
         &self,
         key: PoolKey,
@@ -125,6 +124,23 @@ impl Pool {
         dial: D,
         authority: &Authority,
         headers: &ConnectHeaders,
+    ) -> Result<Tunnel, TunnelError>
+    where
+        D: FnMut() -> F,
+        F: Future<Output = io::Result<TcpStream>>,
+    {
+        self.connect_while(key, cert, dial, authority, headers, &mut Meanwhile::Wait).await
+    }
+
+    /// As [`Self::connect`]; `meanwhile` until the answer is there.
+    pub async fn connect_while<D, F>(
+        &self,
+        key: PoolKey,
+        cert: &Arc<WorkloadCertificate>,
+        dial: D,
+        authority: &Authority,
+        headers: &ConnectHeaders,
+        meanwhile: &mut Meanwhile<'_>,
     ) -> Result<Tunnel, TunnelError>
     where
         D: FnMut() -> F,
@@ -138,7 +154,7 @@ impl Pool {
                 None => Box::pin(self.establish(&key, cert, &mut dials)).await?,
             };
             let request = client::request(authority, headers)?;
-            match timeout(self.0.settings.response_timeout, opener.open(request, permit)).await {
+            match timeout(self.0.settings.response_timeout, opener.open(request, permit, meanwhile)).await {
                 Ok(Ok(tunnel)) => return Ok(tunnel),
                 Ok(Err(OpenError::Final(error))) => return Err(error),
                 Err(_) => return Err(TunnelError::ResponseTimeout),
@@ -181,7 +197,6 @@ impl Pool {
             .await
             .map_err(|_| TunnelError::ConnectTimeout)?
             .map_err(from_dial)?;
-        net::tune(&stream).map_err(TunnelError::Connect)?;
         let (opener, connection) =
             client::handshake(stream, cert, &key.expected, key.destination, &settings.h2).await?;
         let permit = opener.reserve(settings.max_streams).ok_or(TunnelError::Unstable)?;

@@ -10,7 +10,9 @@ use tokio::{
     task::JoinSet,
 };
 
-use super::{Authority, Baggage, ConnectHeaders, H2Settings, HboneStream, SEND_BUFFER, TunnelError, keepalive};
+use super::{
+    Authority, Baggage, ConnectHeaders, H2Settings, HboneStream, SEND_BUFFER, StreamName, TunnelError, keepalive,
+};
 use crate::{
     drain::DrainWatcher,
     telemetry::{ResponseFlag, access},
@@ -65,6 +67,11 @@ impl ConnectRequest {
         headers.write(response.headers_mut());
         let send = self.respond.send_response(response, false).map_err(TunnelError::Stream)?;
         Ok(HboneStream::new(send, self.body, None))
+    }
+
+    /// The stream it came on.
+    pub fn stream(&self) -> StreamName {
+        StreamName { session: self.peer.session(), stream: self.respond.stream_id().as_u32() }
     }
 
     /// Says that nothing was done, so that the peer tries again on another connection.

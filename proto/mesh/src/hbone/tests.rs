@@ -440,6 +440,146 @@ async fn a_tunnel_sent_away_on_a_fresh_connection_opens_on_the_next() {
     within(serving).await.unwrap();
 }
 
+/// Answers a CONNECT once it has heard what comes with it; says it back, and whatever follows.
+async fn heard_first(request: ConnectRequest, heard: tokio::sync::mpsc::Sender<Vec<u8>>) {
+    let stream = request.accept(None).unwrap();
+    let (mut read, mut write) = tokio::io::split(stream);
+    let mut bytes = vec![0; 5];
+    read.read_exact(&mut bytes).await.unwrap();
+    heard.send(bytes.clone()).await.unwrap();
+    write.write_all(&bytes).await.unwrap();
+    let _ = tokio::io::copy(&mut read, &mut write).await;
+}
+
+#[tokio::test]
+async fn what_a_client_has_to_say_travels_with_its_connect_and_again_where_it_was_not_taken() {
+    let ca = FileCa::generate("td", Duration::from_secs(3600), Clock::system()).unwrap();
+    let (client, server) = (Arc::new(ca.sign(&id("client")).unwrap()), Arc::new(ca.sign(&id("server")).unwrap()));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    let (_trigger, watcher) = drain::channel();
+    let (heard, mut hearing) = tokio::sync::mpsc::channel(4);
+    let (answer, answering) = tokio::sync::watch::channel(false);
+    let serving = tokio::spawn(async move {
+        for n in 0..2 {
+            let (socket, peer) = listener.accept().await.unwrap();
+            let (stream, peer) = tls::accept(&server, socket, peer).await.unwrap();
+            let (heard, answering) = (heard.clone(), answering.clone());
+            let handler = move |request: ConnectRequest| {
+                let (heard, mut answering) = (heard.clone(), answering.clone());
+                async move {
+                    if n == 0 {
+                        return request.send_away();
+                    }
+                    let _ = answering.wait_for(|may| *may).await;
+                    heard_first(request, heard).await;
+                }
+            };
+            tokio::spawn(serve(stream, peer, H2Settings::default(), watcher.clone(), handler));
+        }
+    });
+    let pool = Pool::new(PoolSettings::default());
+    let key = PoolKey::new(id("client"), vec![id("server")], addr, addr.ip());
+    let (authority, headers) = ("10.0.0.1:80".parse().unwrap(), ConnectHeaders::default());
+    let (mut app, mut captured) = tokio::io::duplex(1024);
+    app.write_all(b"early").await.unwrap();
+    let mut meanwhile = Meanwhile::Say(EarlyBytes::of(&mut captured));
+    let dial = || TcpStream::connect(addr);
+    let connect = pool.connect_while(key, &client, dial, &authority, &headers, &mut meanwhile);
+    let more = async {
+        // The answer waits for it; so it is said before there is one.
+        app.write_all(b"-and-late").await.unwrap();
+        answer.send_replace(true);
+    };
+    let (tunnel, ()) = within(async { tokio::join!(connect, more) }).await;
+    let mut tunnel = tunnel.unwrap();
+    let Meanwhile::Say(early) = meanwhile else { panic!("it stays what it was") };
+    let sent = early.sent().unwrap();
+    assert!((5..=14).contains(&sent), "{sent}");
+    assert_eq!(within(hearing.recv()).await.unwrap(), b"early");
+    let mut back = vec![0; sent];
+    within(tunnel.stream.read_exact(&mut back)).await.unwrap();
+    assert_eq!(back, b"early-and-late"[..sent]);
+    within(serving).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_client_that_breaks_off_before_its_tunnel_stands_is_known_to_have() {
+    struct Broken;
+    impl crate::net::ByteStream for Broken {
+        fn poll_chunk(
+            &mut self,
+            _: &mut std::task::Context<'_>,
+            _: usize,
+            _: &mut bytes::BytesMut,
+        ) -> std::task::Poll<std::io::Result<bytes::Bytes>> {
+            std::task::Poll::Ready(Err(std::io::ErrorKind::ConnectionReset.into()))
+        }
+
+        fn poll_put(
+            &mut self,
+            _: &mut std::task::Context<'_>,
+            _: &mut crate::net::Chunks,
+        ) -> std::task::Poll<std::io::Result<usize>> {
+            unreachable!("nothing is written to the client yet")
+        }
+
+        fn poll_flush(&mut self, _: &mut std::task::Context<'_>) -> std::task::Poll<std::io::Result<()>> {
+            unreachable!()
+        }
+
+        fn poll_end(&mut self, _: &mut std::task::Context<'_>) -> std::task::Poll<std::io::Result<()>> {
+            unreachable!()
+        }
+    }
+    let world = default_world().await;
+    let (addr, mut broken) = (world.addr, Broken);
+    let mut meanwhile = Meanwhile::Say(EarlyBytes::of(&mut broken));
+    let (authority, headers) = ("10.0.0.1:80".parse().unwrap(), ConnectHeaders::default());
+    let dial = || TcpStream::connect(addr);
+    let connect = world.pool.connect_while(world.key(), &world.cert, dial, &authority, &headers, &mut meanwhile);
+    within(connect).await.unwrap();
+    let Meanwhile::Say(early) = meanwhile else { panic!("it stays what it was") };
+    assert_eq!(early.sent().unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
+}
+
+#[tokio::test]
+async fn both_ends_know_a_stream_by_the_same_name() {
+    let ca = FileCa::generate("td", Duration::from_secs(3600), Clock::system()).unwrap();
+    let (client, server) = (Arc::new(ca.sign(&id("client")).unwrap()), Arc::new(ca.sign(&id("server")).unwrap()));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    let (_trigger, watcher) = drain::channel();
+    let (named, mut names) = tokio::sync::mpsc::channel(4);
+    tokio::spawn(async move {
+        let (socket, peer) = listener.accept().await.unwrap();
+        let (stream, peer) = tls::accept(&server, socket, peer).await.unwrap();
+        let handler = move |request: ConnectRequest| {
+            let named = named.clone();
+            async move {
+                named.send(request.stream()).await.unwrap();
+                echo(request).await;
+            }
+        };
+        let _ = serve(stream, peer, H2Settings::default(), watcher, handler).await;
+    });
+    let pool = Pool::new(PoolSettings::default());
+    let key = PoolKey::new(id("client"), vec![id("server")], addr, addr.ip());
+    let (authority, headers) = ("10.0.0.1:80".parse().unwrap(), ConnectHeaders::default());
+    let mut told = Vec::new();
+    let mut tunnels = Vec::new();
+    for _ in 0..2 {
+        let mut announce = |name| told.push(name);
+        let mut meanwhile = Meanwhile::Announce(&mut announce);
+        let dial = || TcpStream::connect(addr);
+        let connect = pool.connect_while(key.clone(), &client, dial, &authority, &headers, &mut meanwhile);
+        tunnels.push(within(connect).await.unwrap());
+    }
+    let seen = [within(names.recv()).await.unwrap(), within(names.recv()).await.unwrap()];
+    assert_eq!(told, seen);
+    assert!(told[0].session == told[1].session && told[0].stream != told[1].stream && told[0].session != [0; 32]);
+}
+
 #[tokio::test]
 async fn unused_connections_are_closed() {
     let settings = PoolSettings { unused_release: Duration::from_millis(50), ..PoolSettings::default() };

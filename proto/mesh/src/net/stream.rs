@@ -32,6 +32,11 @@ pub trait ByteStream: Unpin + Send {
 
     /// Makes the coming drop a reset, so that the other side cannot take what it has for all there was.
     fn abort(&mut self) {}
+
+    /// The socket, where it is nothing else.
+    fn socket(&self) -> Option<&TcpStream> {
+        None
+    }
 }
 
 /// Lent to a copy that its owner may want to abort.
@@ -54,6 +59,10 @@ impl<S: ByteStream> ByteStream for &mut S {
 
     fn abort(&mut self) {
         (**self).abort();
+    }
+
+    fn socket(&self) -> Option<&TcpStream> {
+        (**self).socket()
     }
 }
 
@@ -165,7 +174,7 @@ fn poll_read_chunk<R: AsyncRead + Unpin>(
 }
 
 macro_rules! byte_stream_over_socket {
-    ($socket:ty) => {
+    ($socket:ty, $tcp:expr) => {
         impl ByteStream for $socket {
             fn poll_chunk(
                 &mut self,
@@ -199,12 +208,17 @@ macro_rules! byte_stream_over_socket {
                 // Without it the close is an orderly one; there is nothing better to do then.
                 let _ = socket2::SockRef::from(&*self).set_linger(Some(std::time::Duration::ZERO));
             }
+
+            fn socket(&self) -> Option<&TcpStream> {
+                let tcp: fn(&Self) -> Option<&TcpStream> = $tcp;
+                tcp(self)
+            }
         }
     };
 }
 
-byte_stream_over_socket!(TcpStream);
-byte_stream_over_socket!(UnixStream);
+byte_stream_over_socket!(TcpStream, |socket| Some(socket));
+byte_stream_over_socket!(UnixStream, |_| None);
 
 /// Any other stream as a [`ByteStream`].
 pub struct Io<S>(S);

@@ -21,14 +21,18 @@ const LAST_ACCEPTS: usize = 65_536;
 /// Tasks that watch the cut themselves get this long to record that they were drained; the others are aborted then.
 const CUT_GRACE: Duration = Duration::from_millis(200);
 
-/// Hands each connection to `handler`, whose futures run as tasks of this loop. On drain what is in the listener's queue
-/// is served still, as closing the listener would reset it; then the listener is closed and the tasks may finish until
-/// the cut. Dropping the future of this function cuts them at once.
+/// Tunes the listener, and with it what it accepts from now on (see [`tune`]), and hands each connection to `handler`, whose
+/// futures run as tasks of this loop. On drain what is in the listener's queue is served still, as closing the listener
+/// would reset it; then the listener is closed and the tasks may finish until the cut. Dropping the future of this function
+/// cuts them at once.
 pub async fn accept_loop<H, F>(listener: TcpListener, drain: DrainWatcher, handler: H)
 where
     H: Fn(TcpStream, PeerAddr) -> F + Send,
     F: Future<Output = ()> + Send + 'static,
 {
+    if let Err(error) = tune(&listener) {
+        tracing::warn!(%error, "setting a listener's options");
+    }
     let mut tasks = JoinSet::new();
     let mut draining = std::pin::pin!(drain.draining());
     loop {
@@ -80,12 +84,7 @@ where
     H: Fn(TcpStream, PeerAddr) -> F,
     F: Future<Output = ()> + Send + 'static,
 {
-    match tune(&stream) {
-        Ok(()) => {
-            tasks.spawn(handler(stream, PeerAddr(canonical(peer))));
-        }
-        Err(error) => tracing::debug!(%error, "connection closed before it was served"),
-    }
+    tasks.spawn(handler(stream, PeerAddr(canonical(peer))));
 }
 
 async fn pause_after(error: &io::Error) {
@@ -124,6 +123,28 @@ mod tests {
         assert_eq!(served.load(std::sync::atomic::Ordering::Relaxed), clients.len());
         drop(guard);
         draining.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_is_accepted_is_tuned() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (trigger, watcher) = drain::channel();
+        let (seen, mut sight) = tokio::sync::mpsc::channel(1);
+        let accepting = tokio::spawn(accept_loop(listener, watcher, move |stream, _peer| {
+            let seen = seen.clone();
+            async move {
+                let socket = socket2::SockRef::from(&stream);
+                let tuned = (socket.tcp_nodelay().unwrap(), socket.keepalive().unwrap());
+                seen.send((tuned, socket.tcp_keepalive_time().unwrap())).await.unwrap();
+            }
+        }));
+        // What is connected before the loop has begun has what the listener had then.
+        tokio::task::yield_now().await;
+        let _client = TcpStream::connect(address).await.unwrap();
+        assert_eq!(sight.recv().await, Some(((true, true), Duration::from_secs(180))));
+        trigger.drain(Duration::from_secs(5)).await;
+        accepting.await.unwrap();
     }
 
     #[tokio::test]

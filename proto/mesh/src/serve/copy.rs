@@ -2,29 +2,37 @@
 //!
 //! Each direction reads chunks while it has room and writes them together, so that a burst costs one write. The room
 //! grows with what has been carried: most connections are short and small, and those that are not gain from large
-//! buffers. A direction that waits holds no more than a small rest of a buffer.
+//! buffers. A direction that waits holds no more than a small rest of a buffer. Between two plain sockets a large transfer
+//! leaves user space altogether: see [`splice`].
 
 use std::{
     future::poll_fn,
     io,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
 
 use bytes::BytesMut;
-use tokio::time::Sleep;
+use tokio::{net::TcpStream, time::Sleep};
 
 use crate::{
     net::{ByteStream, Chunks, is_hang_up},
     telemetry::{ByteCounts, ResponseFlag},
 };
 
+mod splice;
+
+use splice::{Moved, Pipe, Side};
+
 /// Room at the start, after [`GROW_FIRST`] bytes, and after [`GROW_SECOND`].
 const ROOM: [usize; 3] = [1024, 16 * 1024, 256 * 1024];
 const GROW_FIRST: u64 = 128 * 1024;
 /// Early, because a buffer is let go whenever its direction waits: it costs memory only while bytes flow.
 const GROW_SECOND: u64 = 2 * 1024 * 1024;
+/// Where the pipe of [`splice`] begins to pay: making it costs as much as copying some tens of KiB.
+const SPLICE_FROM: u64 = 512 * 1024;
 /// Rounds of one direction in one poll. Streams in memory are always ready and would starve everybody else.
 const MAX_ROUNDS: usize = 32;
 
@@ -57,23 +65,62 @@ impl CopyError {
     }
 }
 
+/// Who is told how much went which way, while it goes.
+pub trait Count {
+    /// Bytes read from downstream have been written upstream.
+    fn received(&self, bytes: u64);
+    /// Bytes read from upstream have been written downstream.
+    fn sent(&self, bytes: u64);
+}
+
+impl Count for ByteCounts {
+    fn received(&self, bytes: u64) {
+        self.add_received(bytes);
+    }
+
+    fn sent(&self, bytes: u64) {
+        self.add_sent(bytes);
+    }
+}
+
+impl<C: Count> Count for Arc<C> {
+    fn received(&self, bytes: u64) {
+        (**self).received(bytes);
+    }
+
+    fn sent(&self, bytes: u64) {
+        (**self).sent(bytes);
+    }
+}
+
+/// Two records of one connection.
+impl<C: Count> Count for [C; 2] {
+    fn received(&self, bytes: u64) {
+        self.iter().for_each(|counts| counts.received(bytes));
+    }
+
+    fn sent(&self, bytes: u64) {
+        self.iter().for_each(|counts| counts.sent(bytes));
+    }
+}
+
 /// Copies both ways until both sides have ended, or one that was read from has gone away. When one side ends, or takes
 /// nothing more, the other direction goes on to its own end. `counters` follow along while it runs.
-pub async fn copy_bidirectional<A: ByteStream, B: ByteStream>(
+pub async fn copy_bidirectional<A: ByteStream, B: ByteStream, C: Count>(
     mut downstream: A,
     mut upstream: B,
-    counters: &ByteCounts,
+    counters: &C,
 ) -> Result<Transferred, CopyError> {
     let mut up = OneWay::default();
     let mut down = OneWay::default();
     let mut farewell: Option<Pin<Box<Sleep>>> = None;
     let ended = poll_fn(|cx| {
-        let up_ended = up.poll(cx, &mut downstream, &mut upstream, |bytes| counters.add_received(bytes));
+        let up_ended = up.poll(cx, &mut downstream, &mut upstream, |bytes| counters.received(bytes));
         let up_ended = match up_ended {
             Poll::Ready(Err(error)) => return Poll::Ready(Err(error.of(CopyError::Downstream, CopyError::Upstream))),
             other => other.is_ready(),
         };
-        let down_ended = down.poll(cx, &mut upstream, &mut downstream, |bytes| counters.add_sent(bytes));
+        let down_ended = down.poll(cx, &mut upstream, &mut downstream, |bytes| counters.sent(bytes));
         match down_ended {
             Poll::Ready(Err(error)) => Poll::Ready(Err(error.of(CopyError::Upstream, CopyError::Downstream))),
             Poll::Ready(Ok(())) if up_ended => Poll::Ready(Ok(())),
@@ -135,6 +182,17 @@ struct OneWay {
     carried: u64,
     /// The sink hung up.
     gave_up: bool,
+    pipe: Way,
+}
+
+/// How a direction carries its bytes.
+#[derive(Default)]
+enum Way {
+    #[default]
+    Copy,
+    Splice(Pipe),
+    /// There was no pipe to be had.
+    CopyForGood,
 }
 
 impl OneWay {
@@ -149,6 +207,22 @@ impl OneWay {
         for _ in 0..MAX_ROUNDS {
             if self.phase == Phase::Ended {
                 return Poll::Ready(Ok(()));
+            }
+            if self.phase == Phase::Open
+                && let Some((from, to)) = self.sockets(source, sink)
+            {
+                match ready!(self.poll_splice(cx, from, to)) {
+                    Ok(Moved::Bytes(bytes)) => {
+                        self.carried += bytes as u64;
+                        count(bytes as u64);
+                    }
+                    Ok(Moved::Ended) => self.phase = Phase::Ending,
+                    Ok(Moved::Waiting) => return Poll::Pending,
+                    Err(Side::Source(error)) => return Poll::Ready(Err(SideError::Source(error))),
+                    Err(Side::Sink(error)) if is_hang_up(error.kind()) => self.give_up(),
+                    Err(Side::Sink(error)) => return Poll::Ready(Err(SideError::Sink(error))),
+                }
+                continue;
             }
             let more = self.fill(cx, source)?;
             let told = if !self.waiting.is_empty() {
@@ -177,6 +251,30 @@ impl OneWay {
         }
         cx.waker().wake_by_ref();
         Poll::Pending
+    }
+
+    /// Both ends, where they are plain sockets and enough has been carried for a pipe to pay.
+    fn sockets<'a, R: ByteStream, W: ByteStream>(
+        &mut self,
+        source: &'a R,
+        sink: &'a W,
+    ) -> Option<(&'a TcpStream, &'a TcpStream)> {
+        if self.carried < SPLICE_FROM || !self.waiting.is_empty() {
+            return None;
+        }
+        let sockets = source.socket().zip(sink.socket())?;
+        if let Way::Copy = self.pipe {
+            self.pipe = Pipe::new().map_or(Way::CopyForGood, Way::Splice);
+            self.spare = BytesMut::new();
+        }
+        matches!(self.pipe, Way::Splice(_)).then_some(sockets)
+    }
+
+    fn poll_splice(&mut self, cx: &mut Context<'_>, from: &TcpStream, to: &TcpStream) -> Poll<Result<Moved, Side>> {
+        match &mut self.pipe {
+            Way::Splice(pipe) => pipe.poll_move(cx, from, to),
+            Way::Copy | Way::CopyForGood => Poll::Ready(Ok(Moved::Waiting)),
+        }
     }
 
     /// The sink takes nothing more. It may have spoken before it went (a refusal that does not wait for the request),
