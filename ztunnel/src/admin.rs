@@ -1,6 +1,8 @@
 //! The small HTTP servers: admin on localhost, or in dedicated mode on a unix socket; metrics and readiness for the
 //! kubelet and the scraper.
 
+mod profile;
+
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
@@ -17,9 +19,27 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::config::{Config, Mode};
+use crate::explain;
 use crate::handover::follow::Generations;
 use crate::node::Registry;
 use crate::worker::Shared;
+
+/// What the index says of the admin server's paths.
+const ABOUT: [(&str, &str); 7] = [
+    ("/explain", "?from=NAMESPACE/POD&amp;to=HOST:PORT: what would happen to that connection, and which rule decides"),
+    (
+        "/config_dump",
+        "what this ztunnel knows: workloads, services, policies, certificates, pods and their connections, settings",
+    ),
+    (
+        "/logging",
+        "?level=LEVEL or ?level=TARGET=LEVEL,... adds to the log filter, ?reset takes it back; alone it shows the filter",
+    ),
+    ("/quitquitquit", "drain and end"),
+    ("/debug/pprof/profile", "a CPU profile for pprof; ?seconds=1-300 (10), &amp;frequency=1-1000 (100)"),
+    ("/debug/pprof/heap", "not in this build"),
+    ("/debug/pprof/heap/profiling", "not in this build"),
+];
 
 /// What the servers show.
 pub struct Deps {
@@ -90,6 +110,7 @@ pub fn start(ports: Ports, deps: Deps, tasks: &mut JoinSet<()>, drain: &DrainWat
     let admin = AdminServer::new("admin").route(Method::GET, "/config_dump", dump).logging(deps.log).quit(move || {
         quit.send_replace(true);
     });
+    let admin = explain::route(profile::routes(admin), deps.shared, deps.registry).index("ztunnel", &ABOUT);
     let stats = AdminServer::new("stats").metrics(deps.metrics);
     let ready = AdminServer::new("readiness").readiness(deps.readiness);
     match ports.admin {

@@ -102,6 +102,8 @@ pub fn run(mut config: Config, log: LogHandle) -> anyhow::Result<()> {
         let shared =
             Shared { config: config.clone(), store: Store::new(), certs: certs.clone(), names, joins: Arc::default() };
         let workers = Arc::new(Workers::start(&shared).context("starting workers")?);
+        let data = workers.runtimes().iter().enumerate().map(|(n, runtime)| (n.to_string(), runtime.clone()));
+        telemetry::watch_runtimes(data.chain([("control".to_owned(), control.handle().clone())]).collect());
         let readiness = Readiness::default();
         let mut tasks = JoinSet::new();
         tasks.spawn(rotation.run(drain.clone()));

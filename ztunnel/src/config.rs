@@ -16,10 +16,10 @@ pub use mesh::settings::Mistakes;
 use mesh::telemetry::LogFormat;
 use mesh::xds::NodeInfo;
 
-use crate::cni;
 use crate::cni::install::Directories;
 use crate::handover::supervisor::SUPERVISOR;
 use crate::node::enrolment::{Failure, Inbound};
+use crate::{cni, explain};
 
 /// Where bytes of control-plane trust come from.
 const DEFAULT_CONTROL_PLANE: &str = "istiod.istio-system.svc:15012";
@@ -36,7 +36,7 @@ const LONGEST_DRAIN: Duration = Duration::from_secs(5);
 const DEFAULT_BPFFS_DIR: &str = "/sys/fs/bpf/ztunnel";
 /// A node's ztunnel may run on the same kernel; each has its own pins.
 const DEDICATED_BPFFS_DIR: &str = "/sys/fs/bpf/ztunnel-dedicated";
-const DEFAULT_ADMIN_SOCKET: &str = "/var/run/ztunnel/admin.sock";
+pub(crate) const DEFAULT_ADMIN_SOCKET: &str = "/var/run/ztunnel/admin.sock";
 /// The metadata service of cloud machines: instance credentials, reachable by link-local address only.
 const DEFAULT_EXCLUDED: &str = "169.254.169.254/32";
 
@@ -85,6 +85,8 @@ pub enum Command {
     Wait,
     /// Take away what a dedicated ztunnel left in the kernel.
     Release,
+    /// Ask the ztunnel that runs here what would happen to a connection; `None`: how to ask.
+    Explain(Option<explain::cli::Question>),
     Version,
     Help,
 }
@@ -100,6 +102,7 @@ usage: ztunnel [proxy ztunnel]      run (settings come from the environment, see
        ztunnel uninstall            take everything of ours off the node, on which no ztunnel may run any more
        ztunnel wait                 do nothing until SIGTERM
        ztunnel release              take away what a ztunnel of dedicated mode left in the kernel (same environment)
+       ztunnel explain --from POD --to HOST:PORT   what would happen to a connection, and which rule decides; see its --help
        ztunnel --version            print the version and exit
        ztunnel --help               print this and exit";
 
@@ -108,6 +111,10 @@ usage: ztunnel [proxy ztunnel]      run (settings come from the environment, see
 /// # Errors
 /// Every argument that is not understood.
 pub fn parse_args<I: IntoIterator<Item = String>>(args: I) -> Result<Command, Mistakes> {
+    let mut args = args.into_iter().peekable();
+    if args.next_if(|first| first == "explain").is_some() {
+        return explain::cli::parse(args).map(Command::Explain);
+    }
     let mut command = Command::Run;
     let mut mistakes = Mistakes::default();
     let mut words = Vec::new();
@@ -1028,6 +1035,7 @@ mod tests {
         assert_eq!(parse(&["uninstall"]), Ok(Command::Uninstall));
         assert_eq!(parse(&["wait"]), Ok(Command::Wait));
         assert!(parse(&["cni", "dance"]).is_err());
+        assert!(matches!(parse(&["explain", "--from", "a/b", "--to", "c:1"]), Ok(Command::Explain(Some(_)))));
         assert_eq!(parse(&["release"]), Ok(Command::Release));
         assert!(parse(&["release", "--now"]).is_err() && parse(&["release", "all"]).is_err());
     }

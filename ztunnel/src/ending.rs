@@ -93,3 +93,6 @@ impl From<Ending> for Failure {
         Self::new(ending.flag(), &ending)
     }
 }
+
+#[cfg(test)]
+mod tests;

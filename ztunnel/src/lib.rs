@@ -19,6 +19,7 @@ pub mod config;
 pub mod dedicated;
 pub mod dns;
 pub mod ending;
+pub mod explain;
 pub mod handover;
 pub mod inbound;
 pub mod join;

@@ -9,11 +9,14 @@ use std::process::ExitCode;
 use nix::sys::signal::{SigSet, Signal};
 use ztunnel::cni::install;
 use ztunnel::config::{CniTask, Command, Config, Mistakes, USAGE, UninstallTask, parse_args};
+use ztunnel::explain::cli;
 use ztunnel::handover::supervisor;
 use ztunnel::{app, dedicated, uninstall};
 
 /// A mistake of whoever started us; nothing was tried.
 const BAD_SETTINGS: u8 = 2;
+/// `explain` has nothing to say to such a question.
+const NO_ANSWER: u8 = 2;
 
 fn main() -> ExitCode {
     let called_as = std::env::args_os().next();
@@ -53,7 +56,34 @@ fn main() -> ExitCode {
             Ok(config) => release(&config),
             Err(mistakes) => refuse(&mistakes),
         },
+        Ok(Command::Explain(question)) => explain(question.as_ref()),
         Err(mistakes) => refuse(&mistakes),
+    }
+}
+
+/// Prints the answer of the ztunnel that runs here; the exit status is for scripts.
+fn explain(question: Option<&cli::Question>) -> ExitCode {
+    let Some(question) = question else {
+        println!("{}", cli::USAGE);
+        return ExitCode::SUCCESS;
+    };
+    let admin = match cli::Admin::from_env(std::env::vars()) {
+        Ok(admin) => admin,
+        Err(mistakes) => return refuse(&mistakes),
+    };
+    match cli::ask(&admin, question) {
+        Ok(cli::Answer::Verdict(connects, said)) => {
+            print!("{said}");
+            if connects { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+        Ok(cli::Answer::None(said)) => {
+            eprintln!("ztunnel explain: {said}");
+            ExitCode::from(NO_ANSWER)
+        }
+        Err(error) => {
+            eprintln!("ztunnel explain: {error:#}");
+            ExitCode::from(NO_ANSWER)
+        }
     }
 }
 

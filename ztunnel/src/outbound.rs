@@ -49,6 +49,7 @@ pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, dst: S
 }
 
 async fn look_up(at: &Place, source: &Local, lacking: ByName) -> Result<Route, NoRoute> {
+    access::on_demand_dns(&source.workload.party(Some(&source.identity)), lacking.hostname());
     let found = at.shared.names.addresses(lacking.hostname()).await;
     let found = found.as_deref().map_err(ToString::to_string);
     lacking.resolved(&source.workload, found, &mut rand::rng())

@@ -261,7 +261,11 @@ fn gateway_name(gateway: &GatewayAddress) -> String {
     }
 }
 
-fn gateway_service<'a>(world: &'a Snapshot, source: &Workload, gateway: &GatewayAddress) -> Option<&'a Arc<Service>> {
+pub(crate) fn gateway_service<'a>(
+    world: &'a Snapshot,
+    source: &Workload,
+    gateway: &GatewayAddress,
+) -> Option<&'a Arc<Service>> {
     match &gateway.destination {
         GatewayDestination::Hostname(name) => world.service(name),
         GatewayDestination::Address(a) => world.best_service_by_vip(&a.network, a.address, &source.namespace),
@@ -275,7 +279,7 @@ fn service_waypoint<'a, R: Rng>(service: &'a Service, rng: &mut R) -> Option<&'a
 }
 
 /// A waypoint's own pod must reach the workloads it fronts directly.
-fn is_instance_of(world: &Snapshot, source: &Workload, waypoint: &GatewayAddress) -> bool {
+pub(crate) fn is_instance_of(world: &Snapshot, source: &Workload, waypoint: &GatewayAddress) -> bool {
     if let GatewayDestination::Address(a) = &waypoint.destination
         && a.network == source.network
         && source.addresses.contains(&a.address)
@@ -288,14 +292,14 @@ fn is_instance_of(world: &Snapshot, source: &Workload, waypoint: &GatewayAddress
 
 /// Which port the caller wants of a service.
 #[derive(Clone, Copy)]
-enum Wanted {
+pub(crate) enum Wanted {
     Port(u16),
     /// A waypoint: an endpoint behind an application tunnel need not map the port.
     Hbone(u16),
 }
 
 impl Wanted {
-    const fn port(self) -> u16 {
+    pub(crate) const fn port(self) -> u16 {
         match self {
             Self::Port(p) | Self::Hbone(p) => p,
         }
@@ -310,6 +314,18 @@ fn pick<R: Rng>(
     wanted: Wanted,
     rng: &mut R,
 ) -> Result<(Arc<Workload>, u16), NoRoute> {
+    let preferred = prefer(service, source, usable(world, service, wanted)?);
+    weighted_pick(&preferred, |(w, _)| w.capacity, rng)
+        .map(|(w, target)| (Arc::clone(w), *target))
+        .ok_or_else(|| NoRoute::NoHealthyUpstream { service: service.key(), port: wanted.port() })
+}
+
+/// The endpoints of `service` that can be called, each with the port to call it on.
+pub(crate) fn usable<'a>(
+    world: &'a Snapshot,
+    service: &Service,
+    wanted: Wanted,
+) -> Result<Vec<(&'a Arc<Workload>, u16)>, NoRoute> {
     let port = wanted.port();
     let key = service.key();
     let defined = service.ports.get(&port);
@@ -329,14 +345,11 @@ fn pick<R: Rng>(
     });
     let usable =
         candidates.filter(|(w, _)| !w.addresses.is_empty() || !w.hostname.is_empty() || w.network_gateway.is_some());
-    let preferred = prefer(service, source, usable.collect());
-    weighted_pick(&preferred, |(w, _)| w.capacity, rng)
-        .map(|(w, target)| (Arc::clone(w), *target))
-        .ok_or(NoRoute::NoHealthyUpstream { service: key, port })
+    Ok(usable.collect())
 }
 
 /// Keeps the candidates the service's load balancing wants for this source.
-fn prefer<'a>(
+pub(crate) fn prefer<'a>(
     service: &Service,
     source: &Workload,
     candidates: Vec<(&'a Arc<Workload>, u16)>,

@@ -141,6 +141,7 @@ enum Job {
 pub struct Workers {
     queues: Vec<mpsc::Sender<Job>>,
     threads: Vec<JoinHandle<()>>,
+    runtimes: Vec<tokio::runtime::Handle>,
 }
 
 impl Workers {
@@ -149,10 +150,11 @@ impl Workers {
     /// # Errors
     /// When a thread or its runtime cannot be made.
     pub fn start(shared: &Shared) -> io::Result<Self> {
-        let mut workers = Self { queues: Vec::new(), threads: Vec::new() };
+        let mut workers = Self { queues: Vec::new(), threads: Vec::new(), runtimes: Vec::new() };
         for n in 0..shared.config.worker_threads {
             let (queue, jobs) = mpsc::channel(QUEUE);
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            workers.runtimes.push(runtime.handle().clone());
             let shared = shared.clone();
             let thread = std::thread::Builder::new()
                 .name(format!("worker-{n}"))
@@ -166,6 +168,12 @@ impl Workers {
     #[must_use]
     pub fn count(&self) -> usize {
         self.queues.len()
+    }
+
+    /// Each worker's runtime, for its figures.
+    #[must_use]
+    pub fn runtimes(&self) -> &[tokio::runtime::Handle] {
+        &self.runtimes
     }
 
     /// Gives every worker its listeners of a pod.

@@ -154,6 +154,11 @@ impl Policy {
         matches!(self.body, Body::Rules { dry_run: true, .. })
     }
 
+    /// The first rule that matches `conn`, counted from 0. An unreadable policy has none.
+    pub fn matching_rule(&self, conn: &Connection) -> Option<usize> {
+        rules::first_match(self.groups(), &rules::Subject::new(conn))
+    }
+
     fn groups(&self) -> &[Group] {
         match &self.body {
             Body::Rules { groups, .. } => groups,

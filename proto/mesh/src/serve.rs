@@ -5,5 +5,5 @@ mod admin;
 mod copy;
 
 pub use accept::accept_loop;
-pub use admin::{AdminRequest, AdminResponse, AdminServer, Readiness, ReadyGuard, json, text};
+pub use admin::{AdminRequest, AdminResponse, AdminServer, Readiness, ReadyGuard, gzip, json, text};
 pub use copy::{CopyError, Count, Transferred, copy_bidirectional};

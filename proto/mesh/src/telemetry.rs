@@ -2,10 +2,15 @@
 //! it ended. Names of fields and labels are Istio's, written here once.
 
 pub mod access;
+mod exposition;
 mod flag;
 mod logging;
 mod metrics;
+mod process;
 
+pub(crate) use exposition::preferences;
+pub use exposition::{Exposition, Family, Kind};
 pub use flag::ResponseFlag;
 pub use logging::{LogError, LogFormat, LogHandle, init_logging};
 pub use metrics::{ByteCounts, MetricsHandle, metrics_handle, record_build};
+pub use process::watch_runtimes;

@@ -94,6 +94,7 @@ impl Open {
         let state = DnsState::asking(dns_servers.clone());
         let pod = Arc::new(LocalPod::new(wanted, netns, cookie, state).redirected());
         registry.insert(&pod);
+        metrics::gauge!("workload_manager_active_proxy_count").set(1.0);
         workers.assign(&pod, shares).await;
         for socket in dns {
             self.dns.spawn(dns::serve::udp(shared.clone(), pod.clone(), socket));

@@ -70,11 +70,15 @@ pub struct Registry(RwLock<BTreeMap<u64, Arc<LocalPod>>>);
 
 impl Registry {
     pub(crate) fn insert(&self, pod: &Arc<LocalPod>) {
+        metrics::counter!("workload_manager_proxies_started_total").increment(1);
         self.0.write().unwrap_or_else(PoisonError::into_inner).insert(Self::key(pod), pod.clone());
     }
 
     pub(crate) fn remove(&self, pod: &Arc<LocalPod>) {
-        self.0.write().unwrap_or_else(PoisonError::into_inner).remove(&Self::key(pod));
+        let known = self.0.write().unwrap_or_else(PoisonError::into_inner).remove(&Self::key(pod));
+        if known.is_some() {
+            metrics::counter!("workload_manager_proxies_stopped_total").increment(1);
+        }
     }
 
     /// A pod may be here twice while it leaves and joins again; only the object tells the two apart.

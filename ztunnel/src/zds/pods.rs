@@ -116,7 +116,6 @@ impl Pods {
         self.pending.remove(uid);
         let Some(Up { pod, info }) = self.up.remove(uid) else { return self.count() };
         tracing::info!(%uid, pod = %info.name, namespace = %info.namespace, open = pod.connections.len(), "stopped");
-        metrics::counter!("workload_manager_proxies_stopped_total").increment(1);
         let (shared, registry) = (self.deps.shared.clone(), self.deps.registry.clone());
         self.tasks.spawn(async move {
             pod.drain(Duration::ZERO).await;
@@ -176,7 +175,6 @@ impl Pods {
             self.deps.shared.certs.prefetch(identity);
         }
         tracing::info!(uid = %info.uid, pod = %info.name, namespace = %info.namespace, "served");
-        metrics::counter!("workload_manager_proxies_started_total").increment(1);
         self.up.insert(info.uid.clone(), Up { pod, info: info.clone() });
         Ok(())
     }

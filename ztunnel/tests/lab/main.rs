@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod life;
+mod operators;
 mod repair;
 mod same_node;
 mod support;

@@ -125,7 +125,11 @@ impl<'a> Subject<'a> {
 }
 
 pub(super) fn any_matches(groups: &[Group], subject: &Subject<'_>) -> bool {
-    groups.iter().any(|group| group.0.iter().all(|clause| clause.matches(subject)))
+    first_match(groups, subject).is_some()
+}
+
+pub(super) fn first_match(groups: &[Group], subject: &Subject<'_>) -> Option<usize> {
+    groups.iter().position(|group| group.0.iter().all(|clause| clause.matches(subject)))
 }
 
 impl Clause {

@@ -28,7 +28,7 @@ use tokio::{
 use super::accept_loop;
 use crate::{
     drain::DrainWatcher,
-    telemetry::{LogHandle, MetricsHandle},
+    telemetry::{Exposition, LogHandle, MetricsHandle, preferences},
 };
 
 const MAX_BODY: usize = 1 << 20;
@@ -49,12 +49,16 @@ pub struct AdminRequest {
 }
 
 impl AdminRequest {
-    /// The value of `name` in the query. `Some("")` when it stands there without one. Nothing is percent-decoded apart
-    /// from `%3D` and `%2C`, which is what curl users meet.
+    /// The value of `name` in the query, percent-decoded. `Some("")` when it stands there without one.
     pub fn param(&self, name: &str) -> Option<String> {
         let pairs = self.query.as_deref()?.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
         let (_, value) = pairs.into_iter().find(|(key, _)| *key == name)?;
-        Some(value.replace("%3D", "=").replace("%3d", "=").replace("%2C", ",").replace("%2c", ","))
+        Some(percent_encoding::percent_decode_str(value).decode_utf8_lossy().into_owned())
+    }
+
+    /// The value of a header; empty where it is not there or no text.
+    fn header(&self, name: header::HeaderName) -> &str {
+        self.headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default()
     }
 }
 
@@ -93,15 +97,42 @@ impl AdminServer {
         })
     }
 
-    /// `GET /metrics` and its Envoy spelling.
+    /// `GET /metrics` and its Envoy spelling, in the format and encoding that the scraper prefers.
     pub fn metrics(self, metrics: MetricsHandle) -> Self {
-        let answer = move |_| {
-            let mut response = text(StatusCode::OK, metrics.render());
-            let content_type = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
-            response.headers_mut().insert(header::CONTENT_TYPE, content_type);
+        let answer = move |request: AdminRequest| {
+            let format = Exposition::accepted(request.header(header::ACCEPT));
+            let exposed = metrics.expose(format).into_bytes();
+            let packed = accepts_gzip(request.header(header::ACCEPT_ENCODING));
+            let mut response = text(StatusCode::OK, if packed { gzip(&exposed) } else { exposed });
+            let headers = response.headers_mut();
+            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(format.content_type()));
+            headers.insert(header::VARY, HeaderValue::from_static("accept, accept-encoding"));
+            if packed {
+                headers.insert(header::CONTENT_ENCODING, HeaderValue::from_static("gzip"));
+            }
             async { response }
         };
         self.route(Method::GET, "/metrics", answer.clone()).route(Method::GET, "/stats/prometheus", answer)
+    }
+
+    /// `GET /`: a page with the routes that were added before, each with what `about` says of its path.
+    pub fn index(self, title: &str, about: &[(&str, &str)]) -> Self {
+        let mut page =
+            format!("<!DOCTYPE html>\n<html><head><title>{title}</title></head><body>\n<h1>{title}</h1>\n<table>\n");
+        for (method, path, _) in &self.routes {
+            let said = about.iter().find(|(of, _)| of == path).map_or("", |(_, said)| said);
+            // What a browser asks for by a click is GET.
+            let link =
+                if *method == Method::GET { format!("<a href=\"{path}\">{path}</a>") } else { (*path).to_owned() };
+            page.push_str(&format!("<tr><td>{method}</td><td>{link}</td><td>{said}</td></tr>\n"));
+        }
+        page.push_str("</table>\n</body></html>\n");
+        let page = Bytes::from(page);
+        self.route(Method::GET, "/", move |_| {
+            let mut response = text(StatusCode::OK, page.clone());
+            response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/html; charset=utf-8"));
+            async { response }
+        })
     }
 
     /// `POST /logging`: `?level=<filter>` adds, `?reset` resets, bare shows.
@@ -232,6 +263,17 @@ fn is_owner(stream: &UnixStream) -> bool {
     stream.peer_cred().is_ok_and(|peer| peer.uid() == 0 || ours.is_ok_and(|uid| uid == peer.uid()))
 }
 
+fn accepts_gzip(accept_encoding: &str) -> bool {
+    preferences(accept_encoding).any(|(coding, weight)| coding.eq_ignore_ascii_case("gzip") && weight > 0.0)
+}
+
+/// Packed quickly rather than well: metrics are full of repetitions.
+pub fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut packer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    let packed = std::io::Write::write_all(&mut packer, bytes).and_then(|()| packer.finish());
+    packed.expect("writing to a vector does not fail")
+}
+
 /// An answer in plain text.
 pub fn text(status: StatusCode, body: impl Into<Bytes>) -> AdminResponse {
     let mut response = Response::new(Full::new(body.into()));
@@ -299,53 +341,4 @@ impl Drop for ReadyGuard {
 }
 
 #[cfg(test)]
-mod tests {
-    use tokio::{
-        io::{AsyncReadExt, AsyncWriteExt},
-        net::TcpStream,
-    };
-
-    use super::*;
-    use crate::drain;
-
-    async fn ask(addr: std::net::SocketAddr, request: &str) -> String {
-        let mut stream = TcpStream::connect(addr).await.unwrap();
-        stream.write_all(request.as_bytes()).await.unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).await.unwrap();
-        answer
-    }
-
-    #[tokio::test]
-    async fn operators_get_their_answers() {
-        let readiness = Readiness::default();
-        let waiting = readiness.pending("xds sync");
-        let server = AdminServer::new("test")
-            .readiness(readiness.clone())
-            .metrics(crate::telemetry::metrics_handle())
-            .route(Method::GET, "/config_dump", |request| async move { json(&request.param("a")) });
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let addr = listener.local_addr().unwrap();
-        let (trigger, watcher) = drain::channel();
-        let serving = tokio::spawn(server.serve(listener, watcher));
-
-        let get = |path: &str| format!("GET {path} HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n");
-        let not_ready = ask(addr, &get("/healthz/ready")).await;
-        assert!(not_ready.starts_with("HTTP/1.1 500") && not_ready.contains("xds sync"), "{not_ready}");
-        drop(waiting);
-        assert!(ask(addr, &get("/healthz/ready")).await.starts_with("HTTP/1.1 200"));
-        readiness.shutting_down();
-        assert!(ask(addr, &get("/healthz/ready")).await.starts_with("HTTP/1.1 500"));
-
-        assert!(ask(addr, &get("/stats/prometheus")).await.starts_with("HTTP/1.1 200"));
-        assert!(ask(addr, &get("/config_dump?a=b%3Dc")).await.ends_with("\"b=c\""));
-        assert!(ask(addr, &get("/nowhere")).await.starts_with("HTTP/1.1 404"));
-        let post = "POST /metrics HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
-        assert!(ask(addr, post).await.starts_with("HTTP/1.1 405"));
-        assert!(ask(addr, "\0\0garbage\r\n\r\n").await.starts_with("HTTP/1.1 400"));
-
-        trigger.drain(Duration::from_secs(5)).await;
-        serving.await.unwrap();
-        assert!(TcpStream::connect(addr).await.is_err(), "a drained server accepts nothing");
-    }
-}
+mod tests;

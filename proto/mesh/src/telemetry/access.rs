@@ -368,16 +368,9 @@ pub fn common_labels(
     destination: &Party,
     service: Option<&ServiceLabels>,
 ) -> Vec<Label> {
-    vec![
-        Label::from_static_parts("reporter", direction.reporter()),
-        label("source_workload", &source.workload),
-        label("source_canonical_service", &source.canonical_service),
-        label("source_canonical_revision", &source.canonical_revision),
-        label("source_workload_namespace", &source.namespace),
-        label("source_principal", &source.principal),
-        label("source_app", &source.canonical_service),
-        label("source_version", &source.canonical_revision),
-        label("source_cluster", &source.cluster),
+    let mut labels = vec![Label::from_static_parts("reporter", direction.reporter())];
+    labels.extend(source_labels(source));
+    labels.extend([
         label("destination_service", &service.map(|service| service.hostname.clone())),
         label("destination_service_namespace", &service.map(|service| service.namespace.clone())),
         label("destination_service_name", &service.map(|service| service.name.clone())),
@@ -389,7 +382,28 @@ pub fn common_labels(
         label("destination_app", &destination.canonical_service),
         label("destination_version", &destination.canonical_revision),
         label("destination_cluster", &destination.cluster),
+    ]);
+    labels
+}
+
+fn source_labels(source: &Party) -> [Label; 8] {
+    [
+        label("source_workload", &source.workload),
+        label("source_canonical_service", &source.canonical_service),
+        label("source_canonical_revision", &source.canonical_revision),
+        label("source_workload_namespace", &source.namespace),
+        label("source_principal", &source.principal),
+        label("source_app", &source.canonical_service),
+        label("source_version", &source.canonical_revision),
+        label("source_cluster", &source.cluster),
     ]
+}
+
+/// Counts a connection whose endpoint is known by `hostname` alone, so that DNS was needed to make it.
+pub fn on_demand_dns(source: &Party, hostname: &Text) {
+    let mut labels = source_labels(source).to_vec();
+    labels.push(Label::new("hostname", ::metrics::SharedString::from_shared(hostname.clone())));
+    counter!("istio_on_demand_dns_total", labels).increment(1);
 }
 
 fn label(name: &'static str, value: &Option<Text>) -> Label {
@@ -400,79 +414,4 @@ fn label(name: &'static str, value: &Option<Text>) -> Label {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn connection(pod: &str) -> Connection {
-        Connection {
-            direction: Direction::Outbound,
-            source_addr: "10.0.0.1:1000".parse().unwrap(),
-            destination_addr: "10.0.0.2:15008".parse().unwrap(),
-            hbone_addr: Some("10.0.0.2:80".into()),
-            source: Party {
-                workload: Some(pod.into()),
-                principal: Some("spiffe://t/ns/a/sa/b".into()),
-                ..Party::default()
-            },
-            destination: Party::default(),
-            service: None,
-            security: Security::MutualTls,
-        }
-    }
-
-    /// The value of the series of `metric` that belongs to the workload and flag.
-    fn value(metric: &str, workload: &str, flag: ResponseFlag) -> Option<u64> {
-        let (workload, flag) = (format!("source_workload=\"{workload}\""), format!("response_flags=\"{flag}\""));
-        let text = metrics_handle().render();
-        let line = text.lines().find(|l| l.starts_with(metric) && l.contains(&workload) && l.contains(&flag))?;
-        line.rsplit_once(' ')?.1.parse().ok()
-    }
-
-    #[test]
-    fn bytes_show_while_the_connection_is_open() {
-        let record = TcpRecord::open(connection("still-open"));
-        record.bytes().add_received(5);
-        record.bytes().add_sent(7);
-        let read = |metric| value(metric, "still-open", ResponseFlag::None);
-        assert_eq!(read("istio_tcp_connections_opened_total"), Some(1));
-        assert_eq!(read("istio_tcp_received_bytes_total"), Some(5));
-        assert_eq!(read("istio_tcp_sent_bytes_total"), Some(7));
-        record.bytes().add_sent(1);
-        record.close(Ok(()));
-        assert_eq!(read("istio_tcp_sent_bytes_total"), Some(8));
-        assert_eq!(read("istio_tcp_connections_closed_total"), Some(1));
-    }
-
-    #[test]
-    fn failures_carry_their_flag() {
-        TcpRecord::open(connection("refused")).close(Err(Failure::new(ResponseFlag::Deny, "no")));
-        drop(TcpRecord::open(connection("refused")));
-        let read = |flag| value("istio_tcp_connections_failed_total", "refused", flag);
-        assert_eq!(read(ResponseFlag::Deny), Some(1));
-        assert_eq!(read(ResponseFlag::Cancelled), Some(1));
-        assert_eq!(read(ResponseFlag::None), None);
-        assert_eq!(value("istio_tcp_connections_opened_total", "refused", ResponseFlag::None), Some(2));
-    }
-
-    #[test]
-    fn labels_stand_in_istios_order() {
-        let names: Vec<_> = Labels {
-            direction: Direction::Inbound,
-            source: Party::default(),
-            destination: Party::default(),
-            service: None,
-            security: Security::Unknown,
-        }
-        .labels(ResponseFlag::None)
-        .iter()
-        .map(|label| label.key().to_owned())
-        .collect();
-        assert_eq!(names[0], "reporter");
-        assert_eq!(
-            names[8..12],
-            ["source_cluster", "destination_service", "destination_service_namespace", "destination_service_name"]
-        );
-        assert_eq!(names[20..23], ["request_protocol", "response_flags", "connection_security_policy"]);
-        assert_eq!(names.len(), 27);
-    }
-}
+mod tests;

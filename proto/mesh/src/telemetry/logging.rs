@@ -306,16 +306,13 @@ impl Visit for JsonFields {
     }
 }
 
+/// What `log` writes in that format, under that filter.
 #[cfg(test)]
-mod tests {
-    use std::sync::{Arc, Mutex};
-
-    use super::*;
-
+pub(super) fn capture(format: LogFormat, filter: &str, log: impl FnOnce()) -> String {
     #[derive(Clone, Default)]
     struct Captured(Arc<Mutex<Vec<u8>>>);
 
-    impl io::Write for Captured {
+    impl Write for Captured {
         fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
             self.0.lock().expect("no writer panics").extend_from_slice(buf);
             Ok(buf.len())
@@ -326,12 +323,20 @@ mod tests {
         }
     }
 
+    let captured = Captured::default();
+    let writer = captured.clone();
+    let layer = tracing_subscriber::fmt::layer().event_format(Lines(format)).with_writer(move || writer.clone());
+    let layer = layer.with_filter(parse_filter(filter).expect("a filter"));
+    tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), log);
+    String::from_utf8(captured.0.lock().expect("no writer panics").clone()).expect("lines are text")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
     fn line(format: LogFormat, log: impl FnOnce()) -> String {
-        let captured = Captured::default();
-        let writer = captured.clone();
-        let layer = tracing_subscriber::fmt::layer().event_format(Lines(format)).with_writer(move || writer.clone());
-        tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), log);
-        String::from_utf8(captured.0.lock().expect("no writer panics").clone()).expect("lines are text")
+        capture(format, "trace", log)
     }
 
     #[test]

@@ -11,6 +11,9 @@ use std::{
 use metrics::Counter;
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
+use super::exposition::{Exposition, Family, open_metrics};
+use super::process::process;
+
 /// Upper bounds of every histogram, as Envoy has them; durations are in milliseconds.
 const BUCKETS: [f64; 19] = [
     0.5,
@@ -38,16 +41,44 @@ const BUCKETS: [f64; 19] = [
 const DNS_DURATION: &str = "istio_dns_upstream_request_duration_seconds";
 const DNS_BUCKETS: [f64; 6] = [0.000_5, 0.001, 0.01, 0.1, 1.0, 5.0];
 
+/// Looks at something when metrics are asked for, and at no other time.
+type Collector = Box<dyn Fn() -> Vec<Family> + Send + Sync>;
+
 /// The registry of this process, as text.
 #[derive(Clone)]
-pub struct MetricsHandle(PrometheusHandle);
+pub struct MetricsHandle {
+    registry: PrometheusHandle,
+    collectors: Arc<Mutex<Vec<Collector>>>,
+}
 
 impl MetricsHandle {
-    /// In the Prometheus text format. Bytes of open connections are counted up to now.
+    /// What was counted, in the Prometheus text format, without what collectors find. Bytes of open connections are
+    /// counted up to now.
     pub fn render(&self) -> String {
         OPEN.flush();
-        self.0.run_upkeep();
-        self.0.render()
+        self.registry.run_upkeep();
+        self.registry.render()
+    }
+
+    /// All there is, for a scraper.
+    pub fn expose(&self, format: Exposition) -> String {
+        let mut text = self.render();
+        for collect in &*self.collectors() {
+            collect().iter().for_each(|family| family.write(&mut text));
+        }
+        match format {
+            Exposition::Text => text,
+            Exposition::OpenMetrics => open_metrics(&text),
+        }
+    }
+
+    /// Adds what `collect` finds at each scrape. It stays for the life of the process.
+    pub fn collect(&self, collect: impl Fn() -> Vec<Family> + Send + Sync + 'static) {
+        self.collectors().push(Box::new(collect));
+    }
+
+    fn collectors(&self) -> std::sync::MutexGuard<'_, Vec<Collector>> {
+        self.collectors.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -61,11 +92,11 @@ pub fn metrics_handle() -> MetricsHandle {
                 .and_then(|b| b.set_buckets_for_metric(Matcher::Full(DNS_DURATION.into()), &DNS_BUCKETS))
                 .expect("the lists of buckets are not empty")
                 .build_recorder();
-            let handle = recorder.handle();
+            let registry = recorder.handle();
             if metrics::set_global_recorder(recorder).is_err() {
                 tracing::error!("another metrics recorder is installed; metrics of the mesh will be missing");
             }
-            MetricsHandle(handle)
+            MetricsHandle { registry, collectors: Arc::new(Mutex::new(vec![Box::new(process) as Collector])) }
         })
         .clone()
 }
