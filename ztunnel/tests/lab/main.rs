@@ -6,6 +6,8 @@
 #![forbid(unsafe_code)]
 
 mod life;
+mod networks;
 mod repair;
+mod sandwich;
 mod support;
 mod two_nodes;
