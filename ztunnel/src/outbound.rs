@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use ebpf_loader::abi::DNS_PORT;
-use mesh::hbone::{ConnectHeaders, EarlyBytes, HboneStream, Meanwhile, PoolKey, TraceParent};
+use mesh::hbone::{self, ConnectHeaders, EarlyBytes, HboneStream, Meanwhile, PoolKey, TraceParent};
 use mesh::net::{ByteStream, OriginalDst, is_hang_up};
 use mesh::policy::{self, authorize};
 use mesh::serve::CopyError;
@@ -15,10 +15,11 @@ use tokio::net::TcpStream;
 
 use crate::dns;
 use crate::ending::Ending;
+use crate::inbound::announce;
 use crate::join::Handed;
 use crate::node::pod::{Facts, LocalPod, Opening, Tracked, Transport, Way};
 use crate::resolve::{self, ByName, NoRoute, Route, Tunnel, Via};
-use crate::worker::{Local, Place, SELF_CALL, copy, reset};
+use crate::worker::{Local, Place, SELF_CALL, copy, pool_settings, reset};
 
 /// Serves what the pod's application sent to `dst`.
 pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, dst: SocketAddr) {
@@ -42,10 +43,15 @@ pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, dst: S
         Err(NoRoute::ByName(lacking)) => Box::pin(look_up(&at, &source, *lacking)).await,
         decided => decided,
     };
-    let record = TcpRecord::open(describe(&source, client, dst, &route));
     let captured = Captured { stream, client, dst, opening };
-    let outcome = Box::pin(forward(&at, &source, route, captured, &record)).await;
-    record.close(outcome.map_err(Failure::from));
+    match route {
+        Ok(route) if route.via == Via::Gateway => Box::pin(beyond(&at, &source, route, captured)).await,
+        route => {
+            let record = TcpRecord::open(describe(&source, client, dst, route.as_ref().ok()));
+            let outcome = Box::pin(forward(&at, &source, route, captured, &record)).await;
+            record.close(outcome.map_err(Failure::from));
+        }
+    }
 }
 
 async fn look_up(at: &Place, source: &Local, lacking: ByName) -> Result<Route, NoRoute> {
@@ -73,17 +79,7 @@ async fn forward(
     let Captured { mut stream, client, dst, opening } = captured;
     let opened = async {
         let route = route?;
-        let tracked = Tracked::open(
-            opening,
-            Facts {
-                way: Way::Outbound,
-                src: client,
-                original_dst: dst,
-                actual_dst: route.next_hop,
-                protocol: if route.tunnel.is_some() { Transport::Hbone } else { Transport::Tcp },
-                authorized_as: None,
-            },
-        );
+        let tracked = track(opening, client, dst, &route);
         let upstream = match &route.tunnel {
             Some(tunnel) if at.pod.addresses().contains(&route.next_hop.ip()) => {
                 Upstream::Plain(hairpin(at, source, client, tunnel).await?)
@@ -92,7 +88,7 @@ async fn forward(
                 let mut offer = at.shared.joins.offer();
                 let mut announce = |stream| offer.announce(stream);
                 let mut meanwhile = Meanwhile::Announce(&mut announce);
-                let up = open_tunnel(at, source, &route, tunnel, client, &mut meanwhile).await?;
+                let up = open_tunnel(at, source, &route, tunnel, client, &mut meanwhile).await?.stream;
                 match offer.taken() {
                     Some(handed) => Upstream::Joined(up, handed),
                     None => Upstream::Tunnel(up),
@@ -100,7 +96,7 @@ async fn forward(
             }
             Some(tunnel) => {
                 let mut meanwhile = Meanwhile::Say(EarlyBytes::of(&mut stream));
-                let up = open_tunnel(at, source, &route, tunnel, client, &mut meanwhile).await?;
+                let up = open_tunnel(at, source, &route, tunnel, client, &mut meanwhile).await?.stream;
                 if let Meanwhile::Say(early) = meanwhile {
                     match early.sent() {
                         Ok(bytes) => record.bytes().add_received(bytes as u64),
@@ -127,6 +123,44 @@ async fn forward(
             Err(ending)
         }
     }
+}
+
+/// To another network. Who answers there is known once it has: only then is there a record to open, or once nobody does.
+async fn beyond(at: &Arc<Place>, source: &Local, route: Route, captured: Captured) {
+    let Captured { stream, client, dst, opening } = captured;
+    let mut connection = describe(source, client, dst, Some(&route));
+    let tracked = track(opening, client, dst, &route);
+    let tunnel = route.tunnel.as_ref().expect("gateways are reached by tunnels");
+    let opened = async {
+        let outer = open_tunnel(at, source, &route, tunnel, client, &mut Meanwhile::Wait).await?;
+        through(at, source, &route, tunnel, client, outer.stream).await
+    };
+    match opened.await {
+        Ok(hbone::Tunnel { stream: up, peer, response }) => {
+            connection.destination = response.baggage.unwrap_or_default().party(peer.identity());
+            let record = TcpRecord::open(connection);
+            let outcome = copy(&tracked, &at.pod, &record.bytes(), stream, up).await;
+            record.close(outcome.map_err(Failure::from));
+        }
+        Err(ending) => {
+            reset(&stream);
+            TcpRecord::open(connection).close(Err(ending.into()));
+        }
+    }
+}
+
+/// Enters the connection into its pod's table.
+fn track(opening: Opening, client: SocketAddr, dst: SocketAddr, route: &Route) -> Tracked {
+    let protocol = if route.tunnel.is_some() { Transport::Hbone } else { Transport::Tcp };
+    let facts = Facts {
+        way: Way::Outbound,
+        src: client,
+        original_dst: dst,
+        actual_dst: route.next_hop,
+        protocol,
+        authorized_as: None,
+    };
+    Tracked::open(opening, facts)
 }
 
 /// What the bytes go into.
@@ -173,20 +207,44 @@ async fn open_tunnel(
     tunnel: &Tunnel,
     client: SocketAddr,
     meanwhile: &mut Meanwhile<'_>,
-) -> Result<HboneStream, Ending> {
+) -> Result<hbone::Tunnel, Ending> {
     let to = route.next_hop;
     let local = at.pod.address_like(to.ip()).ok_or(Ending::NoSource(to))?;
     let cert = at.certificate(source).await?;
     let key = PoolKey::new(source.identity.clone(), tunnel.expected.clone(), to, local);
-    let headers = ConnectHeaders {
+    let headers = headers(source, route, client);
+    let dial = || at.dial(local, to);
+    let opened = at.pool.connect_while(key, &cert, dial, &tunnel.authority, &headers, meanwhile).await;
+    opened.map_err(|source| Ending::Tunnel { to, source })
+}
+
+/// The second tunnel, inside the one to a gateway, with its own handshake: the gateway only passes bytes on. It is never
+/// pooled, as one that was opened before may end elsewhere.
+async fn through(
+    at: &Place,
+    source: &Local,
+    route: &Route,
+    tunnel: &Tunnel,
+    client: SocketAddr,
+    outer: HboneStream,
+) -> Result<hbone::Tunnel, Ending> {
+    let to = route.next_hop;
+    let cert = at.certificate(source).await?;
+    let network = Some(source.workload.network.clone()).filter(|n| !n.is_empty());
+    let headers = ConnectHeaders { network, ..headers(source, route, client) };
+    let (expected, settings) = (tunnel.inner.as_deref().unwrap_or_default(), pool_settings(&at.shared.config));
+    let opened = hbone::connect_once(outer, &cert, expected, to, &settings, &tunnel.authority, &headers).await;
+    opened.map_err(|source| Ending::Beyond { gateway: to, source })
+}
+
+fn headers(source: &Local, route: &Route, client: SocketAddr) -> ConnectHeaders {
+    ConnectHeaders {
         baggage: Some(source.workload.baggage()),
         forwarded_for: Some(client),
         forwarded_host: route.service.as_ref().map(|s| s.hostname.clone()),
         traceparent: Some(TraceParent::random()),
         ..ConnectHeaders::default()
-    };
-    let opened = at.pool.connect_while(key, &cert, || at.dial(local, to), &tunnel.authority, &headers, meanwhile).await;
-    opened.map(|t| t.stream).map_err(|source| Ending::Tunnel { to, source })
+    }
 }
 
 /// A pod that calls its own service and is chosen itself. Its port 15008 cannot be dialled from inside (the steering
@@ -194,17 +252,18 @@ async fn open_tunnel(
 async fn hairpin(at: &Place, own: &Local, client: SocketAddr, tunnel: &Tunnel) -> Result<TcpStream, Ending> {
     let here = at.pod.address_like(client.ip()).ok_or(Ending::NoSource(client))?;
     let here = match &tunnel.authority {
-        mesh::hbone::Authority::Ip(to) => to.ip(),
-        mesh::hbone::Authority::Host { .. } => here,
+        hbone::Authority::Ip(to) => to.ip(),
+        hbone::Authority::Host { .. } => here,
     };
-    let to = at.target(own, here, &tunnel.authority)?;
-    let asked = policy::Connection { source: Some(own.identity.clone()), source_ip: here, destination: to };
+    let target = at.target(own, here, &tunnel.authority)?;
+    let asked = policy::Connection { source: Some(own.identity.clone()), source_ip: here, destination: target.app };
     let _permit = authorize(own.world.policies_for(&own.workload), &asked)?;
-    at.dial_plain(to).await
+    let mut app = at.dial_target(here, target).await?;
+    announce(&mut app, at.dialled(target), client, target, &own.identity).await?;
+    Ok(app)
 }
 
-fn describe(source: &Local, client: SocketAddr, dst: SocketAddr, route: &Result<Route, NoRoute>) -> Connection {
-    let route = route.as_ref().ok();
+fn describe(source: &Local, client: SocketAddr, dst: SocketAddr, route: Option<&Route>) -> Connection {
     let tunnel = route.and_then(|r| r.tunnel.as_ref());
     let destination = route.and_then(|r| r.destination.as_ref());
     Connection {

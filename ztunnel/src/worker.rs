@@ -2,7 +2,7 @@
 //! keeps them to the end. Nothing a worker owns is touched by another; shared state is read through snapshots.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -28,7 +28,7 @@ use crate::join::Joins;
 use crate::names::Names;
 use crate::node::netns::{Family, leg_port};
 use crate::node::pod::{LocalPod, Tracked};
-use crate::resolve::{self, BadTarget, Route, Via};
+use crate::resolve::{self, BadTarget, Route, Target, Via};
 use crate::{dns, inbound, outbound, passthrough};
 
 /// How long a connection waits for its own workload to arrive from the control plane.
@@ -231,13 +231,7 @@ async fn run(shared: Shared, mut jobs: mpsc::Receiver<Job>) {
 
 /// One pod on one worker, until the pod's drain has ended.
 async fn serve_pod(shared: Shared, job: Assignment) {
-    let pool = Pool::new(PoolSettings {
-        h2: h2_settings(&shared.config),
-        max_streams: u32::try_from(shared.config.pool_max_streams).unwrap_or(u32::MAX),
-        unused_release: shared.config.pool_idle,
-        connect_timeout: CONNECT_TIMEOUT,
-        ..PoolSettings::default()
-    });
+    let pool = Pool::new(pool_settings(&shared.config));
     let at = Arc::new(Place { shared, pod: job.pod, pool });
     let mut loops = JoinSet::new();
     for (role, listener) in job.listeners {
@@ -307,6 +301,18 @@ pub fn h2_settings(config: &Config) -> H2Settings {
     }
 }
 
+/// Tunnels as configured.
+#[must_use]
+pub fn pool_settings(config: &Config) -> PoolSettings {
+    PoolSettings {
+        h2: h2_settings(config),
+        max_streams: u32::try_from(config.pool_max_streams).unwrap_or(u32::MAX),
+        unused_release: config.pool_idle,
+        connect_timeout: CONNECT_TIMEOUT,
+        ..PoolSettings::default()
+    }
+}
+
 /// The pod's own workload at one moment, with the snapshot everything about one connection is decided on.
 pub struct Local {
     pub world: Arc<Snapshot>,
@@ -343,24 +349,43 @@ impl Place {
     }
 
     /// [`resolve::inbound`], which must not lead to a port of this process either: in dedicated mode metrics and
-    /// readiness listen in the pod's namespace.
+    /// readiness listen in the pod's namespace, and our own listeners on its loopback.
     ///
     /// # Errors
     /// [`BadTarget`]; a way back into ourselves is counted.
-    pub fn target(
-        &self,
-        local: &Local,
-        here: std::net::IpAddr,
-        authority: &Authority,
-    ) -> Result<SocketAddr, BadTarget> {
-        let target = resolve::inbound(&local.world, &local.workload, here, authority).and_then(|app| {
-            let own = self.shared.serves_beside_workload(app.port());
-            if own { Err(BadTarget::OwnPort(app.port())) } else { Ok(app) }
+    pub fn target(&self, local: &Local, here: IpAddr, authority: &Authority) -> Result<Target, BadTarget> {
+        let target = resolve::inbound(&local.world, &local.workload, here, authority).and_then(|target| {
+            let (port, to) = (target.app.port(), self.dialled(target));
+            let own = self.shared.serves_beside_workload(port) || to.ip().is_loopback() && self.pod.is_own_listener(to);
+            if own { Err(BadTarget::OwnPort(port)) } else { Ok(target) }
         });
         if let Err(BadTarget::OwnPort(_)) = &target {
             count_self_call();
         }
         target
+    }
+
+    /// Where a tunnel's target is called: a proxy that is told of connections by header listens on loopback alone.
+    #[must_use]
+    pub fn dialled(&self, target: Target) -> SocketAddr {
+        match target.announced {
+            Some(_) if self.shared.config.localhost_app_tunnel => {
+                SocketAddr::new(Family::of(target.app.ip()).loopback(), target.app.port())
+            }
+            _ => target.app,
+        }
+    }
+
+    /// The last leg of a tunnel.
+    ///
+    /// # Errors
+    /// What stopped it.
+    pub async fn dial_target(&self, client: IpAddr, target: Target) -> Result<TcpStream, Ending> {
+        let to = self.dialled(target);
+        if to.ip().is_loopback() {
+            return in_time(to, self.dial(to.ip(), to)).await;
+        }
+        self.dial_app(client, to).await
     }
 
     /// The pod's workload as the control plane describes it.
@@ -381,7 +406,7 @@ impl Place {
     ///
     /// # Errors
     /// Those of the socket calls, as they are.
-    pub async fn dial(&self, source: std::net::IpAddr, to: SocketAddr) -> io::Result<TcpStream> {
+    pub async fn dial(&self, source: IpAddr, to: SocketAddr) -> io::Result<TcpStream> {
         let socket = self.pod.netns.outgoing(source)?;
         mesh::net::tune(&socket)?;
         connect(socket, to).await
@@ -400,7 +425,7 @@ impl Place {
     ///
     /// # Errors
     /// What stopped it; refused by the application most of all.
-    pub async fn dial_app(&self, client: std::net::IpAddr, to: SocketAddr) -> Result<TcpStream, Ending> {
+    pub async fn dial_app(&self, client: IpAddr, to: SocketAddr) -> Result<TcpStream, Ending> {
         // A call of the pod to itself already has the right source, and would not come back over lo.
         // Without capture nothing would bring the application's answers to the client's address back to us.
         let keep_source =

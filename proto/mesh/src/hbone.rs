@@ -1,7 +1,7 @@
 //! HBONE: one TCP connection as one HTTP/2 CONNECT stream over mutual TLS. Here are what is asked for (authority and
 //! headers), the stream itself, the server that accepts streams and the pool that opens them.
 
-use std::{fmt, io, net::SocketAddr, str::FromStr, time::Duration};
+use std::{fmt, io, net::SocketAddr, str::FromStr, sync::Arc, time::Duration};
 
 use crate::{telemetry::ResponseFlag, text::Text, tls::TlsError};
 
@@ -130,6 +130,11 @@ pub enum TunnelError {
     Status(http::StatusCode),
     #[error("tunnel: the peer did not answer the CONNECT in time")]
     ResponseTimeout,
+    #[error("tunnel: the peer is gone: it answered neither the CONNECT nor a PING")]
+    PeerGone,
+    /// Several tunnels wanted the same connection, and one tried for all of them.
+    #[error(transparent)]
+    Shared(Arc<TunnelError>),
     #[error("tunnel: {0} is not an authority that can be asked for")]
     Authority(Authority),
     #[error("tunnel: connections to the peer keep closing before they can be used")]
@@ -145,7 +150,8 @@ impl TunnelError {
             Self::H2(_) => ResponseFlag::H2HandshakeFailure,
             Self::Status(http::StatusCode::UNAUTHORIZED) => ResponseFlag::Deny,
             Self::Status(_) => ResponseFlag::UpstreamRejected,
-            Self::ResponseTimeout => ResponseFlag::Timeout,
+            Self::ResponseTimeout | Self::PeerGone => ResponseFlag::Timeout,
+            Self::Shared(error) => error.flag(),
             Self::Authority(_) => ResponseFlag::BadRequest,
         }
     }

@@ -195,6 +195,11 @@ impl Snapshot {
         self.indexes.by_ip.get(&ip)?.iter().find(|workload| &*workload.network == network)
     }
 
+    /// A workload with this host name of its own (not that of a service): a gateway that is known by name.
+    pub fn workload_by_hostname(&self, name: &NamespacedHostname) -> Option<&Arc<Workload>> {
+        self.indexes.by_name.get(name)?.first()
+    }
+
     pub fn service(&self, key: &NamespacedHostname) -> Option<&Arc<Service>> {
         self.indexes.services.get(key)
     }

@@ -108,6 +108,10 @@ fn routes(rows: &mut Vec<Row>) {
         NoRoute::ByName(_) => by_name(), Connect, "known by its hostname db.example only";
         NoRoute::NameFailed { .. } => NoRoute::NameFailed { workload: workload(), hostname: "h".into(), reason: "r".into() }, Connect, "looking up h";
         NoRoute::BadIdentity { .. } => NoRoute::BadIdentity { workload: workload(), reason: "odd".into() }, IdentityError, "workload w: odd";
+        NoRoute::NotByService { .. } => NoRoute::NotByService { workload: workload(), network: "far".into() }, Connect, "only endpoints and waypoints of services";
+        NoRoute::Unrecognisable { .. } => NoRoute::Unrecognisable { service: service(), network: "far".into() }, IdentityError, "no identity that tells them";
+        NoRoute::UnknownGateway { .. } => NoRoute::UnknownGateway { gateway: "gw".into(), network: "far".into() }, Connect, "gateway gw to network \"far\" is not known";
+        NoRoute::GatewayUnavailable { .. } => NoRoute::GatewayUnavailable { gateway: "gw".into(), network: "far".into() }, NoHealthyUpstream, "gateway gw to network \"far\" has no ready";
         NoRoute::OtherNetwork { .. } => NoRoute::OtherNetwork { workload: workload(), network: "far".into() }, Connect, "on network \"far\"";
     });
     bad_targets(rows);
@@ -118,7 +122,7 @@ fn bad_targets(rows: &mut Vec<Row>) {
         BadTarget::WrongAddress { .. } => BadTarget::WrongAddress { asked: addr(), here: addr().ip() }, BadRequest, "10.0.0.1:80 arrived at";
         BadTarget::UnknownService { .. } => BadTarget::UnknownService { host: "h".into(), port: 80 }, BadRequest, "does not serve";
         BadTarget::OwnPort(_) => BadTarget::OwnPort(15008), BadRequest, "the proxy's own";
-        BadTarget::ApplicationTunnel => BadTarget::ApplicationTunnel, BadRequest, "application tunnel";
+        BadTarget::NoAddress(_) => BadTarget::NoAddress("h".into()), BadRequest, "no address to announce";
     });
 }
 
@@ -133,6 +137,8 @@ fn tunnels(rows: &mut Vec<Row>) {
         TunnelError::Status(StatusCode::UNAUTHORIZED) => TunnelError::Status(StatusCode::UNAUTHORIZED), Deny, "answered 401";
         TunnelError::Status(_) => TunnelError::Status(StatusCode::BAD_GATEWAY), UpstreamRejected, "answered 502";
         TunnelError::ResponseTimeout => TunnelError::ResponseTimeout, Timeout, "did not answer the CONNECT";
+        TunnelError::PeerGone => TunnelError::PeerGone, Timeout, "neither the CONNECT nor a PING";
+        TunnelError::Shared(_) => TunnelError::Shared(std::sync::Arc::new(TunnelError::Status(StatusCode::NOT_FOUND))), UpstreamRejected, "404";
         TunnelError::Authority(_) => TunnelError::Authority("h:80".parse().expect("an authority")), BadRequest, "h:80 is not an authority";
         TunnelError::Unstable => TunnelError::Unstable, Connect, "keep closing";
     });
@@ -202,6 +208,8 @@ fn endings(rows: &mut Vec<Row>) {
         Ending::Tunnel { .. } => tunnel(TunnelError::Status(StatusCode::GONE)), UpstreamRejected, "410";
         Ending::Connect { .. } => Ending::Connect { to: addr(), source: io() }, Connect, "connecting to 10.0.0.1:80: connection refused";
         Ending::ConnectTimeout { .. } => Ending::ConnectTimeout { to: addr(), seconds: 10 }, Connect, "no answer within 10 s";
+        Ending::Beyond { .. } => Ending::Beyond { gateway: addr(), source: TunnelError::ResponseTimeout }, Timeout, "through gateway 10.0.0.1:80";
+        Ending::Announce { .. } => Ending::Announce { to: addr(), source: io() }, Connect, "telling the application's proxy";
         Ending::NoSource(_) => Ending::NoSource(addr()), Connect, "no address of the family";
         Ending::Denied(_) => Denial::Policy(NamespacedName::new("shop", "z")).into(), Deny, "shop/z";
         Ending::DeniedLater => Ending::DeniedLater, Deny, "no longer allows";

@@ -53,7 +53,7 @@ pub(super) fn balance(
 ) -> (Balancing, Vec<Share>) {
     let key = service.key();
     // An unknown port: nobody is usable, and the route says so.
-    let usable = resolve::usable(view.world, service, wanted).unwrap_or_default();
+    let usable = resolve::usable(view.world, service, source, wanted).unwrap_or_default();
     let healthy: Vec<&Arc<Workload>> = view.world.endpoints(&key).map(|(workload, _)| workload).collect();
     let preferred = resolve::prefer(service, source, usable.clone());
     let total: u64 = preferred.iter().map(|(workload, _)| u64::from(workload.capacity)).sum();

@@ -187,6 +187,10 @@ fn follow(
         (Via::Passthrough, _) | (_, None) => {
             way.notes.push("passed through in plain TCP; what is there decides for itself".into());
         }
+        (Via::Gateway, Some(_)) => {
+            way.notes
+                .push("the gateway passes the inner tunnel on without seeing it; who ends it is not known here".into());
+        }
         (Via::Waypoint, Some(waypoint)) => behind_waypoint(view, workload, waypoint, &route, to, way),
         (Via::Direct, Some(destination)) => {
             let (asked, refusal) = arrive(view, &route, destination, &identity, from, &mut way.notes);
@@ -199,6 +203,7 @@ fn hop(route: &Route) -> Hop {
     let via = match route.via {
         Via::Direct => "direct",
         Via::Waypoint => "waypoint",
+        Via::Gateway => "gateway",
         Via::Passthrough => "passthrough",
     };
     let hbone = route.tunnel.as_ref().map(|tunnel| Hbone {
@@ -227,7 +232,7 @@ fn arrive(
     }
     match resolve::inbound(view.world, destination, route.next_hop.ip(), &tunnel.authority) {
         Err(bad) => (Vec::new(), Some(refused("destination", bad))),
-        Ok(app) => hbone(view, destination, identity, from, app),
+        Ok(target) => hbone(view, destination, identity, from, target.app),
     }
 }
 
@@ -271,7 +276,7 @@ fn behind_waypoint(
     way.notes.push("the waypoint applies the L7 policies and routes of the service, which are not known here".into());
     let endpoints: Vec<(Arc<Workload>, u16)> = match &route.service {
         Some(service) => {
-            let usable = resolve::usable(view.world, service, Wanted::Port(to.port())).unwrap_or_default();
+            let usable = resolve::usable(view.world, service, waypoint, Wanted::Port(to.port())).unwrap_or_default();
             usable.into_iter().map(|(workload, port)| (workload.clone(), port)).collect()
         }
         None => {
@@ -311,7 +316,7 @@ fn uncaptured(
     let mut balancing = Vec::new();
     let ends: Vec<(f64, Option<Arc<Workload>>, SocketAddr)> = match service {
         Some(service) => {
-            let usable = resolve::usable(view.world, service, Wanted::Port(to.port())).unwrap_or_default();
+            let usable = resolve::usable(view.world, service, source, Wanted::Port(to.port())).unwrap_or_default();
             balancing.push(balance::balance(view, source, service, Wanted::Port(to.port())).0);
             let ends: Vec<_> = usable
                 .iter()

@@ -52,7 +52,8 @@ impl Family {
         }
     }
 
-    const fn loopback(self) -> IpAddr {
+    #[must_use]
+    pub const fn loopback(self) -> IpAddr {
         match self {
             Self::V4 => IpAddr::V4(Ipv4Addr::LOCALHOST),
             Self::V6 => IpAddr::V6(Ipv6Addr::LOCALHOST),

@@ -1,14 +1,22 @@
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 use mesh::model::{
-    ApplicationTunnel, EndpointPort, HealthStatus, LoadBalancing, Locality, NetworkAddress, ServicePort, Visibility,
-    WeightedWaypoint,
+    ApplicationTunnel, ApplicationTunnelProtocol, EndpointPort, GatewayAddress, GatewayDestination, HealthPolicy,
+    HealthStatus, IpFamilies, LoadBalancing, Locality, NetworkAddress, NetworkMode, RoutingScope, ServicePort,
+    TunnelProtocol, Visibility, WeightedWaypoint,
 };
 use mesh::store::{Store, Update};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
 use super::*;
+
+mod balance;
+mod inbound;
+mod names;
+mod networks;
+mod waypoints;
 
 /// A mesh told as a story. The client is 10.0.0.1 on node-a, region r1, zone z1; everything is in namespace shop.
 struct World(Vec<Workload>, Vec<Service>);
@@ -188,6 +196,118 @@ fn passthrough_service_keeps_the_original_destination() {
 }
 
 #[test]
+fn a_private_service_is_nobodys_to_other_namespaces() {
+    let mut private = service("api", "10.96.0.1");
+    private.namespace = "vault".into();
+    private.visibility = Visibility::Namespace;
+    let mut inside = serves(workload("web", "10.0.0.2"), "none", &[]);
+    inside.services.insert(
+        private.key(),
+        [EndpointPort { service_port: 80, target_port: 80, app_protocol: Default::default() }].into_iter().collect(),
+    );
+    let world = || World::new().service(private.clone()).workload(inside.clone());
+    check(world().route(&client(), "10.96.0.1:80"), "10.96.0.1:80", None, &[], Via::Passthrough);
+    let neighbour = Workload { namespace: "vault".into(), ..client() };
+    check(world().route(&neighbour, "10.96.0.1:80"), "10.0.0.2:15008", Some("10.0.0.2:80"), &["sa-web"], Via::Direct);
+}
+
+#[test]
+fn a_canonical_service_wins_where_none_is_the_clients_own() {
+    let of = |namespace: &str, canonical, target| {
+        let mut api = service("api", "10.96.0.1");
+        (api.namespace, api.canonical) = (namespace.into(), canonical);
+        api.ports = BTreeMap::from([(80, ServicePort { target_port: target, app_protocol: Default::default() })]);
+        let pod = workload(namespace, &format!("10.0.1.{target}"));
+        let port = EndpointPort { service_port: 80, target_port: target, app_protocol: Default::default() };
+        let pod = Workload { services: BTreeMap::from([(api.key(), [port].into_iter().collect())]), ..pod };
+        (api, pod)
+    };
+    let ((a, a_pod), (b, b_pod), (c, c_pod)) = (of("a", false, 1), of("b", true, 2), of("c", false, 3));
+    let world = World(vec![client(), a_pod, b_pod, c_pod], vec![a, b, c]).snapshot();
+    let hop = |namespace: &str| {
+        let from = Workload { namespace: namespace.into(), ..client() };
+        outbound(&world, &from, dst("10.96.0.1:80"), &mut StdRng::seed_from_u64(1)).unwrap().next_hop.to_string()
+    };
+    assert_eq!([hop("shop"), hop("a"), hop("c")], ["10.0.1.2:15008", "10.0.1.1:15008", "10.0.1.3:15008"]);
+}
+
+#[test]
+fn an_address_in_a_range_is_the_services() {
+    let mut wide = service("wide", "");
+    wide.cidr_vips = vec!["/198.51.100.0/24".parse().unwrap()];
+    let mut exact = service("exact", "198.51.100.7");
+    exact.ports = BTreeMap::from([(80, ServicePort { target_port: 1, app_protocol: Default::default() })]);
+    let pod = serves(serves(workload("web", "10.0.0.2"), "wide", &[]), "exact", &[]);
+    let world = || World::new().service(wide.clone()).service(exact.clone()).workload(pod.clone());
+    let route = world().route(&client(), "198.51.100.1:80");
+    check(route, "10.0.0.2:15008", Some("10.0.0.2:8080"), &["sa-web"], Via::Direct);
+    let route = world().route(&client(), "198.51.100.7:80");
+    check(route, "10.0.0.2:15008", Some("10.0.0.2:1"), &["sa-web"], Via::Direct);
+    check(world().route(&client(), "198.51.101.1:80"), "198.51.101.1:80", None, &[], Via::Passthrough);
+}
+
+#[test]
+fn a_headless_services_pods_are_called_as_workloads() {
+    let mut api = service("api", "");
+    api.waypoint = Some(gateway("waypoint"));
+    let web = serves(workload("web", "10.0.0.2"), "api", &[(80, 9090)]);
+    let world = World::new().service(api).service(waypoint_service()).workload(waypoint_pod()).workload(web);
+    // What DNS answers is the pod's address: neither the service's port nor its waypoint has a part in that.
+    check(world.route(&client(), "10.0.0.2:80"), "10.0.0.2:15008", Some("10.0.0.2:80"), &["sa-web"], Via::Direct);
+}
+
+#[test]
+fn host_network_pods_are_endpoints_but_no_ones_by_address() {
+    let web = serves(workload("web", "192.0.2.5"), "api", &[(80, 9090)]);
+    let web = Workload { network_mode: NetworkMode::HostNetwork, protocol: TunnelProtocol::None, ..web };
+    let world = || World::new().service(service("api", "10.96.0.1")).workload(web.clone());
+    check(world().route(&client(), "10.96.0.1:80"), "192.0.2.5:9090", None, &[], Via::Direct);
+    check(world().route(&client(), "192.0.2.5:9090"), "192.0.2.5:9090", None, &[], Via::Passthrough);
+}
+
+#[test]
+fn a_pod_may_be_an_endpoint_of_the_service_it_calls() {
+    let own = serves(client(), "api", &[(80, 9090)]);
+    let world = World(vec![own.clone()], vec![service("api", "10.96.0.1")]);
+    check(world.route(&own, "10.96.0.1:80"), "10.0.0.1:15008", Some("10.0.0.1:9090"), &["sa-client"], Via::Direct);
+}
+
+#[test]
+fn a_pod_that_speaks_hbone_itself_is_called_like_any_other() {
+    let world = World::new().workload(Workload { native_tunnel: true, ..workload("web", "10.0.0.2") });
+    check(world.route(&client(), "10.0.0.2:80"), "10.0.0.2:15008", Some("10.0.0.2:80"), &["sa-web"], Via::Direct);
+}
+
+#[test]
+fn of_several_workloads_on_an_address_the_captured_pod_is_called() {
+    let entry = Workload {
+        uid: "Kubernetes/networking.istio.io/WorkloadEntry/shop/vm".into(),
+        protocol: TunnelProtocol::None,
+        ..workload("vm", "10.0.0.2")
+    };
+    let world = World::new().workload(entry).workload(workload("web", "10.0.0.2"));
+    check(world.route(&client(), "10.0.0.2:80"), "10.0.0.2:15008", Some("10.0.0.2:80"), &["sa-web"], Via::Direct);
+}
+
+#[test]
+fn endpoints_count_that_were_known_before_their_service() {
+    let store = Store::new();
+    let go = || outbound(&store.snapshot(), &client(), dst("10.96.0.1:80"), &mut StdRng::seed_from_u64(1));
+    store.apply(Update::new().workload(serves(workload("web", "10.0.0.2"), "api", &[(80, 80)])));
+    check(go(), "10.96.0.1:80", None, &[], Via::Passthrough);
+    store.apply(Update::new().service(service("api", "10.96.0.1")));
+    check(go(), "10.0.0.2:15008", Some("10.0.0.2:80"), &["sa-web"], Via::Direct);
+}
+
+#[test]
+fn who_cannot_prove_an_identity_is_not_called() {
+    let world = World::new().workload(Workload { service_account: "".into(), ..workload("web", "10.0.0.2") });
+    let error = world.route(&client(), "10.0.0.2:80").unwrap_err();
+    assert!(matches!(error, NoRoute::BadIdentity { .. }), "{error}");
+    assert_eq!(error.flag(), ResponseFlag::IdentityError);
+}
+
+#[test]
 fn a_range_says_nothing_of_an_address_that_is_a_workloads() {
     let range = |mode| {
         let mut wide = service("wide", "192.0.2.1");
@@ -213,172 +333,6 @@ fn a_range_says_nothing_of_an_address_that_is_a_workloads() {
 }
 
 #[test]
-fn a_waypoint_named_by_its_pods_address_is_not_hidden_by_a_range() {
-    let mut wide = service("wide", "192.0.2.1");
-    wide.vips.clear();
-    wide.cidr_vips = vec!["/0.0.0.0/0".parse().unwrap()];
-    wide.load_balancing.mode = LoadBalancingMode::Passthrough;
-    let mut by_address = gateway("waypoint");
-    by_address.destination = GatewayDestination::Address("/10.0.9.9".parse().unwrap());
-    let web = Workload { waypoint: Some(by_address), ..workload("web", "10.0.0.2") };
-    let world = World::new().service(wide).workload(web).workload(waypoint_pod());
-    let hop = "10.0.9.9:15008";
-    check(world.route(&client(), "10.0.0.2:99"), hop, Some("10.0.0.2:99"), &["sa-waypoint"], Via::Waypoint);
-}
-
-#[test]
-fn service_waypoint_gets_the_address_as_it_was_dialled() {
-    let mut api = service("api", "10.96.0.1");
-    api.waypoint = Some(gateway("waypoint"));
-    let world = World::new().service(api).service(waypoint_service()).workload(waypoint_pod());
-    let hop = "10.0.9.9:15008";
-    check(world.route(&client(), "10.96.0.1:80"), hop, Some("10.96.0.1:80"), &["sa-waypoint"], Via::Waypoint);
-}
-
-#[test]
-fn workload_waypoint_gets_the_address_as_it_was_dialled() {
-    let web = Workload { waypoint: Some(gateway("waypoint")), ..workload("web", "10.0.0.2") };
-    let world = World::new().workload(web).service(waypoint_service()).workload(waypoint_pod());
-    let hop = "10.0.9.9:15008";
-    check(world.route(&client(), "10.0.0.2:99"), hop, Some("10.0.0.2:99"), &["sa-waypoint"], Via::Waypoint);
-}
-
-#[test]
-fn service_call_ignores_the_waypoint_of_the_workload_and_the_reverse() {
-    let web =
-        Workload { waypoint: Some(gateway("waypoint")), ..serves(workload("web", "10.0.0.2"), "api", &[(80, 80)]) };
-    let world = World::new()
-        .workload(web.clone())
-        .service(service("api", "10.96.0.1"))
-        .service(waypoint_service())
-        .workload(waypoint_pod());
-    check(world.route(&client(), "10.96.0.1:80"), "10.0.0.2:15008", Some("10.0.0.2:80"), &["sa-web"], Via::Direct);
-    let mut api = service("api", "10.96.0.1");
-    api.waypoint = Some(gateway("waypoint"));
-    let plain = serves(workload("web", "10.0.0.2"), "api", &[(80, 80)]);
-    let world = World::new().workload(plain).service(api).service(waypoint_service()).workload(waypoint_pod());
-    check(world.route(&client(), "10.0.0.2:80"), "10.0.0.2:15008", Some("10.0.0.2:80"), &["sa-web"], Via::Direct);
-}
-
-#[test]
-fn waypoint_reaches_what_it_fronts_directly() {
-    let web = Workload { waypoint: Some(gateway("waypoint")), ..workload("web", "10.0.0.2") };
-    let world = World::new().workload(web).service(waypoint_service()).workload(waypoint_pod());
-    let route = world.route(&waypoint_pod(), "10.0.0.2:99");
-    check(route, "10.0.0.2:15008", Some("10.0.0.2:99"), &["sa-web"], Via::Direct);
-}
-
-#[test]
-fn missing_or_unready_waypoint_stays_closed() {
-    let mut api = service("api", "10.96.0.1");
-    api.waypoint = Some(gateway("waypoint"));
-    let web = serves(workload("web", "10.0.0.2"), "api", &[(80, 80)]);
-    let missing = World::new().service(api.clone()).workload(web.clone()).route(&client(), "10.96.0.1:80").unwrap_err();
-    assert!(matches!(missing, NoRoute::UnknownWaypoint { .. }));
-    assert_eq!(missing.flag(), ResponseFlag::WaypointUnavailable);
-    let unready = World::new().service(api).workload(web).service(waypoint_service());
-    let unready = unready.route(&client(), "10.96.0.1:80").unwrap_err();
-    assert!(matches!(unready, NoRoute::WaypointUnavailable { .. }));
-}
-
-#[test]
-fn weighted_waypoints_count_before_the_plain_one() {
-    let mut api = service("api", "10.96.0.1");
-    api.waypoint = Some(gateway("nowhere"));
-    api.weighted_waypoints = vec![
-        WeightedWaypoint { destination: gateway("nowhere"), weight: 0 },
-        WeightedWaypoint { destination: gateway("waypoint"), weight: 3 },
-    ];
-    let world = World::new().service(api).service(waypoint_service()).workload(waypoint_pod());
-    let hop = "10.0.9.9:15008";
-    check(world.route(&client(), "10.96.0.1:80"), hop, Some("10.96.0.1:80"), &["sa-waypoint"], Via::Waypoint);
-}
-
-#[test]
-fn waypoint_with_an_application_tunnel_needs_no_port_mapping() {
-    let mut api = service("api", "10.96.0.1");
-    api.waypoint = Some(gateway("waypoint"));
-    let mut bare = waypoint_service();
-    bare.ports.clear();
-    let mut pod = serves(workload("waypoint", "10.0.9.9"), "waypoint", &[]);
-    pod.application_tunnel =
-        Some(ApplicationTunnel { protocol: mesh::model::ApplicationTunnelProtocol::Proxy, port: None });
-    let world = World::new().service(api).service(bare).workload(pod);
-    let hop = "10.0.9.9:15008";
-    check(world.route(&client(), "10.96.0.1:80"), hop, Some("10.96.0.1:80"), &["sa-waypoint"], Via::Waypoint);
-}
-
-#[test]
-fn other_networks_are_refused_by_name() {
-    let mut web = serves(workload("web", "10.0.0.2"), "api", &[(80, 80)]);
-    web.network = "west".into();
-    let world = World::new().service(service("api", "10.96.0.1")).workload(web);
-    let error = world.route(&client(), "10.96.0.1:80").unwrap_err();
-    assert!(error.to_string().contains("not supported yet"), "{error}");
-}
-
-/// Three endpoints: same node; same zone; elsewhere.
-fn spread(mode: LoadBalancingMode, scopes: &[RoutingScope], from: &Workload) -> Result<Vec<String>, NoRoute> {
-    let at = |name, address, node: &str, zone: &str| {
-        let locality = Locality { region: "r1".into(), zone: zone.into(), subzone: "".into() };
-        serves(Workload { node: node.into(), locality, ..workload(name, address) }, "api", &[(80, 80)])
-    };
-    let mut api = service("api", "10.96.0.1");
-    api.load_balancing = LoadBalancing { mode, routing_preferences: scopes.to_vec(), ..LoadBalancing::default() };
-    let world = World::new()
-        .service(api)
-        .workload(at("here", "10.0.0.2", "node-a", "z1"))
-        .workload(at("near", "10.0.0.3", "node-b", "z1"))
-        .workload(at("far", "10.0.0.4", "node-c", "z2"))
-        .snapshot();
-    let mut rng = StdRng::seed_from_u64(1);
-    let mut seen = std::collections::BTreeSet::new();
-    for _ in 0..200 {
-        let route = outbound(&world, from, dst("10.96.0.1:80"), &mut rng)?;
-        seen.insert(route.destination.unwrap().name.to_string());
-    }
-    Ok(seen.into_iter().collect())
-}
-
-#[test]
-fn load_balancing_follows_the_preferences() {
-    use LoadBalancingMode::{Failover, Standard, Strict};
-    use RoutingScope::{Network, Node, Region, Zone};
-    let names = |list: &[&str]| list.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>();
-    let lost = Workload { node: "node-z".into(), locality: Locality::default(), ..client() };
-    for (mode, scopes, from, expected) in [
-        (Standard, vec![], client(), names(&["far", "here", "near"])),
-        (Strict, vec![Node], client(), names(&["here"])),
-        (Strict, vec![Region, Zone], client(), names(&["here", "near"])),
-        (Failover, vec![Network, Region, Zone], client(), names(&["here", "near"])),
-        (Failover, vec![Network, Region, Zone, Node], client(), names(&["here"])),
-        (Failover, vec![Node], lost.clone(), names(&["far", "here", "near"])),
-    ] {
-        assert_eq!(spread(mode, &scopes, &from).unwrap(), expected, "{mode:?} {scopes:?}");
-    }
-    assert!(matches!(spread(Strict, &[Node], &lost), Err(NoRoute::NoHealthyUpstream { .. })));
-}
-
-#[test]
-fn capacity_is_the_weight_and_zero_is_never_picked() {
-    let with = |name, address, capacity| serves(Workload { capacity, ..workload(name, address) }, "api", &[(80, 80)]);
-    let world = World::new()
-        .service(service("api", "10.96.0.1"))
-        .workload(with("one", "10.0.0.2", 1))
-        .workload(with("nine", "10.0.0.3", 9))
-        .workload(with("never", "10.0.0.4", 0))
-        .snapshot();
-    let mut rng = StdRng::seed_from_u64(3);
-    let mut counts = BTreeMap::<String, u32>::new();
-    for _ in 0..1000 {
-        let route = outbound(&world, &client(), dst("10.96.0.1:80"), &mut rng).unwrap();
-        *counts.entry(route.destination.unwrap().name.to_string()).or_default() += 1;
-    }
-    assert!(!counts.contains_key("never"), "{counts:?}");
-    assert!((60..=140).contains(&counts["one"]), "{counts:?}");
-}
-
-#[test]
 fn address_family_of_the_call_is_kept_where_the_service_allows() {
     let dual = |families| {
         let mut api = service("api", "10.96.0.1");
@@ -392,74 +346,6 @@ fn address_family_of_the_call_is_kept_where_the_service_allows() {
     assert_eq!(hop(dual(IpFamilies::Automatic), "10.96.0.1:80"), "10.0.0.2:15008");
     assert_eq!(hop(dual(IpFamilies::Dual), "[fd00::1]:80"), "[fd00::2]:15008");
     assert_eq!(hop(dual(IpFamilies::Ipv6), "10.96.0.1:80"), "[fd00::2]:15008");
-}
-
-fn target(world: World, local: &Workload, authority: &str) -> Result<SocketAddr, BadTarget> {
-    inbound(&world.snapshot(), local, ip("10.0.0.2"), &authority.parse().unwrap())
-}
-
-#[test]
-fn tunnel_requests_reach_only_the_local_workload() {
-    let web = serves(workload("web", "10.0.0.2"), "api", &[(80, 9090)]);
-    let world = || World::new().workload(web.clone()).service(service("api", "10.96.0.1"));
-    assert_eq!(target(world(), &web, "10.0.0.2:8080"), Ok("10.0.0.2:8080".parse().unwrap()));
-    assert_eq!(target(world(), &web, "api.shop.svc:80"), Ok("10.0.0.2:9090".parse().unwrap()));
-    for (authority, status) in [
-        ("10.0.0.3:8080", 400),
-        ("10.96.0.1:80", 400),
-        ("api.shop.svc:81", 503),
-        ("other.shop.svc:80", 503),
-        ("10.0.0.2:15008", 503),
-        ("10.0.0.2:15006", 503),
-        ("10.0.0.2:15001", 503),
-    ] {
-        let error = target(world(), &web, authority).unwrap_err();
-        assert_eq!(error.status().as_u16(), status, "{authority}: {error}");
-    }
-}
-
-#[test]
-fn a_captured_waypoint_takes_requests_for_what_it_fronts() {
-    let waypoint = serves(workload("waypoint", "10.0.0.2"), "waypoint", &[(15008, 15008)]);
-    let mut api = service("api", "10.96.0.1");
-    api.waypoint = Some(gateway("waypoint"));
-    let world = World::new().service(api).service(waypoint_service()).workload(waypoint.clone());
-    assert_eq!(target(world, &waypoint, "10.96.0.1:80"), Ok("10.0.0.2:80".parse().unwrap()));
-}
-
-#[test]
-fn service_of_an_inbound_connection_is_named_or_guessed_but_never_foreign() {
-    let web = serves(serves(workload("web", "10.0.0.2"), "api", &[(80, 9090)]), "admin", &[(81, 9091)]);
-    let world = World::new()
-        .workload(web.clone())
-        .service(service("api", "10.96.0.1"))
-        .service(service("admin", "10.96.0.2"))
-        .service(service("foreign", "10.96.0.3"))
-        .snapshot();
-    let name = |port, named| inbound_service(&world, &web, port, named).map(|s| s.name.to_string());
-    assert_eq!(name(9090, None).as_deref(), Some("api"));
-    assert_eq!(name(9090, Some("admin.shop.svc")).as_deref(), Some("admin"));
-    assert_eq!(name(9091, Some("foreign.shop.svc")).as_deref(), Some("admin"));
-    assert_eq!(name(7, None), None);
-}
-
-#[test]
-fn only_a_waypoint_of_the_destination_speaks_for_others() {
-    let pod = serves(workload("web", "10.0.0.2"), "api", &[(80, 9090)]);
-    let waypoint = waypoint_pod().identity().unwrap();
-    let speaks = |pod: &Workload, of_service: Option<GatewayAddress>, peer: &Identity| {
-        let mut api = service("api", "10.96.0.1");
-        api.waypoint = of_service;
-        let world =
-            World::new().workload(pod.clone()).service(api).service(waypoint_service()).workload(waypoint_pod());
-        speaks_for_others(&world.snapshot(), pod, peer)
-    };
-    assert!(speaks(&pod, Some(gateway("waypoint")), &waypoint));
-    let own = Workload { waypoint: Some(gateway("waypoint")), ..pod.clone() };
-    assert!(speaks(&own, None, &waypoint));
-    assert!(!speaks(&pod, None, &waypoint), "a waypoint of somebody else");
-    assert!(!speaks(&pod, Some(gateway("waypoint")), &client().identity().unwrap()));
-    assert!(!speaks(&pod, Some(gateway("unknown")), &waypoint));
 }
 
 /// An address is another pod's before its last owner has left the mesh: in whatever order that becomes known, the tunnel
@@ -491,73 +377,4 @@ fn a_reused_address_is_never_taken_for_its_last_owner() {
         let is_plain = order.iter().any(|w| w.uid == new.uid && w.protocol == TunnelProtocol::None);
         assert_eq!(route.tunnel.is_none(), is_plain);
     }
-}
-
-/// Where a connection to `dialled` goes when the endpoint's name stands for `found`.
-fn by_name(dialled: &str, found: &[&str], change: impl FnOnce(&mut Workload, &mut Service, &mut Workload)) -> String {
-    let mut source = client();
-    source.addresses.push(ip("fd00::1"));
-    let mut api = service("api", "240.240.0.1");
-    api.vips.push(NetworkAddress { network: "".into(), address: ip("2001:2::1") });
-    let mut endpoint = serves(workload("mirror", "10.0.0.9"), "api", &[(80, 8443)]);
-    (endpoint.addresses, endpoint.hostname) = (Vec::new(), "mirror.example.com".into());
-    endpoint.protocol = TunnelProtocol::None;
-    change(&mut source, &mut api, &mut endpoint);
-    let world = World(vec![source.clone(), endpoint], vec![api]).snapshot();
-    let mut rng = StdRng::seed_from_u64(7);
-    let lacking = match outbound(&world, &source, dst(dialled), &mut rng) {
-        Err(NoRoute::ByName(lacking)) => *lacking,
-        decided => return format!("{decided:?}"),
-    };
-    assert_eq!(&**lacking.hostname(), "mirror.example.com");
-    let found: Vec<IpAddr> = found.iter().map(|a| ip(a)).collect();
-    match lacking.resolved(&source, Ok(&found), &mut rng) {
-        Ok(Route { next_hop, tunnel: None, .. }) => next_hop.to_string(),
-        Ok(Route { next_hop, tunnel: Some(tunnel), .. }) => format!("{} by {next_hop}", tunnel.authority),
-        Err(error) => error.to_string(),
-    }
-}
-
-#[test]
-fn an_endpoint_known_by_name_is_reached_at_an_address_of_that_name() {
-    let both = ["192.0.2.1", "2001:db8::1"];
-    assert_eq!(by_name("240.240.0.1:80", &both, |_, _, _| {}), "192.0.2.1:8443");
-    assert_eq!(by_name("[2001:2::1]:80", &both, |_, _, _| {}), "[2001:db8::1]:8443");
-    assert_eq!(
-        by_name("[2001:2::1]:80", &both[..1], |_, _, _| {}),
-        "192.0.2.1:8443",
-        "the other family is a fall-back"
-    );
-    let hbone = by_name("240.240.0.1:80", &both, |_, _, w| w.protocol = TunnelProtocol::Hbone);
-    assert_eq!(hbone, "192.0.2.1:8443 by 192.0.2.1:15008");
-    let only = by_name("240.240.0.1:80", &both, |_, s, _| s.ip_families = IpFamilies::Ipv6);
-    assert_eq!(only, "[2001:db8::1]:8443");
-}
-
-#[test]
-fn a_name_without_a_usable_address_closes_the_connection() {
-    let v6_only = |w: &mut Workload| w.addresses.retain(IpAddr::is_ipv6);
-    assert!(by_name("[2001:2::1]:80", &["192.0.2.1"], |w, _, _| v6_only(w)).contains("no address of a family"));
-    assert!(by_name("240.240.0.1:80", &[], |_, _, _| {}).contains("mirror.example.com"));
-    assert!(by_name("240.240.0.1:80", &["192.0.2.1"], |_, _, w| w.network = "far".into()).contains("OtherNetwork"));
-    let mut source = client();
-    source.uid = "x".into();
-    let lacking = ByName { workload: Arc::new(workload("w", "10.0.0.9")), service: None, port: 1, dialled: ip("::1") };
-    let error = lacking.resolved(&source, Err("why".into()), &mut StdRng::seed_from_u64(7)).unwrap_err();
-    assert_eq!((error.to_string().ends_with("why"), error.flag()), (true, ResponseFlag::Connect));
-}
-
-#[test]
-fn every_address_of_a_name_gets_its_share() {
-    let source = client();
-    let endpoint = Workload { addresses: Vec::new(), hostname: "a.test".into(), ..workload("w", "10.0.0.9") };
-    let lacking = ByName { workload: Arc::new(endpoint), service: None, port: 80, dialled: ip("240.240.0.1") };
-    let found: Vec<IpAddr> = (1..=4).map(|n| IpAddr::from([192, 0, 2, n])).collect();
-    let mut rng = StdRng::seed_from_u64(7);
-    let mut count = BTreeMap::new();
-    for _ in 0..400 {
-        let route = lacking.clone().resolved(&source, Ok(&found), &mut rng).unwrap();
-        *count.entry(route.next_hop.ip()).or_insert(0) += 1;
-    }
-    assert!(count.len() == 4 && count.values().all(|n| *n > 50), "{count:?}");
 }

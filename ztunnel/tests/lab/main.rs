@@ -6,8 +6,10 @@
 #![forbid(unsafe_code)]
 
 mod life;
+mod networks;
 mod operators;
 mod repair;
 mod same_node;
+mod sandwich;
 mod support;
 mod two_nodes;

@@ -54,6 +54,8 @@ pub struct Mesh<'a> {
     pub left: &'a str,
     /// What a pod's enrolment says beside its name: YAML that begins with a comma.
     pub options: Vec<(&'a str, String)>,
+    /// What a pod's workload says beside: YAML that begins with a comma.
+    pub more: Vec<(&'a str, String)>,
     /// The addresses in a pod's enrolment, where not all it has.
     pub addresses: Vec<(&'a str, String)>,
 }
@@ -172,9 +174,10 @@ impl Lab {
             let [v4, v6] = self.addresses(pod);
             let serves = mesh.serves.iter().find(|(p, _)| p == pod).map_or("", |(_, serves)| *serves);
             let protocol = if *pod == mesh.left { "TCP" } else { "HBONE" };
+            let more = mesh.more.iter().find(|(p, _)| p == pod).map_or("", |(_, more)| more);
             writeln!(
                 text,
-                r#"- {{uid: "Kubernetes//Pod/shop/{pod}", name: {pod}, namespace: shop, serviceAccount: {pod}, workloadIps: ["{v4}", "{v6}"], node: {node}, protocol: {protocol}, services: {{{serves}}}}}"#
+                r#"- {{uid: "Kubernetes//Pod/shop/{pod}", name: {pod}, namespace: shop, serviceAccount: {pod}, workloadIps: ["{v4}", "{v6}"], node: {node}, protocol: {protocol}, services: {{{serves}}}{more}}}"#
             )
             .expect(told);
         }
@@ -193,6 +196,11 @@ impl Lab {
             .expect(told);
         }
         text.push_str("  ]\n");
+        self.write(node, &text);
+    }
+
+    /// What `node`'s ztunnel knows, as the file has it.
+    pub fn write(&self, node: char, text: &str) {
         let next = self.dir.path().join(format!("{node}.next"));
         fs::write(&next, text).expect("written");
         fs::rename(next, self.dir.path().join(format!("{node}.yaml"))).expect("renamed");

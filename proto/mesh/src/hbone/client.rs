@@ -24,7 +24,7 @@ use tokio::{
 
 use super::{
     Authority, ConnectHeaders, H2Settings, HboneStream, Meanwhile, PoolSettings, SEND_BUFFER, StreamName, TunnelError,
-    keepalive,
+    keepalive::{self, Heard, Pulse},
 };
 use crate::{
     identity::{Identity, WorkloadCertificate},
@@ -52,6 +52,7 @@ pub(super) struct Opener {
     /// When the certificate ends that we showed.
     pub(super) valid_until: SystemTime,
     pub(super) usage: Arc<Usage>,
+    pulse: Arc<Pulse>,
 }
 
 /// Streams in use on one connection.
@@ -82,6 +83,8 @@ impl Drop for StreamPermit {
 pub(super) enum OpenError {
     /// The peer has not seen it, or says that it has not acted on it: another connection may be tried.
     Unprocessed(h2::Error),
+    /// Nothing is heard of the peer. It may have acted on the CONNECT before, so that is not sent again.
+    Silent,
     Final(TunnelError),
 }
 
@@ -102,6 +105,7 @@ impl Opener {
         request: Request<()>,
         permit: StreamPermit,
         meanwhile: &mut Meanwhile<'_>,
+        settings: &PoolSettings,
     ) -> Result<Tunnel, OpenError> {
         let mut send = self.send.clone().ready().await.map_err(OpenError::Unprocessed)?;
         let (mut response, mut body) = send.send_request(request, false).map_err(OpenError::Unprocessed)?;
@@ -109,14 +113,26 @@ impl Opener {
         drop(send);
         let stream = StreamName { session: self.peer.session(), stream: response.stream_id().as_u32() };
         meanwhile.asked(stream, &mut body);
-        let answered = poll_fn(|cx| {
-            let answer = Pin::new(&mut response).poll(cx);
-            if answer.is_pending() {
-                meanwhile.poll(cx, &mut body);
+        let answered = tokio::time::timeout(settings.response_timeout, async {
+            let response = poll_fn(|cx| {
+                let answer = Pin::new(&mut response).poll(cx);
+                if answer.is_pending() {
+                    meanwhile.poll(cx, &mut body);
+                }
+                answer
+            });
+            tokio::select! {
+                biased;
+                response = response => Some(response),
+                () = self.silence(settings) => None,
             }
-            answer
         });
-        let response = answered.await.map_err(|error| {
+        let response = match answered.await {
+            Err(_) => return Err(OpenError::Final(TunnelError::ResponseTimeout)),
+            Ok(None) => return Err(OpenError::Silent),
+            Ok(Some(response)) => response,
+        };
+        let response = response.map_err(|error| {
             if sent_away(&error) {
                 OpenError::Unprocessed(error)
             } else {
@@ -129,6 +145,17 @@ impl Opener {
         }
         let stream = HboneStream::new(body, recv, Some(permit));
         Ok(Tunnel { stream, peer: self.peer.clone(), response: ConnectHeaders::parse(&parts.headers) })
+    }
+
+    /// Returns once nothing has been heard of the peer for too long. An answer may take its time, as another connection
+    /// is made for it; a PONG may not.
+    async fn silence(&self, settings: &PoolSettings) {
+        loop {
+            tokio::time::sleep(settings.answer_patience).await;
+            if self.pulse.is_silent(settings.pong_patience).await {
+                return;
+            }
+        }
     }
 }
 
@@ -159,11 +186,13 @@ pub(super) async fn handshake<S>(
     expected: &[Identity],
     addr: SocketAddr,
     settings: &H2Settings,
-) -> Result<(Opener, Connection<TlsStream<S>, Bytes>), TunnelError>
+) -> Result<(Opener, Connection<Heard<TlsStream<S>>, Bytes>), TunnelError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let (stream, peer) = tls::connect(cert, expected, stream, addr).await.map_err(TunnelError::Tls)?;
+    let pulse = Arc::<Pulse>::default();
+    let stream = Heard::new(stream, pulse.clone());
     let mut builder = h2::client::Builder::new();
     builder
         .initial_window_size(settings.stream_window)
@@ -175,22 +204,32 @@ where
         .enable_push(false);
     let (send, connection) =
         builder.handshake(stream).await.map_err(|error| TunnelError::from_h2(error, TunnelError::H2))?;
-    Ok((Opener { send, peer, valid_until: cert.not_after(), usage: Arc::default() }, connection))
+    Ok((Opener { send, peer, valid_until: cert.not_after(), usage: Arc::default(), pulse }, connection))
 }
 
-/// Drives a connection until it ends or its peer is gone.
-pub(super) async fn drive<S>(mut connection: Connection<S, Bytes>, settings: H2Settings)
+/// Drives the opener's connection until it ends or its peer is gone.
+pub(super) fn drive<S>(
+    opener: &Opener,
+    mut connection: Connection<S, Bytes>,
+    settings: H2Settings,
+) -> impl Future<Output = ()> + use<S>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let ping_pong = connection.ping_pong();
-    // Both live as long as the loop would: whichever ends first ends the connection.
-    tokio::select! {
-        biased;
-        ended = connection => if let Err(error) = ended {
-            tracing::debug!(%error, "hbone connection ended");
-        },
-        () = keepalive::peer_gone(ping_pong, settings) => tracing::debug!("hbone peer answers no PING"),
+    // Not the opener itself, which would keep the connection open.
+    let pulse = opener.pulse.clone();
+    async move {
+        // Both live as long as the loop would: whichever ends first ends the connection.
+        tokio::select! {
+            biased;
+            ended = connection => if let Err(error) = ended {
+                tracing::debug!(%error, "hbone connection ended");
+            },
+            () = keepalive::peer_gone(ping_pong, settings, Some(pulse)) => {
+                tracing::debug!("hbone peer answers no PING");
+            }
+        }
     }
 }
 
@@ -211,12 +250,11 @@ where
     let (opener, connection) = handshake(stream, cert, expected, addr, &settings.h2).await?;
     // Not joined: it ends by itself when the only stream has ended, because the opener is gone by then, and keepalive
     // ends it when the peer is.
-    tokio::spawn(drive(connection, settings.h2.clone()));
+    tokio::spawn(drive(&opener, connection, settings.h2.clone()));
     let permit = opener.reserve(1).ok_or(TunnelError::Unstable)?;
-    match tokio::time::timeout(settings.response_timeout, opener.open(request, permit, &mut Meanwhile::Wait)).await {
-        Ok(Ok(tunnel)) => Ok(tunnel),
-        Ok(Err(OpenError::Unprocessed(error))) => Err(TunnelError::from_h2(error, TunnelError::Stream)),
-        Ok(Err(OpenError::Final(error))) => Err(error),
-        Err(_) => Err(TunnelError::ResponseTimeout),
-    }
+    opener.open(request, permit, &mut Meanwhile::Wait, settings).await.map_err(|error| match error {
+        OpenError::Unprocessed(error) => TunnelError::from_h2(error, TunnelError::Stream),
+        OpenError::Silent => TunnelError::PeerGone,
+        OpenError::Final(error) => error,
+    })
 }

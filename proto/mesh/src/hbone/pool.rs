@@ -5,7 +5,7 @@
 //!  connect ─► a pooled connection with room? ──yes──► CONNECT ──ok──► tunnel
 //!                     │ no            ▲                  │ not processed (GOAWAY, REFUSED_STREAM, closed)
 //!                     ▼               └── discard it ◄───┘
-//!            one dials, others of the key wait
+//!            one dials, others of the key wait, and fail with it if it fails
 //! ```
 
 use std::{
@@ -14,10 +14,10 @@ use std::{
     io,
     net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
-use tokio::{net::TcpStream, task::JoinSet, time::timeout};
+use tokio::{net::TcpStream, sync::watch, task::JoinSet, time::timeout};
 
 use super::{
     Authority, ConnectHeaders, H2Settings, Meanwhile, Tunnel, TunnelError,
@@ -54,10 +54,15 @@ pub struct PoolSettings {
     pub max_streams: u32,
     /// A connection without tunnels for this long is closed.
     pub unused_release: Duration,
-    /// For TCP alone. Also how long to wait for somebody else's attempt.
+    /// For TCP alone.
     pub connect_timeout: Duration,
     /// For the answer to the CONNECT, in which the peer makes a connection of its own.
     pub response_timeout: Duration,
+    /// A CONNECT that is unanswered for so long makes us ask, by a PING, whether the peer is there at all.
+    pub answer_patience: Duration,
+    /// Without a byte from the peer for so long after that, it is given up. Longer than a loaded machine needs to get
+    /// round to a PONG.
+    pub pong_patience: Duration,
 }
 
 impl Default for PoolSettings {
@@ -68,6 +73,8 @@ impl Default for PoolSettings {
             unused_release: Duration::from_secs(300),
             connect_timeout: Duration::from_secs(10),
             response_timeout: Duration::from_secs(20),
+            answer_patience: Duration::from_secs(2),
+            pong_patience: Duration::from_secs(5),
         }
     }
 }
@@ -106,8 +113,60 @@ struct State {
 #[derive(Default)]
 struct Connections {
     open: Vec<Opener>,
-    /// Held by whoever dials.
-    dialling: Arc<tokio::sync::Mutex<()>>,
+    /// Somebody dials, and others may wait for that.
+    attempt: Option<Attempt>,
+}
+
+/// Somebody's attempt to make a connection.
+#[derive(Clone)]
+struct Attempt {
+    /// Closed without an outcome when it is given up half-way.
+    outcome: watch::Receiver<Option<Result<(), Arc<TunnelError>>>>,
+    /// When the certificate ends that it is made with.
+    valid_until: SystemTime,
+}
+
+/// What somebody does who needs a connection that is not there.
+enum Turn {
+    Reserved(Opener, StreamPermit),
+    Dial(Dialling),
+    Wait(Attempt),
+}
+
+/// The right to dial. However it ends, also by being given up half-way, others may dial then, and a key that it leaves
+/// without connections is forgotten.
+struct Dialling {
+    pool: Arc<Inner>,
+    key: PoolKey,
+    outcome: watch::Sender<Option<Result<(), Arc<TunnelError>>>>,
+}
+
+impl Dialling {
+    /// Ends the attempt and tells those who waited for it; who comes later dials anew.
+    fn end(self, outcome: Result<(), Arc<TunnelError>>) {
+        self.withdraw();
+        self.outcome.send_replace(Some(outcome));
+    }
+
+    fn is_awaited(&self) -> bool {
+        // One receiver is the key's own.
+        self.outcome.receiver_count() > 1
+    }
+
+    fn withdraw(&self) {
+        if let Some(connections) = self.pool.state().keys.get_mut(&self.key) {
+            // The pool may have let go of the key in the meantime, and somebody else dial for it.
+            let own = self.outcome.subscribe();
+            connections.attempt.take_if(|attempt| attempt.outcome.same_channel(&own));
+        }
+        self.pool.tidy(&self.key);
+    }
+}
+
+impl Drop for Dialling {
+    fn drop(&mut self) {
+        self.withdraw();
+    }
 }
 
 impl Pool {
@@ -154,11 +213,14 @@ impl Pool {
                 None => Box::pin(self.establish(&key, cert, &mut dials)).await?,
             };
             let request = client::request(authority, headers)?;
-            match timeout(self.0.settings.response_timeout, opener.open(request, permit, meanwhile)).await {
-                Ok(Ok(tunnel)) => return Ok(tunnel),
-                Ok(Err(OpenError::Final(error))) => return Err(error),
-                Err(_) => return Err(TunnelError::ResponseTimeout),
-                Ok(Err(OpenError::Unprocessed(error))) => {
+            match opener.open(request, permit, meanwhile, &self.0.settings).await {
+                Ok(tunnel) => return Ok(tunnel),
+                Err(OpenError::Final(error)) => return Err(error),
+                Err(OpenError::Silent) => {
+                    self.0.discard(&key, &opener);
+                    return Err(TunnelError::PeerGone);
+                }
+                Err(OpenError::Unprocessed(error)) => {
                     self.0.discard(&key, &opener);
                     // One made for us has failed as well: unless the peer asks for it, trying again would only repeat that.
                     if dials.left < MAX_DIALS && (dials.left == 0 || !client::sent_away(&error)) {
@@ -170,7 +232,8 @@ impl Pool {
         Err(TunnelError::Unstable)
     }
 
-    /// A new connection, unless somebody makes one while we wait for our turn.
+    /// A new connection: somebody else's if one is being made, else our own. Whoever waits for an attempt shares its
+    /// failure, which is news for all of them; each would otherwise find it out after the other.
     async fn establish<D, F>(
         &self,
         key: &PoolKey,
@@ -181,18 +244,63 @@ impl Pool {
         D: FnMut() -> F,
         F: Future<Output = io::Result<TcpStream>>,
     {
-        let settings = &self.0.settings;
-        let attempt = Attempt {
-            turn: Some(self.0.state().keys.entry(key.clone()).or_default().dialling.clone()),
-            pool: &self.0,
-            key,
-        };
-        let turn = attempt.turn.as_ref().expect("taken only when the attempt is over").lock();
-        let _turn = timeout(settings.connect_timeout, turn).await.map_err(|_| TunnelError::ConnectTimeout)?;
-        if let Some(reserved) = self.0.reserve(key, cert) {
-            return Ok(reserved);
+        loop {
+            match self.turn(key, cert) {
+                Turn::Reserved(opener, permit) => return Ok((opener, permit)),
+                Turn::Wait(mut attempt) => {
+                    let outcome = attempt.outcome.wait_for(Option::is_some).await;
+                    let failure = outcome.ok().and_then(|outcome| outcome.clone()?.err());
+                    // With a certificate that ended earlier it may have failed because of that.
+                    if let Some(error) = failure.filter(|_| attempt.valid_until >= cert.not_after()) {
+                        return Err(TunnelError::Shared(error));
+                    }
+                }
+                Turn::Dial(dialling) => {
+                    dials.left = dials.left.checked_sub(1).ok_or(TunnelError::Unstable)?;
+                    let made = self.dial(key, cert, dials).await;
+                    return match made {
+                        Ok(made) => {
+                            dialling.end(Ok(()));
+                            Ok(made)
+                        }
+                        Err(error) if dialling.is_awaited() => {
+                            let error = Arc::new(error);
+                            dialling.end(Err(error.clone()));
+                            Err(TunnelError::Shared(error))
+                        }
+                        Err(error) => Err(error),
+                    };
+                }
+            }
         }
-        dials.left = dials.left.checked_sub(1).ok_or(TunnelError::Unstable)?;
+    }
+
+    /// Decides, in one step, who dials and who waits.
+    fn turn(&self, key: &PoolKey, cert: &WorkloadCertificate) -> Turn {
+        let mut state = self.0.state();
+        if let Some((opener, permit)) = self.0.reserve_in(&mut state, key, cert) {
+            return Turn::Reserved(opener, permit);
+        }
+        let connections = state.keys.entry(key.clone()).or_default();
+        if let Some(attempt) = &connections.attempt {
+            return Turn::Wait(attempt.clone());
+        }
+        let (outcome, waiting) = watch::channel(None);
+        connections.attempt = Some(Attempt { outcome: waiting, valid_until: cert.not_after() });
+        Turn::Dial(Dialling { pool: self.0.clone(), key: key.clone(), outcome })
+    }
+
+    async fn dial<D, F>(
+        &self,
+        key: &PoolKey,
+        cert: &WorkloadCertificate,
+        dials: &mut Dials<D>,
+    ) -> Result<(Opener, StreamPermit), TunnelError>
+    where
+        D: FnMut() -> F,
+        F: Future<Output = io::Result<TcpStream>>,
+    {
+        let settings = &self.0.settings;
         let stream = timeout(settings.connect_timeout, (dials.dial)())
             .await
             .map_err(|_| TunnelError::ConnectTimeout)?
@@ -200,7 +308,7 @@ impl Pool {
         let (opener, connection) =
             client::handshake(stream, cert, &key.expected, key.destination, &settings.h2).await?;
         let permit = opener.reserve(settings.max_streams).ok_or(TunnelError::Unstable)?;
-        let driver = client::drive(connection, settings.h2.clone());
+        let driver = client::drive(&opener, connection, settings.h2.clone());
         self.0.adopt(key, &opener, driver, Arc::downgrade(&self.0));
         Ok((opener, permit))
     }
@@ -243,21 +351,6 @@ struct Dials<D> {
     left: usize,
 }
 
-/// Somebody's wish for a new connection. However it ends, also by being given up half-way, a key that it leaves without
-/// connections is forgotten.
-struct Attempt<'a> {
-    pool: &'a Inner,
-    key: &'a PoolKey,
-    turn: Option<Arc<tokio::sync::Mutex<()>>>,
-}
-
-impl Drop for Attempt<'_> {
-    fn drop(&mut self) {
-        self.turn = None;
-        self.pool.tidy(self.key);
-    }
-}
-
 fn from_dial(error: io::Error) -> TunnelError {
     match error.kind() {
         io::ErrorKind::TimedOut => TunnelError::ConnectTimeout,
@@ -273,7 +366,15 @@ impl Inner {
     /// A place on a connection made with `cert` or its equal. Once a certificate is renewed, what was made with the old
     /// one gets no more tunnels: it would otherwise be in use long after that has expired.
     fn reserve(&self, key: &PoolKey, cert: &WorkloadCertificate) -> Option<(Opener, StreamPermit)> {
-        let mut state = self.state();
+        self.reserve_in(&mut self.state(), key, cert)
+    }
+
+    fn reserve_in(
+        &self,
+        state: &mut State,
+        key: &PoolKey,
+        cert: &WorkloadCertificate,
+    ) -> Option<(Opener, StreamPermit)> {
         let connections = state.keys.get_mut(key)?;
         connections.open.retain(|opener| opener.valid_until >= cert.not_after());
         connections.open.iter().find_map(|opener| Some((opener.clone(), opener.reserve(self.settings.max_streams)?)))
@@ -337,7 +438,7 @@ impl Inner {
         let mut state = self.state();
         if let Some(connections) = state.keys.get(key)
             && connections.open.is_empty()
-            && Arc::strong_count(&connections.dialling) == 1
+            && connections.attempt.is_none()
         {
             state.keys.remove(key);
         }

@@ -118,7 +118,7 @@ where
     let mut connection = handshake.await.map_err(|_| ServeError::HandshakeTimeout)?.map_err(ServeError::Handshake)?;
 
     let mut handlers = JoinSet::new();
-    let mut peer_gone = pin!(keepalive::peer_gone(connection.ping_pong(), settings));
+    let mut peer_gone = pin!(keepalive::peer_gone(connection.ping_pong(), settings, None));
     let mut draining = pin!(drain.draining());
     let mut cut = pin!(drain.cut());
     let mut told = false;

@@ -23,6 +23,8 @@ use crate::{
     tls,
 };
 
+mod pool;
+
 const PATIENCE: Duration = Duration::from_secs(20);
 
 #[test]

@@ -55,6 +55,23 @@ impl Workload {
     }
 }
 
+impl Baggage {
+    /// How telemetry names a workload that has said this of itself and proved to be `identity`, which has the last word.
+    pub fn party(self, identity: &Identity) -> Party {
+        Party {
+            workload: self.workload,
+            pod: None,
+            namespace: Some(identity.namespace().clone()),
+            canonical_service: self.service,
+            canonical_revision: self.revision,
+            cluster: self.cluster,
+            principal: Some(identity.to_string().into()),
+            region: self.region,
+            zone: self.zone,
+        }
+    }
+}
+
 impl Service {
     /// How telemetry names it.
     pub fn labels(&self) -> ServiceLabels {

@@ -30,6 +30,8 @@ pub(super) struct Indexes {
     pub(super) workloads: HashMap<Arc<str>, Arc<Workload>>,
     /// Workloads that own the address, in whatever network; the best first.
     pub(super) by_ip: HashMap<IpAddr, Bucket<Workload>>,
+    /// The few workloads that have a host name of their own.
+    pub(super) by_name: HashMap<NamespacedHostname, Bucket<Workload>>,
     pub(super) services: HashMap<NamespacedHostname, Arc<Service>>,
     pub(super) by_vip: HashMap<IpAddr, Bucket<Service>>,
     pub(super) by_hostname: HashMap<Arc<str>, Bucket<Service>>,
@@ -78,6 +80,9 @@ impl Indexes {
         for ip in owned_addresses(&workload) {
             put_in_bucket(&mut self.by_ip, ip, workload.clone(), |w| (Reverse(ownership(w)), w.uid.clone()));
         }
+        if let Some(name) = own_name(&workload) {
+            put_in_bucket(&mut self.by_name, name, workload.clone(), |w| w.uid.clone());
+        }
         for (service, ports) in &workload.services {
             let endpoint = Endpoint { workload: workload.clone(), ports: ports.clone() };
             self.endpoints.entry(service.clone()).or_default().insert(workload.uid.clone(), endpoint);
@@ -90,6 +95,9 @@ impl Indexes {
         let Some(old) = self.workloads.remove(uid) else { return false };
         for ip in owned_addresses(&old) {
             take_from_bucket(&mut self.by_ip, ip, |w| *w.uid == *uid);
+        }
+        if let Some(name) = own_name(&old) {
+            take_from_bucket(&mut self.by_name, name, |w| *w.uid == *uid);
         }
         for service in old.services.keys() {
             if let Some(endpoints) = self.endpoints.get_mut(service) {
@@ -214,6 +222,11 @@ fn owned_addresses(workload: &Workload) -> impl Iterator<Item = IpAddr> + '_ {
         NetworkMode::HostNetwork => &[],
     };
     owned.iter().copied()
+}
+
+fn own_name(workload: &Workload) -> Option<NamespacedHostname> {
+    let Workload { namespace, hostname, .. } = workload;
+    (!hostname.is_empty()).then(|| NamespacedHostname { namespace: namespace.clone(), hostname: hostname.clone() })
 }
 
 /// Of several workloads on one address: a captured pod, a pod, something that speaks HBONE, anything.

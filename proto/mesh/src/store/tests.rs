@@ -78,6 +78,22 @@ fn host_network_workloads_are_never_found_by_address() {
 }
 
 #[test]
+fn a_workload_is_found_by_the_host_name_it_has_itself() {
+    let store = Store::new();
+    let named = |uid: &str, host: &str| Workload { uid: uid.into(), hostname: host.into(), ..pod(uid, "192.0.2.1") };
+    let find = |name: &str| store.snapshot().workload_by_hostname(&key(name)).map(|w| w.uid.to_string());
+    store.apply(Update::new().workload(named("b", "gw.test")).workload(named("a", "gw.test")).workload(named("c", "")));
+    assert_eq!(find("shop/gw.test").as_deref(), Some("a"), "the order of arrival does not matter");
+    assert_eq!(find("other/gw.test"), None);
+    let nameless = NamespacedHostname { namespace: "shop".into(), hostname: "".into() };
+    assert!(store.snapshot().workload_by_hostname(&nameless).is_none(), "most have no name");
+    store.apply(Update::new().workload(named("a", "gw2.test")));
+    assert_eq!((find("shop/gw.test").as_deref(), find("shop/gw2.test").as_deref()), (Some("b"), Some("a")));
+    store.apply(Update::new().remove_address("b"));
+    assert_eq!(find("shop/gw.test"), None);
+}
+
+#[test]
 fn of_several_workloads_on_one_address_the_captured_pod_wins() {
     let entry = |uid: &str, protocol| Workload { uid: uid.into(), protocol, ..pod(uid, "10.0.0.1") };
     let ranked = [
@@ -315,6 +331,7 @@ fn random_change(rng: &mut StdRng) -> Change {
                 namespace: pick(rng, &["a", "b"]).into(),
                 network: pick(rng, &networks).into(),
                 addresses: (0..rng.random_range(0..3)).map(|_| ip(&pick(rng, &addresses))).collect(),
+                hostname: pick(rng, &["", "h.test"]).into(),
                 protocol: if rng.random() { TunnelProtocol::Hbone } else { TunnelProtocol::None },
                 network_mode: if rng.random_ratio(1, 4) { NetworkMode::HostNetwork } else { NetworkMode::Standard },
                 status: if rng.random_ratio(1, 4) { HealthStatus::Unhealthy } else { HealthStatus::Healthy },
