@@ -59,7 +59,7 @@ async fn scrapers_get_the_format_and_encoding_they_prefer() {
     let server = Arc::new(AdminServer::new("test").metrics(crate::telemetry::metrics_handle()));
     metrics::counter!("admin_test_total").increment(1);
     let ask = async |accept: &'static str, encoding: &'static str| {
-        let handler = server.find(&Method::GET, "/metrics").ok().expect("it is there");
+        let handler = server.find(&Method::GET, "/metrics").expect("it is there");
         let mut headers = HeaderMap::new();
         headers.insert(header::ACCEPT, HeaderValue::from_static(accept));
         headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static(encoding));
