@@ -78,13 +78,21 @@ async fn forward(
                 actual_dst: route.next_hop,
                 protocol: if route.tunnel.is_some() { Transport::Hbone } else { Transport::Tcp },
                 authorized_as: None,
+                peer: None,
             },
         );
         let upstream = match &route.tunnel {
             Some(tunnel) if at.pod.addresses().contains(&route.next_hop.ip()) => {
                 Upstream::Plain(hairpin(at, source, client, tunnel).await?)
             }
-            Some(tunnel) => Upstream::Tunnel(open_tunnel(at, source, &route, tunnel, client).await?),
+            Some(tunnel) => {
+                let mesh::hbone::Tunnel { stream, peer, .. } = open_tunnel(at, source, &route, tunnel, client).await?;
+                tracked.reached(peer.standing());
+                if tracked.is_peer_revoked() {
+                    return Err(Ending::Revoked);
+                }
+                Upstream::Tunnel(stream)
+            }
             None => Upstream::Plain(at.dial_plain(route.next_hop).await?),
         };
         Ok::<_, Ending>((tracked, upstream))
@@ -114,7 +122,7 @@ async fn open_tunnel(
     route: &Route,
     tunnel: &Tunnel,
     client: SocketAddr,
-) -> Result<HboneStream, Ending> {
+) -> Result<mesh::hbone::Tunnel, Ending> {
     let to = route.next_hop;
     let local = at.pod.address_like(to.ip()).ok_or(Ending::NoSource(to))?;
     let cert = at.certificate(source).await?;
@@ -127,7 +135,7 @@ async fn open_tunnel(
         ..ConnectHeaders::default()
     };
     let opened = at.pool.connect(key, &cert, || at.dial(local, to), &tunnel.authority, &headers).await;
-    opened.map(|t| t.stream).map_err(|source| Ending::Tunnel { to, source })
+    opened.map_err(|source| Ending::Tunnel { to, source })
 }
 
 /// A pod that calls its own service and is chosen itself. Its port 15008 cannot be dialled from inside (the steering

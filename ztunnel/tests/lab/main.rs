@@ -7,5 +7,6 @@
 
 mod life;
 mod repair;
+mod revocation;
 mod support;
 mod two_nodes;
