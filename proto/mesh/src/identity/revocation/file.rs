@@ -27,8 +27,14 @@ struct Stamp {
 pub struct RevocationFile {
     path: PathBuf,
     revocations: Revocations,
-    /// Of what was looked at last, whether or not it could be taken, so that each mistake is told once.
+    /// Of what was read last, whether or not it could be taken, so that each mistake is told once.
     taken: Option<Stamp>,
+    /// At the last look.
+    seen: Option<Stamp>,
+    /// It has been told that the file is away.
+    missing: bool,
+    /// The date of which it has been told that it has passed.
+    outdated: Option<SystemTime>,
 }
 
 impl RevocationFile {
@@ -39,11 +45,13 @@ impl RevocationFile {
     /// A file that is there and cannot be read or understood: starting without the lists somebody wrote would let in
     /// whom they name.
     pub fn open(path: &Path, revocations: Revocations) -> Result<Self, RevocationError> {
-        let mut file = Self { path: path.to_owned(), revocations, taken: None };
+        let (taken, seen, outdated) = (None, None, None);
+        let mut file = Self { path: path.to_owned(), revocations, taken, seen, missing: false, outdated };
         match stamp(path) {
             Ok(stamp) => file.take(stamp)?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 tracing::warn!(path = %path.display(), "there is no file of revocation lists: nobody is revoked");
+                file.missing = true;
             }
             Err(error) => return Err(file.unreadable(error)),
         }
@@ -69,36 +77,39 @@ impl RevocationFile {
     /// Follows the file until the drain begins. What cannot be understood, and a file that goes away, leave what was
     /// loaded in force.
     pub async fn run(mut self, drain: DrainWatcher) {
-        let mut seen = self.taken;
-        let (mut missing, mut outdated) = (self.taken.is_none(), None);
         loop {
             tokio::select! {
                 () = drain.draining() => return,
-                () = tokio::time::sleep(POLL) => {}
+                () = tokio::time::sleep(POLL) => self.look(),
             }
-            let path = self.path.display();
-            match stamp(&self.path) {
-                Ok(now) if Some(now) == self.taken => (seen, missing) = (self.taken, false),
-                Ok(now) if Some(now) == seen => {
-                    missing = false;
-                    if let Err(error) = self.take(now) {
-                        tracing::error!(path = %self.path.display(), "{error}; the revocation lists from before stay");
-                    }
+        }
+    }
+
+    pub(super) fn look(&mut self) {
+        let path = self.path.clone();
+        let path = path.display();
+        match stamp(&self.path) {
+            Ok(now) => {
+                self.missing = false;
+                if self.taken != Some(now)
+                    && self.seen == Some(now)
+                    && let Err(error) = self.take(now)
+                {
+                    tracing::error!(%path, "{error}; the revocation lists from before stay");
                 }
-                Ok(now) => seen = Some(now),
-                Err(error) => {
-                    if !missing {
-                        tracing::error!(%path, %error, "revocation lists cannot be read; those from before stay");
-                    }
-                    missing = true;
-                }
+                self.seen = Some(now);
             }
-            let due = self.revocations.next_update();
-            if due != outdated && due.is_some_and(|due| due <= SystemTime::now()) {
-                outdated = due;
-                tracing::warn!(path = %self.path.display(),
-                    "a revocation list is past its nextUpdate: whom it names stays revoked, newer revocations are missing");
+            Err(error) if !self.missing => {
+                self.missing = true;
+                tracing::error!(%path, %error, "revocation lists cannot be read; those from before stay");
             }
+            Err(_) => {}
+        }
+        let due = self.revocations.next_update();
+        if due != self.outdated && due.is_some_and(|due| due <= SystemTime::now()) {
+            self.outdated = due;
+            tracing::warn!(%path,
+                "a revocation list is past its nextUpdate: whom it names stays revoked, newer revocations are missing");
         }
     }
 }

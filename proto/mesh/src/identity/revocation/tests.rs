@@ -13,6 +13,10 @@ const PATIENCE: Duration = Duration::from_secs(20);
 fn list(serials: &[u8]) -> rcgen::CertificateRevocationList {
     let mut params = CertificateParams::default();
     params.distinguished_name.push(DnType::CommonName, "authority");
+    list_by(&Signer::new(params, KeyPair::generate().unwrap()), serials)
+}
+
+fn list_by(signer: &Signer<'static, KeyPair>, serials: &[u8]) -> rcgen::CertificateRevocationList {
     let revoked = serials.iter().map(|serial| RevokedCertParams {
         serial_number: SerialNumber::from_slice(&[*serial]),
         revocation_time: date_time_ymd(2026, 1, 1),
@@ -27,7 +31,7 @@ fn list(serials: &[u8]) -> rcgen::CertificateRevocationList {
         revoked_certs: revoked.collect(),
         key_identifier_method: KeyIdMethod::Sha256,
     };
-    list.signed_by(&Signer::new(params, KeyPair::generate().unwrap())).unwrap()
+    list.signed_by(signer).unwrap()
 }
 
 fn pem(serials: &[u8]) -> String {
@@ -110,37 +114,83 @@ impl ConfigMap {
     }
 }
 
-#[tokio::test]
-async fn a_config_map_is_followed_through_its_links_and_mistakes_change_nothing() {
+#[test]
+fn a_config_map_is_followed_through_its_links_and_mistakes_change_nothing() {
     let map = ConfigMap::new();
     let revocations = Revocations::default();
-    let file = RevocationFile::open(&map.path(), revocations.clone()).expect("none yet is no mistake");
-    let (_trigger, watcher) = drain::channel();
+    let mut file = RevocationFile::open(&map.path(), revocations.clone()).expect("none yet is no mistake");
+    let mut lists = || {
+        // The first look sees that it has changed, the second that nobody is writing it.
+        file.look();
+        file.look();
+        revocations.lists().len()
+    };
+    assert_eq!(lists(), 0);
+    map.publish("..1", &pem(&[1]));
+    assert_eq!(lists(), 1);
+    map.publish("..2", &(pem(&[1]) + &pem(&[2])));
+    assert_eq!(lists(), 2);
+    map.publish("..3", "nonsense");
+    assert_eq!(lists(), 2, "not understood");
+    std::fs::remove_file(map.0.path().join("..data")).unwrap();
+    assert_eq!(lists(), 2, "gone");
+    map.publish("..4", &pem(&[]));
+    assert_eq!(lists(), 1, "and right again");
+    std::fs::write(map.path(), "").unwrap();
+    assert_eq!(lists(), 0, "written over in place");
+}
+
+#[test]
+fn a_file_that_is_being_written_is_left_alone_until_it_rests() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("crl.pem");
+    std::fs::write(&path, pem(&[1])).unwrap();
+    let revocations = Revocations::default();
+    let mut file = RevocationFile::open(&path, revocations.clone()).unwrap();
+    // Two of three are there: a text in itself, and not what was meant.
+    std::fs::write(&path, pem(&[1]) + &pem(&[2])).unwrap();
+    file.look();
+    std::fs::write(&path, pem(&[1]) + &pem(&[2]) + &pem(&[3])).unwrap();
+    file.look();
+    assert_eq!(revocations.lists().len(), 1);
+    file.look();
+    assert_eq!(revocations.lists().len(), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_file_is_looked_at_until_the_drain() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("crl.pem");
+    let revocations = Revocations::default();
+    let file = RevocationFile::open(&path, revocations.clone()).unwrap();
+    let (trigger, watcher) = drain::channel();
     let following = tokio::spawn(file.run(watcher));
     let mut loads = revocations.watch();
-    let mut next = async || tokio::time::timeout(PATIENCE, loads.changed()).await.expect("in time").unwrap();
+    std::fs::write(&path, pem(&[1])).unwrap();
+    tokio::time::timeout(PATIENCE, loads.changed()).await.expect("taken").unwrap();
+    drop(trigger);
+    tokio::time::timeout(PATIENCE, following).await.expect("it ends").unwrap();
+}
 
-    map.publish("..1", &pem(&[1]));
-    next().await;
-    assert_eq!(revocations.lists().len(), 1);
-    map.publish("..2", &(pem(&[1]) + &pem(&[2])));
-    next().await;
-    assert_eq!(revocations.lists().len(), 2);
-    // Not understood; then gone; then right again, as the next load shows.
-    map.publish("..3", "nonsense");
-    tokio::time::sleep(Duration::from_millis(1_200)).await;
-    assert_eq!(revocations.lists().len(), 2);
-    std::fs::remove_file(map.0.path().join("..data")).unwrap();
-    tokio::time::sleep(Duration::from_millis(600)).await;
-    assert_eq!(revocations.lists().len(), 2);
-    map.publish("..4", &pem(&[]));
-    next().await;
-    assert_eq!(revocations.lists().len(), 1);
-    // Written over in place, too.
-    std::fs::write(map.path(), "").unwrap();
-    next().await;
-    assert!(revocations.lists().is_empty());
-    following.abort();
+#[test]
+fn who_is_revoked_between_the_handshake_and_its_end_is_not_admitted() {
+    use rcgen::PublicKeyData;
+    let mut params = CertificateParams::default();
+    params.distinguished_name.push(DnType::CommonName, "authority");
+    let key = KeyPair::generate().unwrap();
+    let spki = key.subject_public_key_info();
+    let signer = Signer::new(params, key);
+    let text = list_by(&signer, &[5]).der().to_vec();
+    let name = list::parse(&text).unwrap()[0].issuer().to_vec();
+    let issuer = Arc::new(Issuer { name: name.into(), key: spki.into() });
+    let path = |serial: u8| Path([Link { issuer: issuer.clone(), serial: [serial].into() }].into());
+    let revocations = Revocations::default();
+    let early = revocations.admit(path(5), PeerRole::Client).expect("nobody is revoked yet");
+    assert_eq!(revocations.load(&text).unwrap().cut, 1);
+    assert!(early.is_revoked());
+    assert!(revocations.admit(path(5), PeerRole::Client).is_none());
+    assert!(revocations.admit(path(6), PeerRole::Client).is_some());
+    assert_eq!(revocations.load(&text).unwrap().cut, 0, "who is not admitted is not open");
 }
 
 #[test]

@@ -19,6 +19,7 @@ const HOUR: Duration = Duration::from_secs(3600);
 /// A root, or an authority below one.
 pub(super) struct Authority {
     issuer: Issuer<'static, KeyPair>,
+    name: String,
     pub(super) serial: [u8; 16],
     /// Its own certificate and those above, without the root; empty for a root.
     chain: String,
@@ -67,7 +68,7 @@ impl Authority {
         let key = KeyPair::generate().unwrap();
         let params = Self::params(name);
         let root = params.self_signed(&key).unwrap().pem();
-        Self { issuer: Issuer::new(params, key), serial: [0; 16], chain: String::new(), root }
+        Self { issuer: Issuer::new(params, key), name: name.into(), serial: [0; 16], chain: String::new(), root }
     }
 
     /// An authority that this one has signed.
@@ -76,7 +77,15 @@ impl Authority {
         let mut params = Self::params(name);
         params.serial_number = Some(SerialNumber::from_slice(&serial));
         let own = params.signed_by(&key, &self.issuer).unwrap().pem();
-        Self { issuer: Issuer::new(params, key), serial, chain: own + &self.chain, root: self.root.clone() }
+        let (chain, root) = (own + &self.chain, self.root.clone());
+        Self { issuer: Issuer::new(params, key), name: name.into(), serial, chain, root }
+    }
+
+    /// The same authority, signed by another one as well. What it issues is sent with both ways up.
+    pub(super) fn cross(mut self, by: &Self) -> Self {
+        let params = Self::params(&self.name);
+        self.chain += &(params.signed_by(self.issuer.key(), &by.issuer).unwrap().pem() + &by.chain);
+        self
     }
 
     pub(super) fn issue(&self, leaf: &Leaf) -> Issued {

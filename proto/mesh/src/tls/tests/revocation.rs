@@ -86,12 +86,21 @@ async fn whose_list_counts_for_whom() {
 #[tokio::test]
 async fn a_path_around_a_revoked_issuer_is_taken() {
     let world = world();
-    let upper = world.root.below("upper");
+    let (one, two) = (world.root.below("one"), world.root.below("two"));
     let server = world.root.identity(&server_id()).with(&world.root.root, rules(&world.revocations));
-    let client = upper.below("lower").identity(&client_id());
-    world.revocations.load(world.root.revoke(&[upper.serial]).as_bytes()).unwrap();
-    let verdict = super::authority::judge_client(&server, client.shown(|_| {})).await;
-    assert!(matches!(verdict, Err(TlsError::Revoked)), "there is none: {verdict:?}");
+    let client = one.below("lower").cross(&two).identity(&client_id());
+    for (what, revoked, accepted) in [
+        ("the first way", vec![one.serial], true),
+        ("the second way", vec![two.serial], true),
+        ("both ways", vec![one.serial, two.serial], false),
+    ] {
+        world.revocations.load(world.root.revoke(&revoked).as_bytes()).unwrap();
+        let verdict = super::authority::judge_client(&server, client.shown(|_| {})).await;
+        match (accepted, &verdict) {
+            (true, Ok(_)) | (false, Err(TlsError::Revoked)) => {}
+            _ => panic!("{what}: {verdict:?}"),
+        }
+    }
 }
 
 #[tokio::test]
