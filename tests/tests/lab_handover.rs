@@ -18,7 +18,10 @@ use mesh_tests::raw::{self, Lab, Node, Pod, Process};
 use mesh_tests::{record, wait};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, KeyPair, KeyUsagePurpose};
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, DnType, IsCa, Issuer, KeyIdMethod, KeyPair,
+    KeyUsagePurpose, RevokedCertParams, SerialNumber,
+};
 use serde_json::{Value, json};
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -196,6 +199,34 @@ impl Stage {
         Ok(fs::rename(path.with_extension("next"), path)?)
     }
 
+    fn lists(&self) -> Result<PathBuf> {
+        Ok(self.lab.scratch("ca")?.join("crl.pem"))
+    }
+
+    /// Has the authority take these certificates back.
+    fn revoke(&self, serials: &[Vec<u8>]) -> Result<()> {
+        let read = |name: &str| Ok::<_, anyhow::Error>(fs::read_to_string(self.lab.scratch("ca")?.join(name))?);
+        let issuer = Issuer::from_ca_cert_pem(&read("ca-cert.pem")?, KeyPair::from_pem(&read("ca-key.pem")?)?)?;
+        let now = std::time::SystemTime::now();
+        let revoked = serials.iter().map(|serial| RevokedCertParams {
+            serial_number: SerialNumber::from_slice(serial),
+            revocation_time: now.into(),
+            reason_code: None,
+            invalidity_date: None,
+        });
+        let list = CertificateRevocationListParams {
+            this_update: now.into(),
+            next_update: (now + Duration::from_secs(3600)).into(),
+            crl_number: SerialNumber::from(1u64),
+            issuing_distribution_point: None,
+            revoked_certs: revoked.collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        let next = self.lists()?.with_extension("next");
+        fs::write(&next, list.signed_by(&issuer)?.pem()?)?;
+        Ok(fs::rename(next, self.lists()?)?)
+    }
+
     fn config(&self, node: &Node) -> Result<PathBuf> {
         Ok(self.lab.scratch("mesh")?.join(format!("{}.yaml", node.net.name)))
     }
@@ -226,6 +257,10 @@ impl Stage {
             ("TERMINATION_GRACE_PERIOD_SECONDS", "30".to_owned()),
         ];
         launch.env = env.map(|(key, value)| (key.to_owned(), value)).into();
+        // Of one node only, so that it is seen who cuts.
+        if node.net.name == "node-a" {
+            launch.env.insert("CRL_PATH".to_owned(), shown(self.lists()?));
+        }
         launch.env.extend(settings.more.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));
         let child = launch.command()?.spawn()?;
         let mut ztunnel = Ztunnel { child, cgroup: launch.cgroup, log, ports: settings.ports };
@@ -307,6 +342,30 @@ fn generations(node: &Node, ztunnel: &Ztunnel) -> Result<Vec<Value>> {
     let (_, body) = answer.split_once("\r\n\r\n").context("no body")?;
     let dump: Value = serde_json::from_str(body)?;
     Ok(dump["generations"].as_array().context("no generations")?.clone())
+}
+
+/// The serial number of a pod's certificate.
+fn serial(node: &Node, ztunnel: &Ztunnel, account: &str) -> Result<Vec<u8>> {
+    let answer = http(node, ztunnel.ports, "/config_dump")?;
+    let (_, body) = answer.split_once("\r\n\r\n").context("no body")?;
+    let dump: Value = serde_json::from_str(body)?;
+    let certificates = dump["certificates"].as_array().context("no certificates")?;
+    let identity = format!("spiffe://cluster.local/ns/shop/sa/{account}");
+    let found = certificates.iter().find(|c| c["identity"] == identity.as_str()).context("no such certificate")?;
+    let decimal = found["certChain"][0]["serialNumber"].as_str().context("no serial number")?;
+    let mut bytes: Vec<u8> = Vec::new();
+    for digit in decimal.bytes() {
+        let mut carry = u32::from(digit - b'0');
+        for byte in bytes.iter_mut().rev() {
+            carry += u32::from(*byte) * 10;
+            *byte = carry.to_le_bytes()[0];
+            carry >>= 8;
+        }
+        if carry > 0 {
+            bytes.insert(0, carry.to_le_bytes()[0]);
+        }
+    }
+    Ok(bytes)
 }
 
 fn write_ca(directory: &Path) -> Result<()> {
@@ -423,6 +482,44 @@ fn long_lived_connections_outlive_upgrades_and_their_containers() -> Result<()> 
         })?;
     }
     Ok(())
+}
+
+#[test]
+fn what_a_draining_generation_holds_is_cut_when_its_peer_is_revoked() -> Result<()> {
+    if !raw::available() {
+        return Ok(());
+    }
+    let mut stage = Stage::up("revo")?;
+    let mut first = stage.start(stage.node("node-a"), &V1)?;
+    let other = stage.start(stage.node("node-b"), &V1)?;
+    let (far, near) = (stage.far(), stage.near());
+    let (outbound, inbound) = (stage.hold(far)?, stage.hold(near)?);
+    // Of the certificates that the held connections were made with.
+    let client = serial(stage.node("node-a"), &first, "client")?;
+    let server = serial(stage.node("node-b"), &other, "far")?;
+    let second = stage.start(stage.node("node-a"), &V2)?;
+    first.retire()?;
+    outbound.lives()?;
+    inbound.lives()?;
+    ensure!(stage.drainers(stage.node("node-a")).len() == 1);
+
+    stage.revoke(std::slice::from_ref(&client))?;
+    inbound.is_cut(PATIENCE)?;
+    outbound.lives()?;
+    stage.revoke(&[client, server])?;
+    outbound.is_cut(PATIENCE)?;
+    wait::until("the records of what was cut", PATIENCE, || {
+        let said = second.said();
+        for direction in ["inbound", "outbound"] {
+            let is_it = |l: &&str| {
+                l.contains("generation=")
+                    && l.contains("CERT_REVOKED")
+                    && l.contains(&format!("direction=\"{direction}\""))
+            };
+            ensure!(said.lines().any(|l| is_it(&l)), "{direction}: {}", said.lines().last().unwrap_or_default());
+        }
+        Ok(())
+    })
 }
 
 #[test]

@@ -15,6 +15,7 @@ use ebpf_loader::Capture;
 use futures_util::FutureExt;
 use futures_util::future::join_all;
 use mesh::drain::{self, DrainWatcher};
+use mesh::identity::HandshakeRules;
 use mesh::serve::Readiness;
 use mesh::store::Store;
 use mesh::telemetry::{self, LogHandle};
@@ -46,7 +47,7 @@ use crate::node::tenure::Tenure;
 use crate::node::{Registry, enrolment, orders, report};
 use crate::worker::{Shared, Workers};
 use crate::zds::{self, agent::Agent, pods::Pods};
-use crate::{admin, capture, certs, cni, dedicated, privileges};
+use crate::{admin, capture, certs, cni, dedicated, privileges, revocation};
 
 /// Control plane, enrolment, metrics and admin: enough that one slow task does not hold up another.
 const CONTROL_THREADS: usize = 2;
@@ -77,6 +78,7 @@ pub fn run(mut config: Config, log: LogHandle) -> anyhow::Result<()> {
     telemetry::record_build("ztunnel", &config.version_tag);
     privileges::check(&config)?;
     privileges::lift_file_limit();
+    let (revocations, crl) = config.crl.as_deref().map(revocation::open).transpose()?.unzip();
     let source = Source::open(&config)?;
     if config.mode.dedicated().is_some() {
         let ca = if let CaSource::Remote(ca) = &mut config.ca { Some(ca) } else { None };
@@ -97,7 +99,8 @@ pub fn run(mut config: Config, log: LogHandle) -> anyhow::Result<()> {
         // Enrolment ends first; what feeds open connections (policy, certificates) when they have ended.
         let (enrolment_end, enrolling) = drain::channel();
         let (feeds_end, drain) = drain::channel();
-        let (certs, rotation) = certs::open(&config)?;
+        let rules = HandshakeRules { key_exchange: config.key_exchange, revocations: revocations.clone() };
+        let (certs, rotation) = certs::open(&config, rules)?;
         let names = Names::new(Servers::File(RESOLV_CONF.into()), config.ipv6);
         let shared =
             Shared { config: config.clone(), store: Store::new(), certs: certs.clone(), names, joins: Arc::default() };
@@ -107,6 +110,10 @@ pub fn run(mut config: Config, log: LogHandle) -> anyhow::Result<()> {
         let readiness = Readiness::default();
         let mut tasks = JoinSet::new();
         tasks.spawn(rotation.run(drain.clone()));
+        if let Some((file, revocations)) = crl.zip(revocations.clone()) {
+            tasks.spawn(file.run(drain.clone()));
+            tasks.spawn(revocation::cut_on_load(revocations, registry.clone(), drain.clone()));
+        }
 
         let finder = match &source {
             Source::ControlPlane { finder, .. } => Some(finder.clone()),
@@ -157,6 +164,7 @@ pub fn run(mut config: Config, log: LogHandle) -> anyhow::Result<()> {
                 finder,
                 log: log.clone(),
                 generations: generations.clone(),
+                revocations: revocations.clone(),
             };
             tasks.spawn(follower.run(enrolling.clone()));
         }
@@ -245,6 +253,7 @@ pub fn run(mut config: Config, log: LogHandle) -> anyhow::Result<()> {
             orphaned: config.orphaned_drain,
             run_dir: config.run_dir.clone(),
             registry,
+            revocations,
             metrics,
             log,
         };

@@ -4,21 +4,21 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use mesh::clock::Clock;
-use mesh::identity::{CaClient, CaConfig, CertificateManager, CertificateSource, FileCa, Rotation};
+use mesh::identity::{CaClient, CaConfig, CertificateManager, CertificateSource, FileCa, HandshakeRules, Rotation};
 
 use crate::config::{CaSource, Config};
 
-/// The manager all workers ask, and the task that does the fetching. Must be called inside the control runtime.
+/// The manager all workers ask, and the task that does the fetching. Handshakes with its certificates go by `rules`. Must be called inside the control runtime.
 ///
 /// # Errors
 /// A CA directory or address that cannot be used.
-pub fn open(config: &Config) -> anyhow::Result<(CertificateManager, Rotation)> {
+pub fn open(config: &Config, rules: HandshakeRules) -> anyhow::Result<(CertificateManager, Rotation)> {
     let clock = Clock::system();
     let source: Arc<dyn CertificateSource> = match &config.ca {
         CaSource::Directory(dir) => {
             let ca = FileCa::open(dir, config.certificate_ttl, clock.clone())
                 .with_context(|| format!("opening the CA in {}", dir.display()))?;
-            Arc::new(ca)
+            Arc::new(ca.with_rules(rules))
         }
         CaSource::Remote(remote) => {
             let channel = mesh::grpc::channel(remote.clone()).context("CA_ADDRESS")?;
@@ -26,7 +26,7 @@ pub fn open(config: &Config) -> anyhow::Result<(CertificateManager, Rotation)> {
             // asks for itself, with the workload's own token.
             let impersonate = config.mode.dedicated().is_none();
             let how = CaConfig { ttl: config.certificate_ttl, impersonate };
-            Arc::new(CaClient::new(channel, how, clock.clone()))
+            Arc::new(CaClient::new(channel, how, clock.clone()).with_rules(rules))
         }
     };
     Ok(CertificateManager::new(source, clock))

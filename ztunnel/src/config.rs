@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use mesh::grpc::{Dialer, GrpcConfig, RootCa, TokenSource};
+use mesh::identity::KeyExchange;
 use mesh::settings::Environment;
 pub use mesh::settings::Mistakes;
 use mesh::telemetry::LogFormat;
@@ -193,6 +194,9 @@ pub struct Config {
     /// File with workloads, services, policies and enrolments, re-read when it changes.
     pub local_xds: Option<PathBuf>,
     pub certificate_ttl: Duration,
+    /// File of certificate revocation lists, re-read when it changes.
+    pub crl: Option<PathBuf>,
+    pub key_exchange: KeyExchange,
 
     pub cluster_id: String,
     pub cluster_domain: String,
@@ -410,6 +414,11 @@ impl Config {
             },
             "localXds": self.local_xds,
             "certificateTtl": seconds(self.certificate_ttl),
+            "crlPath": self.crl,
+            "compliancePolicy": match self.key_exchange {
+                KeyExchange::PostQuantumPreferred => "",
+                KeyExchange::PostQuantumOnly => "pqc",
+            },
             "clusterId": self.cluster_id,
             "clusterDomain": self.cluster_domain,
             "network": self.network,
@@ -506,8 +515,8 @@ impl Raw {
         self.0.only("XDS_ON_DEMAND", no, "workloads are always subscribed to as a whole");
         self.0.only("LOCAL_XDS", &[], "name a file with LOCAL_XDS_PATH");
         self.0.only("TLS12_ENABLED", no, "HBONE is TLS 1.3 only");
-        self.0.only("COMPLIANCE_POLICY", &[], "there is one set of algorithms");
-        self.0.only("CRL_PATH", &[], "certificate revocation lists are not read");
+        let policy = "it is pqc (X25519MLKEM768 only); there is no FIPS-validated cryptography in this program";
+        self.0.only("COMPLIANCE_POLICY", &["pqc"], policy);
         self.0.only("UNSTABLE_ENABLE_SOCKS5", no, "there is no SOCKS listener");
         self.0.only("FAKE_CA", no, "use LOCAL_CA_DIR");
         self.0.only("ENABLE_ORIG_SRC", yes, "applications always see the client's address");
@@ -552,6 +561,11 @@ impl Raw {
             ca,
             local_xds,
             certificate_ttl: self.0.duration("SECRET_TTL", Duration::from_secs(24 * 3600)),
+            crl: self.0.text("CRL_PATH").map(PathBuf::from),
+            key_exchange: match self.0.text("COMPLIANCE_POLICY") {
+                Some(_) => KeyExchange::PostQuantumOnly,
+                None => KeyExchange::PostQuantumPreferred,
+            },
             cluster_id: self.cluster_id(),
             cluster_domain: self.0.string("CLUSTER_DOMAIN", "cluster.local"),
             network: self.0.string("NETWORK", ""),
@@ -921,7 +935,8 @@ mod tests {
         for (name, value) in [
             ("PROXY_MODE", "dedicated"),
             ("ISTIO_META_DNS_PROXY_ADDR", "localhost:15053"),
-            ("CRL_PATH", "/crl"),
+            ("COMPLIANCE_POLICY", "fips-140-2"),
+            ("COMPLIANCE_POLICY", "cnsa"),
             ("TLS12_ENABLED", "true"),
             ("XDS_ON_DEMAND", "true"),
             ("PACKET_MARK", "7"),
@@ -929,6 +944,14 @@ mod tests {
             let mistakes = env(&[("NODE_NAME", "a"), (name, value)]).unwrap_err();
             assert!(mistakes.to_string().contains(name), "{mistakes}");
         }
+    }
+
+    #[test]
+    fn key_exchange_is_post_quantum_alone_where_that_is_asked_for() {
+        let of = |vars: &[(&str, &str)]| env(&[&[("NODE_NAME", "a")], vars].concat()).unwrap().key_exchange;
+        assert_eq!(of(&[]), KeyExchange::PostQuantumPreferred);
+        assert_eq!(of(&[("COMPLIANCE_POLICY", "")]), KeyExchange::PostQuantumPreferred);
+        assert_eq!(of(&[("COMPLIANCE_POLICY", "pqc")]), KeyExchange::PostQuantumOnly);
     }
 
     #[test]

@@ -45,6 +45,8 @@ pub enum Ending {
     Denied(#[from] Denial),
     #[error("a policy change no longer allows this connection")]
     DeniedLater,
+    #[error("the peer's certificate has been revoked")]
+    Revoked,
     #[error("the proxy or the pod is going away")]
     Drained,
     #[error("answering the tunnel request: {0}")]
@@ -67,6 +69,7 @@ impl Ending {
             Self::WorkloadMismatch { .. } | Self::BadIdentity { .. } | Self::Identity(_) => ResponseFlag::IdentityError,
             Self::Tunnel { source, .. } | Self::Beyond { source, .. } | Self::Answer(source) => source.flag(),
             Self::Denied(_) | Self::DeniedLater => ResponseFlag::Deny,
+            Self::Revoked => ResponseFlag::CertRevoked,
             Self::Drained => ResponseFlag::Drained,
             Self::Copy(_) => ResponseFlag::Reset,
         }
@@ -77,7 +80,7 @@ impl Ending {
     pub fn status(&self) -> StatusCode {
         match self {
             Self::BadTarget(e) => e.status(),
-            Self::Denied(_) | Self::DeniedLater => StatusCode::UNAUTHORIZED,
+            Self::Denied(_) | Self::DeniedLater | Self::Revoked => StatusCode::UNAUTHORIZED,
             Self::NoRoute(_)
             | Self::UnknownWorkload(_)
             | Self::WorkloadMismatch { .. }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use mesh::hbone::{self, Baggage, ConnectRequest, HboneStream};
 use mesh::identity::Identity;
 use mesh::model::Workload;
-use mesh::policy::{self, authorize};
+use mesh::policy::{self, Denial, Permit, authorize};
 use mesh::serve::CopyError;
 use mesh::store::Snapshot;
 use mesh::telemetry::ResponseFlag;
@@ -100,12 +100,17 @@ async fn forward(
             actual_dst: at.dialled(target),
             protocol: Transport::Hbone,
             authorized_as: Some(asked.clone()),
+            peer: request.peer.standing().cloned(),
         },
     );
     let connected = async {
         let world = at.shared.store.snapshot();
-        let permit = authorize(world.policies_for(&local.workload), &asked)?;
-        log_decision(at, &asked, permit.allowed_by());
+        if tracked.is_peer_revoked() {
+            return Err(Ending::Revoked);
+        }
+        let decided = authorize(world.policies_for(&local.workload), &asked);
+        log_decision(at, &asked, &decided);
+        let _permit = decided?;
         at.dial_target(client.ip(), target).await
     };
     let mut upstream = match connected.await {
@@ -145,10 +150,10 @@ async fn joined(
             let _ = tunnel.shutdown().await;
             Ok(())
         }
-        () = tracked.denied() => Err(Ending::DeniedLater),
+        () = tracked.denied() => Err(if tracked.is_peer_revoked() { Ending::Revoked } else { Ending::DeniedLater }),
         () = pod.drain.cut() => Err(Ending::Drained),
         // Nothing travels in it, so all that can come is its end.
-        _ = tunnel.read(&mut nothing) => Ok(()),
+        _ = tunnel.read(&mut nothing) => if tracked.is_peer_revoked() { Err(Ending::Revoked) } else { Ok(()) },
     }
 }
 
@@ -168,13 +173,19 @@ pub async fn announce(
     app.write_all(&header).await.map_err(|source| Ending::Announce { to, source })
 }
 
-/// Why a connection was let in, for those who asked to see it.
-pub fn log_decision(at: &Place, asked: &policy::Connection, by: Option<&mesh::model::NamespacedName>) {
-    let policy = by.map_or_else(|| "none applies".to_owned(), ToString::to_string);
+/// Why a connection was let in or not, for those who asked to see it (`AUTHZ_POLICY_INFO_LOGGING`).
+pub fn log_decision(at: &Place, asked: &policy::Connection, decided: &Result<Permit, Denial>) {
+    let (decision, policy) = match decided {
+        Ok(permit) => ("allowed", permit.allowed_by()),
+        Err(denial) => ("denied", denial.policy()),
+    };
+    let policy = policy.map_or_else(|| "none".to_owned(), ToString::to_string);
+    let identity = asked.source.as_ref().map(tracing::field::display);
+    let (pod, src, dst) = (&at.pod.name, asked.source_ip, asked.destination);
     if at.shared.config.log_policy_decisions {
-        tracing::info!(pod = %at.pod.name, src = %asked.source_ip, dst = %asked.destination, %policy, "allowed");
+        tracing::info!(%pod, %src, identity, %dst, %policy, decision, "policy decision");
     } else {
-        tracing::debug!(pod = %at.pod.name, src = %asked.source_ip, dst = %asked.destination, %policy, "allowed");
+        tracing::debug!(%pod, %src, identity, %dst, %policy, decision, "policy decision");
     }
 }
 

@@ -29,6 +29,7 @@ pub mod outbound;
 pub mod passthrough;
 pub mod privileges;
 pub mod resolve;
+pub mod revocation;
 pub mod uninstall;
 pub mod worker;
 pub mod zds;

@@ -88,7 +88,8 @@ async fn forward(
                 let mut offer = at.shared.joins.offer();
                 let mut announce = |stream| offer.announce(stream);
                 let mut meanwhile = Meanwhile::Announce(&mut announce);
-                let up = open_tunnel(at, source, &route, tunnel, client, &mut meanwhile).await?.stream;
+                let up =
+                    reached(&tracked, open_tunnel(at, source, &route, tunnel, client, &mut meanwhile).await?)?.stream;
                 match offer.taken() {
                     Some(handed) => Upstream::Joined(up, handed),
                     None => Upstream::Tunnel(up),
@@ -96,7 +97,8 @@ async fn forward(
             }
             Some(tunnel) => {
                 let mut meanwhile = Meanwhile::Say(EarlyBytes::of(&mut stream));
-                let up = open_tunnel(at, source, &route, tunnel, client, &mut meanwhile).await?.stream;
+                let up =
+                    reached(&tracked, open_tunnel(at, source, &route, tunnel, client, &mut meanwhile).await?)?.stream;
                 if let Meanwhile::Say(early) = meanwhile {
                     match early.sent() {
                         Ok(bytes) => record.bytes().add_received(bytes as u64),
@@ -132,8 +134,8 @@ async fn beyond(at: &Arc<Place>, source: &Local, route: Route, captured: Capture
     let tracked = track(opening, client, dst, &route);
     let tunnel = route.tunnel.as_ref().expect("gateways are reached by tunnels");
     let opened = async {
-        let outer = open_tunnel(at, source, &route, tunnel, client, &mut Meanwhile::Wait).await?;
-        through(at, source, &route, tunnel, client, outer.stream).await
+        let outer = reached(&tracked, open_tunnel(at, source, &route, tunnel, client, &mut Meanwhile::Wait).await?)?;
+        reached(&tracked, through(at, source, &route, tunnel, client, outer.stream).await?)
     };
     match opened.await {
         Ok(hbone::Tunnel { stream: up, peer, response }) => {
@@ -159,8 +161,15 @@ fn track(opening: Opening, client: SocketAddr, dst: SocketAddr, route: &Route) -
         actual_dst: route.next_hop,
         protocol,
         authorized_as: None,
+        peer: None,
     };
     Tracked::open(opening, facts)
+}
+
+/// The peer at the end of a tunnel is known from now on, and may have been revoked since the tunnel's handshake.
+fn reached(tracked: &Tracked, tunnel: hbone::Tunnel) -> Result<hbone::Tunnel, Ending> {
+    tracked.reached(tunnel.peer.standing());
+    if tracked.is_peer_revoked() { Err(Ending::Revoked) } else { Ok(tunnel) }
 }
 
 /// What the bytes go into.

@@ -63,14 +63,16 @@ async fn forward(
             actual_dst: app,
             protocol: Transport::Tcp,
             authorized_as: Some(asked.clone()),
+            peer: None,
         },
     );
     let connected = async {
         // The workload's policy is about the workload, not about the proxy's own metrics and readiness.
         if !at.shared.serves_beside_workload(app.port()) {
             let world = at.shared.store.snapshot();
-            let permit = authorize(world.policies_for(local), &asked)?;
-            log_decision(at, &asked, permit.allowed_by());
+            let decided = authorize(world.policies_for(local), &asked);
+            log_decision(at, &asked, &decided);
+            let _permit = decided?;
         }
         at.dial_app(client.ip(), app).await
     };

@@ -470,7 +470,7 @@ async fn connect(socket: socket2::Socket, to: SocketAddr) -> io::Result<TcpStrea
     TcpSocket::from_std_stream(socket.into()).connect(to).await
 }
 
-/// Moves bytes until both sides are done, policy no longer allows it, or the drain deadline has passed.
+/// Moves bytes until both sides are done, policy no longer allows it, the peer is revoked, or the drain deadline has passed.
 ///
 /// # Errors
 /// Which of those it was, unless both sides were done.
@@ -482,8 +482,14 @@ where
 {
     tracked.established();
     let cut = tokio::select! {
-        done = copy_bidirectional(&mut down, &mut up, bytes) => return done.map(drop).map_err(Ending::from),
-        () = tracked.denied() => Ending::DeniedLater,
+        done = copy_bidirectional(&mut down, &mut up, bytes) => {
+            // The TLS connection of a revoked peer breaks at the same time, and that may be seen first.
+            if !tracked.is_peer_revoked() {
+                return done.map(drop).map_err(Ending::from);
+            }
+            Ending::Revoked
+        }
+        () = tracked.denied() => if tracked.is_peer_revoked() { Ending::Revoked } else { Ending::DeniedLater },
         () = pod.drain.cut() => Ending::Drained,
     };
     // Neither side may take what it got so far for all there was.

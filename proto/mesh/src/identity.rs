@@ -8,6 +8,7 @@ mod ca;
 mod certificate;
 mod file_ca;
 mod manager;
+mod revocation;
 
 pub use ca::{CaClient, CaConfig, Csr, new_csr};
 pub(crate) use certificate::identities;
@@ -15,6 +16,26 @@ pub use certificate::{CertificateInfo, IssuedCertificate, WorkloadCertificate};
 pub use file_ca::FileCa;
 pub use futures_util::future::BoxFuture;
 pub use manager::{CertificateManager, CertificateSource, CertificateStatus, Rotation};
+pub use revocation::{Loaded, RevocationError, RevocationFile, Revocations, Standing};
+pub(crate) use revocation::{Path, PeerRole, Revoked};
+
+/// Which key exchanges handshakes may use.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum KeyExchange {
+    /// The post-quantum hybrid where the peer has it, else elliptic curves.
+    #[default]
+    PostQuantumPreferred,
+    /// The hybrid X25519MLKEM768 and nothing else.
+    PostQuantumOnly,
+}
+
+/// What a certificate's handshakes demand beyond what every handshake does.
+#[derive(Clone, Debug, Default)]
+pub struct HandshakeRules {
+    pub key_exchange: KeyExchange,
+    /// Peers are looked for here; `None`: nobody is ever revoked.
+    pub revocations: Option<Revocations>,
+}
 
 /// A SPIFFE ID of the form the mesh uses: `spiffe://<trust domain>/ns/<namespace>/sa/<service account>`.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -115,6 +136,8 @@ pub enum IdentityError {
     Expired { identity: Identity, at: SystemTime },
     #[error("certificate authority in {path}: {reason}")]
     CaFiles { path: String, reason: String },
+    #[error("certificate for {0}: no workload here has it any more")]
+    Forgotten(Identity),
     #[error("certificate for {0}: rotation has ended")]
     Stopped(Identity),
 }

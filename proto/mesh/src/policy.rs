@@ -3,6 +3,7 @@
 //! [`Policy`] is the parsed form of one Authorization resource and [`authorize`] the only evaluator. It yields a
 //! [`Permit`], which nothing else can make, or a [`Denial`] that names the policy. A policy that cannot be understood is
 //! kept as [`Policy::unreadable`] and refuses everything in its scope: a door we cannot read the rules of stays closed.
+//! [`still_allows`] asks the same for a connection that is open, without counting it again.
 //!
 //! ```text
 //! any DENY matches ──yes──► denied
@@ -168,35 +169,54 @@ impl Policy {
 }
 
 /// Decides whether `conn` may be opened under the policies that govern its destination workload (their order does not
-/// matter). Dry-run policies are evaluated, logged and counted, and change nothing.
+/// matter). Dry-run policies are evaluated, logged and counted, all of them, and change nothing.
 ///
 /// # Errors
 /// [`Denial`] when a DENY policy matches, an unreadable one applies, or ALLOW policies apply and none matches.
 pub fn authorize<'a>(policies: impl IntoIterator<Item = &'a Policy>, conn: &Connection) -> Result<Permit, Denial> {
+    decide(policies, conn, |policy, action, matched| report_dry_run(policy, action, matched, conn))
+}
+
+/// Would `conn`, which is open, be let in now? As [`authorize`], but nobody is told: the connection has been counted.
+pub fn still_allows<'a>(policies: impl IntoIterator<Item = &'a Policy>, conn: &Connection) -> bool {
+    decide(policies, conn, |_, _, _| {}).is_ok()
+}
+
+/// `dry_run` hears of each policy that is not enforced, its action, and whether it matches.
+fn decide<'a>(
+    policies: impl IntoIterator<Item = &'a Policy>,
+    conn: &Connection,
+    dry_run: impl Fn(&Policy, Action, bool),
+) -> Result<Permit, Denial> {
     let subject = rules::Subject::new(conn);
-    let (mut must_match, mut allowed_by) = (false, None);
+    let (mut must_match, mut allowed_by, mut denied) = (false, None, None);
     for policy in policies {
+        let matches = |groups| rules::any_matches(groups, &subject);
         match &policy.body {
+            Body::Rules { action, groups, dry_run: true } => dry_run(policy, *action, matches(groups)),
+            // What follows decides nothing any more; dry-run policies behind it still count.
+            _ if denied.is_some() => {}
             Body::Unreadable(reason) => {
-                return Err(Denial::Unreadable { policy: policy.key.clone(), reason: reason.clone() });
-            }
-            Body::Rules { action, groups, dry_run: true } => {
-                report_dry_run(policy, *action, rules::any_matches(groups, &subject), conn);
+                denied = Some(Denial::Unreadable { policy: policy.key.clone(), reason: reason.clone() });
             }
             Body::Rules { action: Action::Deny, groups, .. } => {
-                if rules::any_matches(groups, &subject) {
-                    return Err(Denial::Policy(policy.key.clone()));
+                if matches(groups) {
+                    denied = Some(Denial::Policy(policy.key.clone()));
                 }
             }
             Body::Rules { action: Action::Allow, groups, .. } => {
                 must_match = true;
-                if allowed_by.is_none() && rules::any_matches(groups, &subject) {
+                if allowed_by.is_none() && matches(groups) {
                     allowed_by = Some(policy.key.clone());
                 }
             }
         }
     }
-    if must_match && allowed_by.is_none() { Err(Denial::NoAllowMatched) } else { Ok(Permit { allowed_by }) }
+    match denied {
+        Some(denial) => Err(denial),
+        None if must_match && allowed_by.is_none() => Err(Denial::NoAllowMatched),
+        None => Ok(Permit { allowed_by }),
+    }
 }
 
 fn report_dry_run(policy: &Policy, action: Action, matched: bool, conn: &Connection) {

@@ -2,7 +2,8 @@
 //!
 //! TLS 1.3 only, ALPN `h2` required, no SNI, no resumption. A peer is who its certificate's SPIFFE ID says, once that
 //! chains to the roots that came with our own certificate; host names play no part. Both sides refuse what they were not
-//! told to expect.
+//! told to expect. Where there are lists of revoked certificates a peer on them is refused, and an open connection breaks
+//! once its peer is ([`crate::identity::Revocations`]).
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -10,17 +11,19 @@ use rustls::{CertificateError, client::Resumption, pki_types::ServerName, sign::
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::{
-    identity::{Identity, WorkloadCertificate},
+    identity::{Identity, PeerRole, Revoked, Standing, WorkloadCertificate},
     net::ReadAhead,
     telemetry::ResponseFlag,
 };
 
+mod revocable;
 mod verify;
 
-use verify::{PeerError, TrustedClient, TrustedServer, provider};
+pub use revocable::Revocable;
+use verify::{PeerError, Proven, Trust, TrustedClient, TrustedServer, provider};
 
 /// A TLS session over `S`.
-pub type TlsStream<S> = tokio_rustls::TlsStream<ReadAhead<S>>;
+pub type TlsStream<S> = tokio_rustls::TlsStream<Revocable<ReadAhead<S>>>;
 
 /// From the first byte of the handshake to the last.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -29,11 +32,12 @@ const WRITE_BUFFER: usize = 256 * 1024;
 const ALPN: &[u8] = b"h2";
 
 /// Who is at the other end, as the handshake has proved. There is no other way to make one.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, Debug)]
 pub struct VerifiedPeer {
     identity: Identity,
     addr: SocketAddr,
     session: SessionName,
+    standing: Option<Arc<Standing>>,
 }
 
 /// What both ends of a session can say of it and nobody else can: keying material exported for this purpose (RFC 8446, section 7.5).
@@ -54,6 +58,16 @@ impl VerifiedPeer {
     /// The session itself.
     pub fn session(&self) -> SessionName {
         self.session
+    }
+
+    /// Whether it is still who it was; `None` where nobody can be revoked.
+    pub fn standing(&self) -> Option<&Arc<Standing>> {
+        self.standing.as_ref()
+    }
+
+    /// Has its certificate been revoked since the handshake?
+    pub fn is_revoked(&self) -> bool {
+        self.standing.as_ref().is_some_and(|standing| standing.is_revoked())
     }
 }
 
@@ -78,6 +92,8 @@ pub enum TlsError {
     NoCertificate,
     #[error("tls: the peer's certificate is not acceptable: {0}")]
     BadCertificate(String),
+    #[error("tls: the peer has no key exchange in common with us")]
+    NoKeyExchange,
     #[error("tls: the peer does not speak h2")]
     NoAlpn,
     #[error("tls: the peer refused us: {0}")]
@@ -108,6 +124,7 @@ impl TlsError {
             | Self::NotYetValid
             | Self::NoCertificate
             | Self::BadCertificate(_)
+            | Self::NoKeyExchange
             | Self::NoAlpn
             | Self::Rejected(_)
             | Self::Protocol(_)
@@ -118,6 +135,9 @@ impl TlsError {
     }
 
     fn from_io(error: io::Error) -> Self {
+        if error.get_ref().is_some_and(|inner| inner.is::<Revoked>()) {
+            return Self::Revoked;
+        }
         let cause = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()).cloned();
         cause.map_or(Self::Io(error), Self::from)
     }
@@ -146,6 +166,7 @@ impl From<rustls::Error> for TlsError {
             },
             E::NoCertificatesPresented => Self::NoCertificate,
             E::NoApplicationProtocol => Self::NoAlpn,
+            E::PeerIncompatible(rustls::PeerIncompatible::NoKxGroupsInCommon) => Self::NoKeyExchange,
             E::AlertReceived(alert) => Self::Rejected(format!("{alert:?}")),
             other => Self::Protocol(other.to_string()),
         }
@@ -155,25 +176,37 @@ impl From<rustls::Error> for TlsError {
 impl WorkloadCertificate {
     /// For accepting: the client must prove an identity of our own trust domain.
     pub fn server_config(&self) -> Arc<rustls::ServerConfig> {
-        let build = || {
-            let verifier = TrustedClient::new(self.identity().trust_domain().clone(), self.root_store.clone());
-            let mut config = rustls::ServerConfig::builder_with_details(provider(), Arc::new(self.clock.clone()))
-                .with_protocol_versions(&[&rustls::version::TLS13])
-                .expect("the provider has TLS 1.3 suites")
-                .with_client_cert_verifier(Arc::new(verifier))
-                .with_cert_resolver(Arc::new(SingleCertAndKey::from(self.key.clone())));
-            config.alpn_protocols = vec![ALPN.to_vec()];
-            config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
-            config.send_tls13_tickets = 0;
-            Arc::new(config)
-        };
-        self.server_config.get_or_init(build).clone()
+        self.server_config.get_or_init(|| self.accepting(&Proven::default())).clone()
     }
 
     /// For connecting: the server must prove one of the `expected` identities. With none expected, none will do.
     pub fn client_config(&self, expected: &[Identity]) -> Arc<rustls::ClientConfig> {
-        let verifier = TrustedServer::new(expected.to_vec(), self.root_store.clone());
-        let mut config = rustls::ClientConfig::builder_with_details(provider(), Arc::new(self.clock.clone()))
+        self.connecting(expected, &Proven::default())
+    }
+
+    fn trust(&self, proven: &Proven) -> Trust {
+        let revocations = self.rules.revocations.clone().map(|revocations| (revocations, proven.clone()));
+        Trust { roots: self.root_store.clone(), revocations }
+    }
+
+    fn accepting(&self, proven: &Proven) -> Arc<rustls::ServerConfig> {
+        let verifier = TrustedClient::new(self.identity().trust_domain().clone(), self.trust(proven));
+        let provider = provider(self.rules.key_exchange);
+        let mut config = rustls::ServerConfig::builder_with_details(provider, Arc::new(self.clock.clone()))
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .expect("the provider has TLS 1.3 suites")
+            .with_client_cert_verifier(Arc::new(verifier))
+            .with_cert_resolver(Arc::new(SingleCertAndKey::from(self.key.clone())));
+        config.alpn_protocols = vec![ALPN.to_vec()];
+        config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
+        Arc::new(config)
+    }
+
+    fn connecting(&self, expected: &[Identity], proven: &Proven) -> Arc<rustls::ClientConfig> {
+        let verifier = TrustedServer::new(expected.to_vec(), self.trust(proven));
+        let provider = provider(self.rules.key_exchange);
+        let mut config = rustls::ClientConfig::builder_with_details(provider, Arc::new(self.clock.clone()))
             .with_protocol_versions(&[&rustls::version::TLS13])
             .expect("the provider has TLS 1.3 suites")
             .dangerous()
@@ -183,6 +216,13 @@ impl WorkloadCertificate {
         config.enable_sni = false;
         config.resumption = Resumption::disabled();
         Arc::new(config)
+    }
+
+    /// The peer's standing after a handshake that has `proven` its path. A load of lists in between counts.
+    fn admit(&self, proven: &Proven, role: PeerRole) -> Result<Option<Arc<Standing>>, TlsError> {
+        let Some(revocations) = &self.rules.revocations else { return Ok(None) };
+        let path = proven.take().ok_or(TlsError::NoCertificate)?;
+        revocations.admit(path, role).map(Some).ok_or(TlsError::Revoked)
     }
 }
 
@@ -195,10 +235,13 @@ pub async fn accept<S>(
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let acceptor = tokio_rustls::TlsAcceptor::from(cert.server_config());
-    let handshake =
-        acceptor.accept_with(ReadAhead::new(stream), |session| session.set_buffer_limit(Some(WRITE_BUFFER)));
-    let stream = Box::pin(tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake))
+    let proven = Proven::default();
+    // One for all, unless the verifier has something to tell of just this handshake.
+    let config = if cert.rules.revocations.is_some() { cert.accepting(&proven) } else { cert.server_config() };
+    let acceptor = tokio_rustls::TlsAcceptor::from(config);
+    let stream = Revocable::new(ReadAhead::new(stream));
+    let handshake = acceptor.accept_with(stream, |session| session.set_buffer_limit(Some(WRITE_BUFFER)));
+    let mut stream = Box::pin(tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake))
         .await
         .map_err(|_| TlsError::Timeout)?
         .map_err(TlsError::from_io)?;
@@ -207,7 +250,9 @@ where
         id.trust_domain() == own
     })?;
     let session = stream.get_ref().1.export_keying_material([0; 32], SESSION_LABEL, None)?;
-    Ok((stream.into(), VerifiedPeer { identity, addr: peer, session }))
+    let standing = cert.admit(&proven, PeerRole::Client)?;
+    stream.get_mut().0.watch(standing.clone());
+    Ok((stream.into(), VerifiedPeer { identity, addr: peer, session, standing }))
 }
 
 /// The client's half of a handshake. `peer` is the address that was dialled.
@@ -222,12 +267,13 @@ pub async fn connect<S>(
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let connector = tokio_rustls::TlsConnector::from(cert.client_config(expected));
+    let proven = Proven::default();
+    let connector = tokio_rustls::TlsConnector::from(cert.connecting(expected, &proven));
     // Never sent and never checked, but the interface wants one.
     let name = ServerName::IpAddress(peer.ip().into());
-    let handshake =
-        connector.connect_with(name, ReadAhead::new(stream), |session| session.set_buffer_limit(Some(WRITE_BUFFER)));
-    let stream = Box::pin(tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake))
+    let stream = Revocable::new(ReadAhead::new(stream));
+    let handshake = connector.connect_with(name, stream, |session| session.set_buffer_limit(Some(WRITE_BUFFER)));
+    let mut stream = Box::pin(tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake))
         .await
         .map_err(|_| TlsError::Timeout)?
         .map_err(TlsError::from_io)?;
@@ -235,7 +281,9 @@ where
         expected.contains(id)
     })?;
     let session = stream.get_ref().1.export_keying_material([0; 32], SESSION_LABEL, None)?;
-    Ok((stream.into(), VerifiedPeer { identity, addr: peer, session }))
+    let standing = cert.admit(&proven, PeerRole::Server)?;
+    stream.get_mut().0.watch(standing.clone());
+    Ok((stream.into(), VerifiedPeer { identity, addr: peer, session, standing }))
 }
 
 /// The identity that made the verifier accept. Peers that skip ALPN get this far, and no further.

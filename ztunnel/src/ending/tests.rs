@@ -159,6 +159,7 @@ fn sessions(rows: &mut Vec<Row>) {
         TlsError::Rejected(_) => TlsError::Rejected("BadCertificate".into()), TlsFailure, "refused us: BadCertificate";
         TlsError::Protocol(_) => TlsError::Protocol("x".into()), TlsFailure, "broke the protocol";
         TlsError::Io(_) => TlsError::Io(io()), TlsFailure, "tls: connection refused";
+        TlsError::NoKeyExchange => TlsError::NoKeyExchange, TlsFailure, "key exchange";
         TlsError::Timeout => TlsError::Timeout, Timeout, "handshake took too long";
     });
 }
@@ -173,6 +174,7 @@ fn identities(rows: &mut Vec<Row>) {
         IdentityError::WrongIdentity { .. } => IdentityError::WrongIdentity { expected: id("a"), got: id("b") }, IdentityError, "was asked for";
         IdentityError::Expired { .. } => IdentityError::Expired { identity: id("a"), at: SystemTime::UNIX_EPOCH }, IdentityError, "expired at 1970";
         IdentityError::CaFiles { .. } => IdentityError::CaFiles { path: "/ca".into(), reason: reason() }, IdentityError, "authority in /ca";
+        IdentityError::Forgotten(_) => IdentityError::Forgotten(id("a")), IdentityError, "no workload here has it any more";
         IdentityError::Stopped(_) => IdentityError::Stopped(id("a")), IdentityError, "rotation has ended";
     });
 }
@@ -213,6 +215,7 @@ fn endings(rows: &mut Vec<Row>) {
         Ending::NoSource(_) => Ending::NoSource(addr()), Connect, "no address of the family";
         Ending::Denied(_) => Denial::Policy(NamespacedName::new("shop", "z")).into(), Deny, "shop/z";
         Ending::DeniedLater => Ending::DeniedLater, Deny, "no longer allows";
+        Ending::Revoked => Ending::Revoked, CertRevoked, "the peer's certificate has been revoked";
         Ending::Drained => Ending::Drained, Drained, "going away";
         Ending::Answer(_) => Ending::Answer(TunnelError::Unstable), Connect, "answering the tunnel request";
         Ending::Copy(_) => CopyError::Upstream(io::ErrorKind::StorageFull.into()).into(), Reset, "upstream: ";

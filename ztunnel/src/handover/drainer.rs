@@ -3,6 +3,7 @@
 //! It ends when the last connection has, and otherwise, cutting what is open, when its time is up, no successor was
 //! heard of for a while, ztunnel was uninstalled, there are too many generations, or it is asked to by SIGTERM.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,6 +11,7 @@ use std::time::{Duration, SystemTime};
 
 use futures_util::StreamExt;
 use futures_util::future::join_all;
+use mesh::identity::Revocations;
 use mesh::telemetry::{LogHandle, MetricsHandle};
 use tokio::net::unix::OwnedWriteHalf;
 use tokio::net::{UnixListener, UnixStream};
@@ -22,6 +24,7 @@ use super::wire::{self, FromDrainer, Inbound, PIECE, State, ToDrainer, Writer};
 use super::{UNINSTALL_MARKER, is_trusted, unix_seconds};
 use crate::node::Registry;
 use crate::node::pod::Way;
+use crate::revocation::{self, Pieces};
 
 /// How often state is told and the bounds are looked at.
 const TICK: Duration = Duration::from_secs(1);
@@ -50,6 +53,8 @@ pub struct Drainer {
     pub orphaned: Duration,
     pub run_dir: PathBuf,
     pub registry: Arc<Registry>,
+    /// What its connections are cut by, where they can be revoked.
+    pub revocations: Option<Revocations>,
     pub metrics: MetricsHandle,
     pub log: LogHandle,
 }
@@ -99,6 +104,7 @@ impl Drainer {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (mut ticks, mut next) = (0, 0);
+        let mut lists: BTreeMap<u64, Pieces> = BTreeMap::new();
         // Every branch is cancel safe: what is not taken in one round is there in the next.
         let end = loop {
             tokio::select! {
@@ -120,10 +126,11 @@ impl Drainer {
                 Some((id, word)) = words.recv() => {
                     let Some(word) = word else {
                         sessions.retain(|session| session.id != id);
+                        lists.remove(&id);
                         continue;
                     };
                     last_heard = Instant::now();
-                    if self.obey(word) {
+                    if self.obey(word, lists.entry(id).or_default()) {
                         break End::TooManyGenerations;
                     }
                 }
@@ -200,7 +207,7 @@ impl Drainer {
     }
 
     /// True when it is to end.
-    fn obey(&self, word: ToDrainer) -> bool {
+    fn obey(&self, word: ToDrainer, lists: &mut Pieces) -> bool {
         match word {
             ToDrainer::Cut { pod, ids } => {
                 for found in self.registry.pods().iter().filter(|p| p.uid == pod) {
@@ -214,10 +221,25 @@ impl Drainer {
                     gone.cut();
                 }
             }
+            ToDrainer::Revocations { piece, last } => match lists.take(&piece, last) {
+                Ok(Some(lists)) => self.revoke(&lists),
+                Ok(None) => {}
+                Err(error) => tracing::warn!(%error, "revocation lists of the successor"),
+            },
             ToDrainer::End => return true,
             ToDrainer::Alive | ToDrainer::Unknown => {}
         }
         false
+    }
+
+    /// There are no new handshakes, so all that lists can do here is cut.
+    fn revoke(&self, lists: &[u8]) {
+        // Without the setting there was nothing to remember of the peers.
+        let Some(revocations) = &self.revocations else { return };
+        match revocations.load(lists) {
+            Ok(_) => revocation::cut(&self.registry),
+            Err(error) => tracing::warn!(%error, "revocation lists of the successor"),
+        }
     }
 
     /// All sessions learn the numbers; what may be counted only once goes to the newest.

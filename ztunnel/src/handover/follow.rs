@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use mesh::drain::DrainWatcher;
-use mesh::policy::{self, authorize};
+use mesh::identity::Revocations;
+use mesh::policy::{self, still_allows};
 use mesh::store::{Snapshot, Store};
 use mesh::telemetry::LogHandle;
 use serde::Serialize;
@@ -23,6 +24,7 @@ use super::wire::{self, FromDrainer, Inbound, State, ToDrainer, Writer};
 use super::{cgroup, counters, is_trusted};
 use crate::node::Registry;
 use crate::node::find::Finder;
+use crate::revocation;
 
 /// How often new drainers are looked for.
 const SCAN: Duration = Duration::from_millis(500);
@@ -44,6 +46,7 @@ pub struct Follower {
     pub finder: Finder,
     pub log: LogHandle,
     pub generations: Generations,
+    pub revocations: Option<Revocations>,
 }
 
 /// The generations of ztunnel on this node, for admin and metrics.
@@ -261,6 +264,11 @@ impl Session<'_> {
         let mut presence = tokio::time::interval(GONE_CHECK);
         presence.reset();
         let mut stale = true;
+        let revocations = self.follower.revocations.clone().unwrap_or_default();
+        let mut loads = revocations.watch();
+        if self.follower.revocations.is_some() {
+            loads.mark_changed();
+        }
         loop {
             if stale && self.follower.is_synced() {
                 stale = false;
@@ -279,6 +287,9 @@ impl Session<'_> {
                 changed = changes.changed() => match changed {
                     Ok(()) => stale = true,
                     Err(_) => return Ok(()),
+                },
+                Ok(()) = loads.changed() => for (piece, last) in revocation::pieces(&revocations) {
+                    self.say(&ToDrainer::Revocations { piece, last }).await?;
                 },
                 _ = alive.tick() => {
                     let too_many = self.follower.generations.is_one_too_many(generation);
@@ -352,7 +363,7 @@ fn denied(table: &mut BTreeMap<String, Pod>, world: &Snapshot) -> Vec<(String, V
     let mut cuts = Vec::new();
     for (uid, pod) in table {
         let Some(workload) = world.workload(&pod.workload) else { continue };
-        let gone = pod.inbound.extract_if(.., |_, asked| authorize(world.policies_for(workload), asked).is_err());
+        let gone = pod.inbound.extract_if(.., |_, asked| !still_allows(world.policies_for(workload), asked));
         let ids: Vec<u64> = gone.map(|(id, _)| id).collect();
         if !ids.is_empty() {
             cuts.push((uid.clone(), ids));

@@ -78,6 +78,11 @@ pub enum ToDrainer {
     PodGone {
         pod: String,
     },
+    /// Whose certificates are revoked, all of them: lists in DER as base64, in pieces.
+    Revocations {
+        piece: String,
+        last: bool,
+    },
     /// There are too many generations, and this is the oldest.
     End,
     #[serde(other)]

@@ -634,8 +634,8 @@ impl Manager {
             .pods()
             .iter()
             .any(|p| p.namespace == pod.namespace && p.service_account == pod.service_account);
-        if !still && let Ok(identity) = self.identity_of(pod) {
-            self.deps.shared.certs.forget(&identity);
+        if !still {
+            self.deps.shared.certs.forget_account(&pod.namespace, &pod.service_account);
         }
     }
 }

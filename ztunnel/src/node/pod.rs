@@ -9,8 +9,9 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use ebpf_loader::NetnsCookie;
 use mesh::drain::{DrainTrigger, DrainWatcher};
+use mesh::identity::Standing;
 use mesh::model::Workload;
-use mesh::policy::{Connection, authorize};
+use mesh::policy::{Connection, still_allows};
 use mesh::store::Snapshot;
 use serde::Serialize;
 use tokio::sync::Notify;
@@ -237,6 +238,9 @@ pub struct Facts {
     /// What policy was asked, to ask again when it changes; `None` where no policy applies.
     #[serde(skip)]
     pub authorized_as: Option<Connection>,
+    /// Of the peer that the TLS connection below has proved; `None` without one, or where nobody can be revoked.
+    #[serde(skip)]
+    pub peer: Option<Arc<Standing>>,
 }
 
 /// The open connections of a pod.
@@ -270,9 +274,23 @@ impl Tracked {
         self.opening.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 
-    /// Resolves when a policy that allowed the connection no longer does.
+    /// Resolves when a policy that allowed the connection no longer does, or its peer has been revoked.
     pub async fn denied(&self) {
         self.cut.notified().await;
+    }
+
+    /// The tunnel has reached this peer. To be asked afterwards: [`Self::is_peer_revoked`].
+    pub fn reached(&self, peer: Option<&Arc<Standing>>) {
+        if let (Some(peer), Some((facts, _))) = (peer, self.pod.connections.table().get_mut(&self.id)) {
+            facts.peer = Some(peer.clone());
+        }
+    }
+
+    /// Has the certificate of the peer been revoked?
+    #[must_use]
+    pub fn is_peer_revoked(&self) -> bool {
+        let table = self.pod.connections.table();
+        table.get(&self.id).and_then(|(facts, _)| facts.peer.as_ref()).is_some_and(|peer| peer.is_revoked())
     }
 }
 
@@ -317,13 +335,19 @@ impl Connections {
         found.map(|(_, notify)| notify.notify_one()).count()
     }
 
+    /// Cuts those whose peer has been revoked. Returns how many there were.
+    pub fn cut_revoked(&self) -> usize {
+        let table = self.table();
+        let revoked = table.values().filter(|(facts, _)| facts.peer.as_ref().is_some_and(|peer| peer.is_revoked()));
+        revoked.map(|(_, notify)| notify.notify_one()).count()
+    }
+
     /// Asks policy again for every inbound connection and cuts those it now denies. Returns how many that were.
     pub fn reevaluate(&self, world: &Snapshot, workload_uid: &str) -> usize {
         let Some(workload) = world.workload(workload_uid) else { return 0 };
         let mut cut = 0;
         for (facts, notify) in self.table().values() {
-            let denied =
-                facts.authorized_as.as_ref().is_some_and(|c| authorize(world.policies_for(workload), c).is_err());
+            let denied = facts.authorized_as.as_ref().is_some_and(|c| !still_allows(world.policies_for(workload), c));
             if denied {
                 // Leaves a permit when the connection is not waiting yet, so the order does not matter.
                 notify.notify_one();

@@ -220,9 +220,7 @@ fn identity_of(shared: &Shared, pod: &LocalPod) -> Result<Identity, IdentityPars
 
 fn forget_identity(shared: &Shared, registry: &Registry, pod: &LocalPod) {
     let same = |p: &Arc<LocalPod>| p.namespace == pod.namespace && p.service_account == pod.service_account;
-    if !registry.pods().iter().any(same)
-        && let Ok(identity) = identity_of(shared, pod)
-    {
-        shared.certs.forget(&identity);
+    if !registry.pods().iter().any(same) {
+        shared.certs.forget_account(&pod.namespace, &pod.service_account);
     }
 }

@@ -9,6 +9,7 @@ mod life;
 mod networks;
 mod operators;
 mod repair;
+mod revocation;
 mod same_node;
 mod sandwich;
 mod support;

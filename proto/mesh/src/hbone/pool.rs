@@ -376,7 +376,7 @@ impl Inner {
         cert: &WorkloadCertificate,
     ) -> Option<(Opener, StreamPermit)> {
         let connections = state.keys.get_mut(key)?;
-        connections.open.retain(|opener| opener.valid_until >= cert.not_after());
+        connections.open.retain(|opener| opener.valid_until >= cert.not_after() && !opener.peer.is_revoked());
         connections.open.iter().find_map(|opener| Some((opener.clone(), opener.reserve(self.settings.max_streams)?)))
     }
 

@@ -64,6 +64,8 @@ struct World {
     ca: FileCa,
     addr: SocketAddr,
     connections: Arc<AtomicUsize>,
+    /// Of the server's certificate.
+    serving_serial: Vec<u8>,
     trigger: Option<DrainTrigger>,
     serving: JoinHandle<()>,
     /// The client's.
@@ -101,9 +103,19 @@ async fn world(server: H2Settings, client: PoolSettings) -> World {
     let (trigger, watcher) = drain::channel();
     let connections = Arc::new(AtomicUsize::new(0));
     let cert = Arc::new(ca.sign(&id("server")).unwrap());
+    let serving_serial = cert.serial_bytes();
     let serving = tokio::spawn(accept_all(listener, cert, server, watcher, connections.clone()));
     let client_cert = Arc::new(ca.sign(&id("client")).unwrap());
-    World { ca, addr, connections, trigger: Some(trigger), serving, cert: client_cert, pool: Pool::new(client) }
+    World {
+        ca,
+        addr,
+        connections,
+        serving_serial,
+        trigger: Some(trigger),
+        serving,
+        cert: client_cert,
+        pool: Pool::new(client),
+    }
 }
 
 async fn accept_all(
@@ -691,4 +703,28 @@ async fn double_hbone_nests() {
     round_trip(&mut tunnel, b"inner").await;
     drop(tunnel);
     within(accepting).await.unwrap().expect("the only stream ended, and with it the connection");
+}
+
+#[tokio::test]
+async fn a_revoked_peer_loses_its_tunnels_and_its_place_in_the_pool() {
+    use crate::identity::{HandshakeRules, KeyExchange, Revocations};
+    let mut world = default_world().await;
+    let revocations = Revocations::default();
+    let rules = HandshakeRules { key_exchange: KeyExchange::default(), revocations: Some(revocations.clone()) };
+    world.cert = Arc::new(world.ca.sign(&id("client")).unwrap().with_rules(rules));
+    let mut tunnel = world.connect().await;
+    round_trip(&mut tunnel, b"before").await;
+    assert_eq!((world.pool.stats().connections, world.dialled()), (1, 1));
+
+    revocations.load(world.ca.list_pem(&[world.serving_serial.clone()]).as_bytes()).unwrap();
+    assert!(tunnel.peer.is_revoked());
+    let error = within(tunnel.stream.read_u8()).await.expect_err("cut");
+    assert!(!crate::net::is_hang_up(error.kind()), "an error and no ordinary end: {error}");
+    let error = within(world.connect_to("10.0.0.1:80")).await.err().expect("the next handshake is refused");
+    assert!(matches!(error, TunnelError::Tls(crate::tls::TlsError::Revoked)), "{error}");
+    assert_eq!((error.flag(), world.dialled()), (ResponseFlag::CertRevoked, 2));
+    until(|| world.pool.keys() == 0).await;
+
+    revocations.load(b"").unwrap();
+    round_trip(&mut world.connect().await, b"after").await;
 }

@@ -9,7 +9,9 @@ use mesh_proto::ca::{
 use prost_types::{Struct, Value, value::Kind};
 use rcgen::{CertificateParams, DistinguishedName, SanType};
 
-use super::{BoxFuture, CertificateSource, Identity, IdentityError, WorkloadCertificate, file_ca::new_key};
+use super::{
+    BoxFuture, CertificateSource, HandshakeRules, Identity, IdentityError, WorkloadCertificate, file_ca::new_key,
+};
 use crate::{clock::Clock, grpc::AuthChannel};
 
 /// How certificates are asked for.
@@ -30,6 +32,7 @@ pub struct CaClient {
     client: IstioCertificateServiceClient<AuthChannel>,
     config: CaConfig,
     clock: Clock,
+    rules: HandshakeRules,
 }
 
 /// A signing request and the key it belongs to.
@@ -52,7 +55,13 @@ pub fn new_csr(identity: &Identity) -> Result<Csr, IdentityError> {
 
 impl CaClient {
     pub fn new(channel: AuthChannel, config: CaConfig, clock: Clock) -> Self {
-        Self { client: IstioCertificateServiceClient::new(channel), config, clock }
+        Self { client: IstioCertificateServiceClient::new(channel), config, clock, rules: HandshakeRules::default() }
+    }
+
+    /// Handshakes with what it fetches go by `rules`.
+    #[must_use]
+    pub fn with_rules(self, rules: HandshakeRules) -> Self {
+        Self { rules, ..self }
     }
 
     async fn create(&self, identity: &Identity) -> Result<WorkloadCertificate, IdentityError> {
@@ -110,7 +119,7 @@ fn classify(identity: &Identity, status: &tonic::Status) -> IdentityError {
 
 impl CertificateSource for CaClient {
     fn fetch<'a>(&'a self, identity: &'a Identity) -> BoxFuture<'a, Result<Arc<WorkloadCertificate>, IdentityError>> {
-        Box::pin(async move { self.create(identity).await.map(Arc::new) })
+        Box::pin(async move { Ok(Arc::new(self.create(identity).await?.with_rules(self.rules.clone()))) })
     }
 }
 

@@ -19,7 +19,7 @@ use x509_parser::{
     prelude::FromDer,
 };
 
-use super::{Identity, IdentityError};
+use super::{HandshakeRules, Identity, IdentityError};
 use crate::clock::Clock;
 
 /// A certificate that can authenticate as one identity.
@@ -30,6 +30,7 @@ pub struct WorkloadCertificate {
     pub(crate) key: Arc<CertifiedKey>,
     pub(crate) root_store: Arc<RootCertStore>,
     pub(crate) clock: Clock,
+    pub(crate) rules: HandshakeRules,
     /// Built at first use: most certificates of a client-only workload never serve.
     pub(crate) server_config: OnceLock<Arc<rustls::ServerConfig>>,
     not_before: SystemTime,
@@ -91,11 +92,18 @@ impl WorkloadCertificate {
             key: Arc::new(key),
             root_store: Arc::new(root_store),
             clock: clock.clone(),
+            rules: HandshakeRules::default(),
             server_config: OnceLock::new(),
             not_before,
             not_after,
             serial,
         })
+    }
+
+    /// The same for handshakes by `rules`.
+    #[must_use]
+    pub fn with_rules(self, rules: HandshakeRules) -> Self {
+        Self { rules, server_config: OnceLock::new(), ..self }
     }
 
     pub fn identity(&self) -> &Identity {
@@ -114,6 +122,12 @@ impl WorkloadCertificate {
     /// Of the leaf, decimal.
     pub fn serial(&self) -> &str {
         &self.serial
+    }
+
+    /// Of the leaf, big-endian.
+    #[cfg(test)]
+    pub(crate) fn serial_bytes(&self) -> Vec<u8> {
+        parse(&self.chain[0]).expect("it was parsed before").tbs_certificate.serial.to_bytes_be()
     }
 
     pub fn not_before(&self) -> SystemTime {

@@ -10,7 +10,9 @@ use rcgen::{
     ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType, SerialNumber,
 };
 
-use super::{BoxFuture, CertificateSource, Identity, IdentityError, WorkloadCertificate, certificate::malformed};
+use super::{
+    BoxFuture, CertificateSource, HandshakeRules, Identity, IdentityError, WorkloadCertificate, certificate::malformed,
+};
 use crate::clock::Clock;
 
 /// Leaves are valid from a little before now: clocks of nodes differ.
@@ -25,6 +27,7 @@ pub struct FileCa {
     root_pem: String,
     ttl: Duration,
     clock: Clock,
+    rules: HandshakeRules,
 }
 
 impl FileCa {
@@ -43,7 +46,7 @@ impl FileCa {
         let issuer = Issuer::from_ca_cert_pem(&certificate, key).map_err(|e| fail("ca-cert.pem", e.to_string()))?;
         let intermediates_pem = optional("cert-chain.pem")?.unwrap_or_default();
         let root_pem = optional("root-cert.pem")?.unwrap_or(certificate);
-        Ok(Self { issuer, intermediates_pem, root_pem, ttl, clock })
+        Ok(Self { issuer, intermediates_pem, root_pem, ttl, clock, rules: HandshakeRules::default() })
     }
 
     /// A new self-signed CA that lives as long as this value.
@@ -58,7 +61,14 @@ impl FileCa {
         params.not_after = (clock.now() + ROOT_LIFETIME).into();
         let root_pem = params.self_signed(&key).map_err(malformed)?.pem();
         let issuer = Issuer::new(params, key);
-        Ok(Self { issuer, intermediates_pem: String::new(), root_pem, ttl, clock })
+        let (intermediates_pem, rules) = (String::new(), HandshakeRules::default());
+        Ok(Self { issuer, intermediates_pem, root_pem, ttl, clock, rules })
+    }
+
+    /// Handshakes with what it signs go by `rules`.
+    #[must_use]
+    pub fn with_rules(self, rules: HandshakeRules) -> Self {
+        Self { rules, ..self }
     }
 
     pub fn root_pem(&self) -> &str {
@@ -79,7 +89,8 @@ impl FileCa {
         not_after: SystemTime,
     ) -> Result<WorkloadCertificate, IdentityError> {
         let (chain, key) = self.issue(identity, not_before, not_after)?;
-        WorkloadCertificate::from_pem(&chain, &key, &self.root_pem, &self.clock)
+        let certificate = WorkloadCertificate::from_pem(&chain, &key, &self.root_pem, &self.clock)?;
+        Ok(certificate.with_rules(self.rules.clone()))
     }
 
     /// As [`FileCa::sign`], as PEM texts: the chain and the private key.
@@ -95,6 +106,32 @@ impl FileCa {
         let params = Self::params(identity, now - BACKDATE, now + self.ttl)?;
         let leaf = params.signed_by(&request.public_key, &self.issuer).map_err(malformed)?.pem();
         Ok(leaf + &self.intermediates_pem)
+    }
+
+    /// A revocation list of this authority, in PEM, valid for an hour.
+    #[cfg(test)]
+    pub(crate) fn list_pem(&self, serials: &[Vec<u8>]) -> String {
+        let now = self.clock.now();
+        let revoked = serials.iter().map(|serial| rcgen::RevokedCertParams {
+            serial_number: SerialNumber::from_slice(serial),
+            revocation_time: now.into(),
+            reason_code: None,
+            invalidity_date: None,
+        });
+        let list = rcgen::CertificateRevocationListParams {
+            this_update: now.into(),
+            next_update: (now + Duration::from_secs(3600)).into(),
+            crl_number: SerialNumber::from(1u64),
+            issuing_distribution_point: None,
+            revoked_certs: revoked.collect(),
+            key_identifier_method: rcgen::KeyIdMethod::Sha256,
+        };
+        list.signed_by(&self.issuer).expect("it may sign lists").pem().expect("a list is PEM")
+    }
+
+    #[cfg(test)]
+    pub(super) fn now(&self) -> SystemTime {
+        self.clock.now()
     }
 
     fn issue(

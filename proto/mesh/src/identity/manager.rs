@@ -119,10 +119,14 @@ impl CertificateManager {
             Asked::Wait(attempts) => attempts,
         };
         self.shared.wake.notify_one();
-        let stopped = || IdentityError::Stopped(identity.clone());
-        attempts.changed().await.map_err(|_| stopped())?;
+        let forgotten = || IdentityError::Forgotten(identity.clone());
+        let ended = attempts.changed().await;
         let entries = self.shared.entries();
-        let entry = entries.by_identity.get(identity).ok_or_else(stopped)?;
+        if entries.stopped {
+            return Err(IdentityError::Stopped(identity.clone()));
+        }
+        ended.map_err(|_| forgotten())?;
+        let entry = entries.by_identity.get(identity).ok_or_else(forgotten)?;
         match (entry.valid(&self.shared.clock), &entry.failure) {
             (Some(certificate), _) => Ok(certificate),
             (None, Some(failure)) => Err(failure.clone()),
@@ -141,9 +145,11 @@ impl CertificateManager {
         self.shared.wake.notify_one();
     }
 
-    /// Drops the certificate and its key: no workload uses it any more.
-    pub fn forget(&self, identity: &Identity) {
-        self.shared.entries().by_identity.remove(identity);
+    /// Drops the certificates and keys of a service account that no workload here has any more, of whatever trust domain:
+    /// what was fetched ahead may have been for another than the control plane came to name.
+    pub fn forget_account(&self, namespace: &str, service_account: &str) {
+        let is_theirs = |id: &Identity| &**id.namespace() == namespace && &**id.service_account() == service_account;
+        self.shared.entries().by_identity.retain(|identity, _| !is_theirs(identity));
     }
 
     /// Drops all certificates and keys. Open connections keep what they were made with.

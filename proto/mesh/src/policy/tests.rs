@@ -165,6 +165,42 @@ fn dry_run_changes_no_decision_and_is_counted() {
 }
 
 #[test]
+fn dry_run_is_evaluated_whatever_the_order_and_never_for_a_connection_that_is_open() {
+    let deny = policy("deny", Action::Deny, json!([[]]));
+    let watched = policy("watched", Action::Allow, json!([[]])).dry_run_only();
+    let count = |evaluate: &dyn Fn()| {
+        let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+        let handle = recorder.handle();
+        metrics::with_local_recorder(&recorder, evaluate);
+        handle.render().lines().filter(|line| line.starts_with("mesh_authorization_dry_run_total{")).count()
+    };
+    for order in [[&deny, &watched], [&watched, &deny]] {
+        assert_eq!(count(&|| assert!(authorize(order, &client()).is_err())), 1, "counted behind a denial too");
+        assert_eq!(count(&|| assert!(!still_allows(order, &client()))), 0, "asked again");
+    }
+    // What a dry-run ALLOW does not match is not denied, and what it matches is not allowed by it.
+    let nobody = policy("nobody", Action::Allow, json!([]));
+    assert!(still_allows([&policy("p", Action::Allow, json!([])).dry_run_only()], &client()));
+    assert_eq!(authorize([&nobody, &watched], &client()).unwrap_err(), Denial::NoAllowMatched);
+}
+
+#[test]
+fn every_scope_is_asked_and_any_denial_counts() {
+    let scoped = |name, scope, action, rules| {
+        let groups = serde_json::from_value(rules).unwrap();
+        Policy::new(NamespacedName::new("ns", name), scope, action, groups)
+    };
+    for scope in [Scope::Global, Scope::Namespace, Scope::WorkloadSelector] {
+        let allow = scoped("allow", Scope::Namespace, Action::Allow, json!([[]]));
+        let deny = scoped("deny", scope, Action::Deny, json!([[]]));
+        assert_eq!(authorize([&allow, &deny], &client()).unwrap_err(), Denial::Policy(deny.key().clone()), "{scope:?}");
+        let only = scoped("only", scope, Action::Allow, one_match(json!({"namespaces": [{"Exact": "other"}]})));
+        assert_eq!(authorize([&only], &client()).unwrap_err(), Denial::NoAllowMatched, "{scope:?}");
+        assert_eq!(authorize([&only, &allow], &client()).unwrap().allowed_by(), Some(allow.key()), "{scope:?}");
+    }
+}
+
+#[test]
 fn an_unreadable_policy_denies_even_beside_an_allow() {
     let unreadable = Policy::unreadable(NamespacedName::new("ns", "new"), Scope::Global, "action: 9".to_owned());
     let allow = policy("allow", Action::Allow, json!([[]]));

@@ -208,6 +208,7 @@ impl TcpRecord {
                     bytes_recv = received,
                     duration = duration.as_deref(),
                     error = failure.map(|failure| failure.message.as_str()),
+                    response_flags = failure.map(|failure| failure.flag.as_str()),
                     $message
                 )
             };

@@ -209,3 +209,9 @@ fn with_roots_of(issuer: &FileCa, identity: &Identity, trusted: &FileCa) -> Work
     let (chain, key) = issuer.sign_pem(identity).unwrap();
     WorkloadCertificate::from_pem(&chain, &key, trusted.root_pem(), &Clock::system()).unwrap()
 }
+
+mod authority;
+mod key_exchange;
+mod peers;
+mod revocation;
+mod rotation;

@@ -1,32 +1,28 @@
 //! What a peer's certificate must satisfy.
 
 use std::{
+    cell::Cell,
     fmt,
-    sync::{Arc, LazyLock},
+    sync::{Arc, LazyLock, Mutex, PoisonError},
 };
 
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, OtherError, RootCertStore, SignatureScheme,
-    client::{
-        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-        verify_server_cert_signed_by_trust_anchor,
-    },
+    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
     crypto::{CryptoProvider, WebPkiSupportedAlgorithms, aws_lc_rs, verify_tls13_signature},
     pki_types::{CertificateDer, ServerName, UnixTime},
-    server::{
-        ParsedCertificate, WebPkiClientVerifier,
-        danger::{ClientCertVerified, ClientCertVerifier},
-    },
+    server::danger::{ClientCertVerified, ClientCertVerifier},
 };
+use webpki::{EndEntityCert, KeyUsage};
 
 use crate::{
-    identity::{Identity, identities},
+    identity::{Identity, KeyExchange, Path, PeerRole, Revocations, identities},
     text::Text,
 };
 
-/// The two AES suites of TLS 1.3, and post-quantum key exchange where the peer has it.
-pub(super) fn provider() -> Arc<CryptoProvider> {
-    static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
+/// The two AES suites of TLS 1.3, and post-quantum key exchange where the peer has it, or always.
+pub(super) fn provider(key_exchange: KeyExchange) -> Arc<CryptoProvider> {
+    static PREFERRED: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
         Arc::new(CryptoProvider {
             cipher_suites: vec![
                 aws_lc_rs::cipher_suite::TLS13_AES_256_GCM_SHA384,
@@ -41,11 +37,87 @@ pub(super) fn provider() -> Arc<CryptoProvider> {
             ..aws_lc_rs::default_provider()
         })
     });
-    PROVIDER.clone()
+    static ONLY: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
+        let kx_groups = vec![aws_lc_rs::kx_group::X25519MLKEM768];
+        Arc::new(CryptoProvider { kx_groups, ..(**PREFERRED).clone() })
+    });
+    match key_exchange {
+        KeyExchange::PostQuantumPreferred => PREFERRED.clone(),
+        KeyExchange::PostQuantumOnly => ONLY.clone(),
+    }
 }
 
 fn algorithms() -> WebPkiSupportedAlgorithms {
-    provider().signature_verification_algorithms
+    provider(KeyExchange::default()).signature_verification_algorithms
+}
+
+/// Where the verifier of one handshake leaves the path it has accepted.
+#[derive(Clone, Default)]
+pub(super) struct Proven(Arc<Mutex<Option<Path>>>);
+
+impl Proven {
+    pub(super) fn take(&self) -> Option<Path> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+/// What a path is checked against: the roots, and the lists of the revoked where there are any.
+#[derive(Clone)]
+pub(super) struct Trust {
+    pub(super) roots: Arc<RootCertStore>,
+    pub(super) revocations: Option<(Revocations, Proven)>,
+}
+
+impl fmt::Debug for Trust {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Trust").field("roots", &self.roots.len()).finish_non_exhaustive()
+    }
+}
+
+impl Trust {
+    /// Chain, validity, usage and revocation.
+    fn verify(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+        role: PeerRole,
+    ) -> Result<(), rustls::Error> {
+        let usage = match role {
+            PeerRole::Client => KeyUsage::client_auth(),
+            PeerRole::Server => KeyUsage::server_auth(),
+        };
+        let found = Cell::new(None);
+        // Asked for every path that is good otherwise: one without a revoked certificate may be left.
+        let examine = |path: &webpki::VerifiedPath<'_>| match &self.revocations {
+            Some((revocations, _)) => revocations.examine(path, role).map(|path| found.set(Some(path))),
+            None => Ok(()),
+        };
+        let leaf = EndEntityCert::try_from(leaf).map_err(refusal)?;
+        leaf.verify_for_usage(algorithms().all, &self.roots.roots, intermediates, now, usage, None, Some(&examine))
+            .map_err(refusal)?;
+        if let Some((_, proven)) = &self.revocations {
+            *proven.0.lock().unwrap_or_else(PoisonError::into_inner) = found.take();
+        }
+        Ok(())
+    }
+}
+
+/// In the words of rustls, by which it chooses the alert.
+fn refusal(error: webpki::Error) -> rustls::Error {
+    use webpki::Error as E;
+    match error {
+        E::BadDer | E::BadDerTime | E::TrailingData(_) => CertificateError::BadEncoding,
+        E::CertExpired { time, not_after } => CertificateError::ExpiredContext { time, not_after },
+        E::InvalidCertValidity => CertificateError::Expired,
+        E::CertNotValidYet { time, not_before } => CertificateError::NotValidYetContext { time, not_before },
+        E::CertRevoked => CertificateError::Revoked,
+        E::UnknownIssuer => CertificateError::UnknownIssuer,
+        E::InvalidSignatureForPublicKey => CertificateError::BadSignature,
+        E::RequiredEkuNotFoundContext(_) => CertificateError::InvalidPurpose,
+        other => CertificateError::Other(OtherError(Arc::new(other))),
+    }
+    .into()
 }
 
 /// Carried through rustls as the reason of a refusal; see [`super::TlsError`] for what each means.
@@ -79,23 +151,19 @@ fn identities_of(certificate: &CertificateDer<'_>) -> Result<Vec<Identity>, rust
 #[derive(Debug)]
 pub(super) struct TrustedClient {
     trust_domain: Text,
-    /// Chain, validity and the clientAuth usage are checked by rustls.
-    inner: Arc<dyn ClientCertVerifier>,
+    trust: Trust,
 }
 
 impl TrustedClient {
-    pub(super) fn new(trust_domain: Text, roots: Arc<RootCertStore>) -> Self {
-        let inner = WebPkiClientVerifier::builder_with_provider(roots, provider())
-            .clear_root_hint_subjects()
-            .build()
-            .expect("a workload certificate comes with at least one root");
-        Self { trust_domain, inner }
+    pub(super) fn new(trust_domain: Text, trust: Trust) -> Self {
+        Self { trust_domain, trust }
     }
 }
 
 impl ClientCertVerifier for TrustedClient {
+    /// None: clients have one certificate and need no hint.
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        self.inner.root_hint_subjects()
+        &[]
     }
 
     fn verify_client_cert(
@@ -104,10 +172,10 @@ impl ClientCertVerifier for TrustedClient {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        let verified = self.inner.verify_client_cert(leaf, intermediates, now)?;
+        self.trust.verify(leaf, intermediates, now, PeerRole::Client)?;
         let got = identities_of(leaf)?;
         if got.iter().any(|identity| *identity.trust_domain() == self.trust_domain) {
-            Ok(verified)
+            Ok(ClientCertVerified::assertion())
         } else {
             Err(PeerError::WrongTrustDomain { expected: self.trust_domain.clone(), got }.into())
         }
@@ -140,12 +208,12 @@ impl ClientCertVerifier for TrustedClient {
 #[derive(Debug)]
 pub(super) struct TrustedServer {
     expected: Vec<Identity>,
-    roots: Arc<RootCertStore>,
+    trust: Trust,
 }
 
 impl TrustedServer {
-    pub(super) fn new(expected: Vec<Identity>, roots: Arc<RootCertStore>) -> Self {
-        Self { expected, roots }
+    pub(super) fn new(expected: Vec<Identity>, trust: Trust) -> Self {
+        Self { expected, trust }
     }
 }
 
@@ -159,9 +227,7 @@ impl ServerCertVerifier for TrustedServer {
         _ocsp: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        let parsed = ParsedCertificate::try_from(leaf)?;
-        // Checks chain, validity and the serverAuth usage.
-        verify_server_cert_signed_by_trust_anchor(&parsed, &self.roots, intermediates, now, algorithms().all)?;
+        self.trust.verify(leaf, intermediates, now, PeerRole::Server)?;
         let got = identities_of(leaf)?;
         if got.iter().any(|identity| self.expected.contains(identity)) {
             Ok(ServerCertVerified::assertion())

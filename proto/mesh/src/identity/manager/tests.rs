@@ -1,5 +1,8 @@
 use std::{
-    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -8,10 +11,15 @@ use crate::{drain, identity::FileCa};
 
 const TTL: Duration = Duration::from_secs(24 * 3600);
 
-/// An authority that counts, can be down, and takes a second to answer.
+/// An authority that counts, can be down, and takes a moment to answer.
 struct Authority {
     ca: FileCa,
     asked: AtomicUsize,
+    /// Being answered now, and the most there ever were.
+    busy: AtomicUsize,
+    most: AtomicUsize,
+    /// When each request came, by the runtime's time.
+    times: Mutex<Vec<Instant>>,
     down: AtomicBool,
 }
 
@@ -19,7 +27,10 @@ impl CertificateSource for Authority {
     fn fetch<'a>(&'a self, id: &'a Identity) -> BoxFuture<'a, Result<Arc<WorkloadCertificate>, IdentityError>> {
         Box::pin(async move {
             self.asked.fetch_add(1, Ordering::Relaxed);
+            self.times.lock().unwrap().push(Instant::now());
+            self.most.fetch_max(self.busy.fetch_add(1, Ordering::Relaxed) + 1, Ordering::Relaxed);
             tokio::time::sleep(Duration::from_millis(100)).await;
+            self.busy.fetch_sub(1, Ordering::Relaxed);
             if self.down.load(Ordering::Relaxed) {
                 return Err(IdentityError::Unreachable { identity: id.clone(), reason: "down".into() });
             }
@@ -37,7 +48,14 @@ struct World {
 fn world() -> World {
     let clock = Clock::from_runtime(SystemTime::now());
     let ca = FileCa::generate("td", TTL, clock.clone()).unwrap();
-    let authority = Arc::new(Authority { ca, asked: AtomicUsize::new(0), down: AtomicBool::new(false) });
+    let authority = Arc::new(Authority {
+        ca,
+        asked: AtomicUsize::new(0),
+        busy: AtomicUsize::new(0),
+        most: AtomicUsize::new(0),
+        times: Mutex::default(),
+        down: AtomicBool::new(false),
+    });
     let (manager, rotation) = CertificateManager::new(authority.clone(), clock);
     let (trigger, watcher) = drain::channel();
     // Ends when the trigger is dropped at the end of the test.
@@ -125,7 +143,7 @@ async fn forgotten_identities_are_not_renewed() {
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert!(world.manager.get_cached(&id).is_some());
     assert_eq!(world.manager.snapshot()[0].state, "Available");
-    world.manager.forget(&id);
+    world.manager.forget_account("ns", "a");
     tokio::time::sleep(TTL * 2).await;
     assert_eq!(world.asked(), 1);
     assert!(world.manager.snapshot().is_empty());
@@ -142,6 +160,76 @@ async fn many_identities_come_eight_at_a_time_and_the_one_needed_now_first() {
     assert!(start.elapsed() <= Duration::from_millis(210), "took {:?}", start.elapsed());
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(world.manager.snapshot().iter().filter(|s| s.state == "Available").count(), 65);
+    assert_eq!(world.authority.most.load(Ordering::Relaxed), CONCURRENT);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_waits_to_be_renewed_gives_way_to_a_connection() {
+    let world = world();
+    for i in 0..64 {
+        world.manager.prefetch(identity(&format!("w{i}")));
+    }
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    // The half-life of all has come, and eight of them are being renewed.
+    tokio::time::sleep(TTL / 2 - Duration::from_secs(200)).await;
+    while world.authority.busy.load(Ordering::Relaxed) < CONCURRENT {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let start = Instant::now();
+    world.manager.get(&identity("new")).await.unwrap();
+    assert!(start.elapsed() <= Duration::from_millis(210), "took {:?}", start.elapsed());
+    assert!(world.asked() <= 64 + 3 * CONCURRENT, "before the rest was renewed: {}", world.asked());
+}
+
+#[tokio::test(start_paused = true)]
+async fn pauses_between_attempts_double_up_to_the_cap_and_end_with_the_certificate() {
+    let world = world();
+    let id = identity("a");
+    let certificate = world.manager.get(&id).await.unwrap();
+    world.set_down(true);
+    let end = certificate.not_after().duration_since(world.authority.ca.now()).unwrap();
+    let end = Instant::now() + end;
+    tokio::time::sleep_until(end + Duration::from_secs(1)).await;
+    let times = world.authority.times.lock().unwrap().clone();
+    let gaps: Vec<f64> = times[1..].windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64() - 0.1).collect();
+    assert!((0.39..1.21).contains(&gaps[0]), "{gaps:?}");
+    for pair in gaps.windows(2).take(6) {
+        let ratio = pair[1] / pair[0];
+        assert!((2.0 * 0.8 / 1.2 - 0.02..2.0 * 1.2 / 0.8 + 0.02).contains(&ratio), "{gaps:?}");
+    }
+    assert!(gaps.iter().all(|gap| *gap <= MAX_PAUSE + 0.02), "{gaps:?}");
+    assert!(gaps.iter().rev().skip(1).take(20).all(|gap| *gap >= MAX_PAUSE * 0.8 - 0.02), "{gaps:?}");
+    let last = times.iter().find(|at| **at + Duration::from_millis(150) >= end);
+    assert!(last.is_some_and(|at| *at <= end + Duration::from_millis(10)), "one attempt as the certificate ends");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_service_account_is_forgotten_in_every_trust_domain_and_others_are_kept() {
+    let world = world();
+    let ids =
+        ["spiffe://td/ns/ns/sa/a", "spiffe://other/ns/ns/sa/a", "spiffe://td/ns/ns/sa/b", "spiffe://td/ns/x/sa/a"];
+    let ids = ids.map(|id| id.parse::<Identity>().unwrap());
+    for id in &ids {
+        world.manager.get(id).await.unwrap();
+    }
+    world.manager.forget_account("ns", "a");
+    let kept: Vec<_> = ids.iter().filter(|id| world.manager.get_cached(id).is_some()).collect();
+    assert_eq!(kept, [&ids[2], &ids[3]]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_waits_for_a_forgotten_identity_is_told() {
+    let world = world();
+    let id = identity("a");
+    let forget = async {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        world.manager.forget_account("ns", "a");
+    };
+    let (got, ()) = tokio::join!(world.manager.get(&id), forget);
+    assert!(matches!(got, Err(IdentityError::Forgotten(_))), "{got:?}");
+    assert!(world.manager.snapshot().is_empty(), "what was under way is not kept");
+    tokio::time::sleep(TTL).await;
+    assert_eq!(world.asked(), 1);
 }
 
 #[tokio::test(start_paused = true)]

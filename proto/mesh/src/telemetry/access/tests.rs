@@ -190,7 +190,7 @@ async fn the_access_log_is_istios() {
         logged(LogFormat::Plain, "info", full(Direction::Inbound, "a"), Err(denied)).await,
         [format!(
             "T\terror\taccess\tconnection complete\t{both} direction=\"inbound\" bytes_sent=5 bytes_recv=3 duration=\"12ms\" \
-             error=\"explicitly \\\"denied\\\"\\nby x\""
+             error=\"explicitly \\\"denied\\\"\\nby x\" response_flags=\"DENY\""
         )]
     );
     // Of whom nothing is known nothing is said; a workload without a pod goes by its service's name.
@@ -207,7 +207,7 @@ async fn the_access_log_is_istios() {
     assert_eq!(
         json,
         [
-            r#"{"level":"error","time":"T","scope":"access","message":"connection complete","src.addr":"10.0.0.1:1000","src.workload":"a-1","src.namespace":"shop","src.identity":"spiffe://td/ns/shop/sa/a","src.cluster":"east","dst.addr":"10.0.0.2:15008","dst.hbone_addr":"10.0.0.2:80","dst.service":"web.shop.svc.cluster.local","dst.workload":"web-1","dst.namespace":"shop","dst.identity":"spiffe://td/ns/shop/sa/web","dst.cluster":"east","direction":"inbound","bytes_sent":5,"bytes_recv":3,"duration":"12ms","error":"no"}"#
+            r#"{"level":"error","time":"T","scope":"access","message":"connection complete","src.addr":"10.0.0.1:1000","src.workload":"a-1","src.namespace":"shop","src.identity":"spiffe://td/ns/shop/sa/a","src.cluster":"east","dst.addr":"10.0.0.2:15008","dst.hbone_addr":"10.0.0.2:80","dst.service":"web.shop.svc.cluster.local","dst.workload":"web-1","dst.namespace":"shop","dst.identity":"spiffe://td/ns/shop/sa/web","dst.cluster":"east","direction":"inbound","bytes_sent":5,"bytes_recv":3,"duration":"12ms","error":"no","response_flags":"DENY"}"#
         ]
     );
 }

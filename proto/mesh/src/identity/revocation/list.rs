@@ -1,0 +1,120 @@
+//! One revocation list, and how lists are read.
+
+use std::{
+    sync::{Arc, Mutex},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use rustls::pki_types::{CertificateRevocationListDer, pem::PemObject};
+use webpki::{CertRevocationList, OwnedCertRevocationList};
+use x509_parser::{prelude::FromDer, revocation_list::CertificateRevocationList, x509::SubjectPublicKeyInfo};
+
+use super::{Issuer, RevocationError, lock};
+
+/// As a block of PEM begins.
+const PEM: &[u8] = b"-----BEGIN ";
+
+pub(super) struct List {
+    der: Box<[u8]>,
+    parsed: CertRevocationList<'static>,
+    /// For people.
+    issuer: String,
+    next_update: Option<SystemTime>,
+    /// Whose signature was looked at, and whether it was theirs.
+    signers: Mutex<Vec<(Arc<Issuer>, bool)>>,
+}
+
+/// All lists of a text in PEM, or of one or more in DER.
+pub(super) fn parse(bytes: &[u8]) -> Result<Vec<List>, RevocationError> {
+    if bytes.trim_ascii().is_empty() {
+        return Ok(Vec::new());
+    }
+    let malformed = |number, reason: String| RevocationError::Malformed { number, reason };
+    let mut ders = Vec::new();
+    if bytes.windows(PEM.len()).any(|window| window == PEM) {
+        for (at, der) in CertificateRevocationListDer::pem_slice_iter(bytes).enumerate() {
+            ders.push(der.map_err(|error| malformed(at + 1, format!("PEM: {error}")))?.to_vec());
+        }
+        if ders.is_empty() {
+            return Err(RevocationError::NoList("PEM of another kind"));
+        }
+    } else {
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let (after, one) = CertificateRevocationList::from_der(rest)
+                .map_err(|error| malformed(ders.len() + 1, format!("neither PEM nor DER: {error}")))?;
+            ders.push(one.as_raw().to_vec());
+            rest = after;
+        }
+    }
+    let lists = ders.into_iter().enumerate();
+    lists.map(|(at, der)| List::new(der).map_err(|reason| malformed(at + 1, reason))).collect()
+}
+
+impl List {
+    /// Version 2 with what RFC 5280 demands. Delta lists, and lists that speak of other issuers' certificates, are not
+    /// understood, and what is critical and not understood must not be ignored.
+    fn new(der: Vec<u8>) -> Result<Self, String> {
+        let parsed = OwnedCertRevocationList::from_der(&der).map_err(|error| error.to_string())?;
+        let (_, seen) = CertificateRevocationList::from_der(&der).map_err(|error| error.to_string())?;
+        let issuer = seen.issuer().to_string();
+        let seconds = |at: i64| UNIX_EPOCH + Duration::from_secs(at.max(0).cast_unsigned());
+        let next_update = seen.next_update().map(|at| seconds(at.timestamp()));
+        let entries = seen.iter_revoked_certificates().count();
+        tracing::debug!(%issuer, this_update = %seen.last_update(), entries, "revocation list");
+        Ok(Self { parsed: parsed.into(), issuer, next_update, der: der.into(), signers: Mutex::default() })
+    }
+
+    /// DER of the issuer's name, without tag and length.
+    pub(super) fn issuer(&self) -> &[u8] {
+        self.parsed.issuer()
+    }
+
+    pub(super) fn der(&self) -> &[u8] {
+        &self.der
+    }
+
+    pub(super) fn next_update(&self) -> Option<SystemTime> {
+        self.next_update
+    }
+
+    /// Entries on it.
+    pub(super) fn len(&self) -> usize {
+        CertificateRevocationList::from_der(&self.der).map_or(0, |(_, list)| list.iter_revoked_certificates().count())
+    }
+
+    pub(super) fn names(&self, serial: &[u8]) -> bool {
+        matches!(self.parsed.find_serial(serial), Ok(Some(_)))
+    }
+
+    /// Authorities with one name and different keys are common: a list of the one says nothing about the other's.
+    pub(super) fn is_signed_by(&self, issuer: &Arc<Issuer>) -> bool {
+        let mut signers = lock(&self.signers);
+        if let Some((_, signed)) = signers.iter().find(|(known, _)| known == issuer) {
+            return *signed;
+        }
+        let signed = SubjectPublicKeyInfo::from_der(&issuer.key).is_ok_and(|(_, key)| {
+            CertificateRevocationList::from_der(&self.der).is_ok_and(|(_, list)| list.verify_signature(&key).is_ok())
+        });
+        if !signed {
+            tracing::warn!(issuer = %self.issuer,
+                "a revocation list names a certificate, but its signature is not of the key that issued it: not counted");
+        }
+        signers.push((issuer.clone(), signed));
+        signed
+    }
+}
+
+/// `content` as a DER SEQUENCE.
+pub(super) fn sequence(content: &[u8]) -> Vec<u8> {
+    const SEQUENCE: u8 = 0x30;
+    let length = content.len().to_be_bytes();
+    let significant = &length[length.iter().position(|byte| *byte != 0).unwrap_or(length.len() - 1)..];
+    let mut der = vec![SEQUENCE];
+    if content.len() >= 0x80 {
+        der.push(0x80 | u8::try_from(significant.len()).expect("a length has eight bytes at most"));
+    }
+    der.extend_from_slice(significant);
+    der.extend_from_slice(content);
+    der
+}
