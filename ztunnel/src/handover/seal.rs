@@ -33,6 +33,9 @@ const FREE: &[libc::c_long] = &[
     libc::SYS_getsockname,
     libc::SYS_getpeername,
     libc::SYS_lseek,
+    // From socket to socket by way of a pipe.
+    libc::SYS_pipe2,
+    libc::SYS_splice,
     // Waiting.
     libc::SYS_epoll_ctl,
     libc::SYS_epoll_pwait,
@@ -172,6 +175,8 @@ mod tests {
     use std::os::fd::AsFd;
     use std::os::unix::net::{UnixListener, UnixStream};
 
+    use nix::fcntl::{SpliceFFlags, splice};
+
     use super::*;
 
     fn refused<T>(what: &str, tried: io::Result<T>) {
@@ -212,6 +217,13 @@ mod tests {
             near.write_all(b"on").unwrap();
             let mut word = [0; 2];
             far.read_exact(&mut word).unwrap();
+            let (out, into) = std::io::pipe().unwrap();
+            near.write_all(b"by").unwrap();
+            let none = SpliceFFlags::empty();
+            assert_eq!(splice(&far, None, &into, None, 2, none), Ok(2));
+            assert_eq!(splice(&out, None, &far, None, 2, none), Ok(2));
+            near.read_exact(&mut word).unwrap();
+            assert_eq!(&word, b"by", "as large transfers go");
             far.shutdown(std::net::Shutdown::Write).unwrap();
             assert_eq!(near.read(&mut word).unwrap(), 0, "half-closed");
             let (mut taken, _) = control.accept().unwrap();
