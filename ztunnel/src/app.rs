@@ -102,8 +102,14 @@ pub fn run(mut config: Config, log: LogHandle) -> anyhow::Result<()> {
         let rules = HandshakeRules { key_exchange: config.key_exchange, revocations: revocations.clone() };
         let (certs, rotation) = certs::open(&config, rules)?;
         let names = Names::new(Servers::File(RESOLV_CONF.into()), config.ipv6);
-        let shared =
-            Shared { config: config.clone(), store: Store::new(), certs: certs.clone(), names, joins: Arc::default() };
+        let shared = Shared {
+            config: config.clone(),
+            store: Store::new(),
+            certs: certs.clone(),
+            names,
+            joins: Arc::default(),
+            hearsay: Arc::default(),
+        };
         let workers = Arc::new(Workers::start(&shared).context("starting workers")?);
         let data = workers.runtimes().iter().enumerate().map(|(n, runtime)| (n.to_string(), runtime.clone()));
         telemetry::watch_runtimes(data.chain([("control".to_owned(), control.handle().clone())]).collect());

@@ -100,7 +100,7 @@ async fn forward(
             actual_dst: at.dialled(target),
             protocol: Transport::Hbone,
             authorized_as: Some(asked.clone()),
-            peer: request.peer.standing().cloned(),
+            peers: request.peer.standing().cloned().into_iter().collect(),
         },
     );
     let connected = async {
@@ -219,7 +219,8 @@ fn describe(at: &Place, local: &Local, request: &ConnectRequest, here: SocketAdd
     }
 }
 
-/// What the peer says about the source, if it may: its words become labels, and a client must not make up labels.
+/// What the peer says about the source, if it may: its words become labels, and a client must not make up labels. Clients
+/// of other networks speak for themselves, within bounds.
 fn believed(
     at: &Place,
     world: &Snapshot,
@@ -228,8 +229,11 @@ fn believed(
     from_elsewhere: bool,
 ) -> Option<Baggage> {
     let said = request.headers.baggage.as_ref().filter(|_| at.shared.config.response_baggage)?;
-    if from_elsewhere || resolve::speaks_for_others(world, workload, request.peer.identity()) {
+    if resolve::speaks_for_others(world, workload, request.peer.identity()) {
         return Some(said.clone());
+    }
+    if from_elsewhere {
+        return at.shared.hearsay.admit(said.clone());
     }
     metrics::counter!("ztunnel_baggage_dropped_total").increment(1);
     None

@@ -100,11 +100,12 @@ async fn forward(
                 let up =
                     reached(&tracked, open_tunnel(at, source, &route, tunnel, client, &mut meanwhile).await?)?.stream;
                 if let Meanwhile::Say(early) = meanwhile {
-                    match early.sent() {
-                        Ok(bytes) => record.bytes().add_received(bytes as u64),
+                    record.bytes().add_received(early.len() as u64);
+                    match early.broken() {
+                        None => {}
                         // As in the copy that would follow: the client ended it, and the tunnel dropped is reset.
-                        Err(error) if is_hang_up(error.kind()) => return Ok(None),
-                        Err(error) => return Err(CopyError::Downstream(error).into()),
+                        Some(error) if is_hang_up(error.kind()) => return Ok(None),
+                        Some(error) => return Err(CopyError::Downstream(error).into()),
                     }
                 }
                 Upstream::Tunnel(up)
@@ -139,7 +140,8 @@ async fn beyond(at: &Arc<Place>, source: &Local, route: Route, captured: Capture
     };
     match opened.await {
         Ok(hbone::Tunnel { stream: up, peer, response }) => {
-            connection.destination = response.baggage.unwrap_or_default().party(peer.identity());
+            let said = response.baggage.and_then(|said| at.shared.hearsay.admit(said));
+            connection.destination = said.unwrap_or_default().party(peer.identity());
             let record = TcpRecord::open(connection);
             let outcome = copy(&tracked, &at.pod, &record.bytes(), stream, up).await;
             record.close(outcome.map_err(Failure::from));
@@ -161,7 +163,7 @@ fn track(opening: Opening, client: SocketAddr, dst: SocketAddr, route: &Route) -
         actual_dst: route.next_hop,
         protocol,
         authorized_as: None,
-        peer: None,
+        peers: Vec::new(),
     };
     Tracked::open(opening, facts)
 }

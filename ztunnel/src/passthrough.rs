@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use mesh::model::Workload;
+use mesh::model::{ApplicationTunnelProtocol, Workload};
 use mesh::policy::{self, authorize};
 use mesh::telemetry::ResponseFlag;
 use mesh::telemetry::access::{self, Connection, Direction, Failure, Security, TcpRecord};
@@ -12,7 +12,7 @@ use tokio::net::TcpStream;
 use crate::ending::Ending;
 use crate::inbound::log_decision;
 use crate::node::pod::{Facts, Opening, Tracked, Transport, Way};
-use crate::resolve;
+use crate::resolve::{self, BadTarget};
 use crate::worker::{Local, Place, SELF_CALL, copy, reset};
 
 /// Serves one plain connection to the pod's application at `app`.
@@ -63,10 +63,17 @@ async fn forward(
             actual_dst: app,
             protocol: Transport::Tcp,
             authorized_as: Some(asked.clone()),
-            peer: None,
+            peers: Vec::new(),
         },
     );
     let connected = async {
+        // Behind a PROXY header it believes what it is told; in plain text anybody could tell it.
+        let is_told = local.application_tunnel.is_some_and(|tunnel| {
+            tunnel.protocol == ApplicationTunnelProtocol::Proxy && tunnel.port.is_none_or(|port| port == app.port())
+        });
+        if is_told {
+            return Err(BadTarget::OwnPort(app.port()).into());
+        }
         // The workload's policy is about the workload, not about the proxy's own metrics and readiness.
         if !at.shared.serves_beside_workload(app.port()) {
             let world = at.shared.store.snapshot();

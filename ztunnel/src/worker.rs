@@ -24,6 +24,7 @@ use tokio::task::JoinSet;
 use crate::config::Config;
 use crate::ending::Ending;
 use crate::handover::seal;
+use crate::hearsay::Hearsay;
 use crate::join::Joins;
 use crate::names::Names;
 use crate::node::netns::{Family, leg_port};
@@ -48,6 +49,7 @@ pub struct Shared {
     pub certs: CertificateManager,
     pub names: Names,
     pub joins: Arc<Joins>,
+    pub hearsay: Arc<Hearsay>,
 }
 
 impl Shared {

@@ -238,9 +238,15 @@ pub struct Facts {
     /// What policy was asked, to ask again when it changes; `None` where no policy applies.
     #[serde(skip)]
     pub authorized_as: Option<Connection>,
-    /// Of the peer that the TLS connection below has proved; `None` without one, or where nobody can be revoked.
+    /// Of the peers that the TLS connections below have proved; none without TLS, or where nobody can be revoked.
     #[serde(skip)]
-    pub peer: Option<Arc<Standing>>,
+    pub peers: Vec<Arc<Standing>>,
+}
+
+impl Facts {
+    fn is_revoked(&self) -> bool {
+        self.peers.iter().any(|peer| peer.is_revoked())
+    }
 }
 
 /// The open connections of a pod.
@@ -279,10 +285,10 @@ impl Tracked {
         self.cut.notified().await;
     }
 
-    /// The tunnel has reached this peer. To be asked afterwards: [`Self::is_peer_revoked`].
+    /// The tunnel has reached this peer, or one more behind it. To be asked afterwards: [`Self::is_peer_revoked`].
     pub fn reached(&self, peer: Option<&Arc<Standing>>) {
         if let (Some(peer), Some((facts, _))) = (peer, self.pod.connections.table().get_mut(&self.id)) {
-            facts.peer = Some(peer.clone());
+            facts.peers.push(peer.clone());
         }
     }
 
@@ -290,7 +296,7 @@ impl Tracked {
     #[must_use]
     pub fn is_peer_revoked(&self) -> bool {
         let table = self.pod.connections.table();
-        table.get(&self.id).and_then(|(facts, _)| facts.peer.as_ref()).is_some_and(|peer| peer.is_revoked())
+        table.get(&self.id).is_some_and(|(facts, _)| facts.is_revoked())
     }
 }
 
@@ -338,7 +344,7 @@ impl Connections {
     /// Cuts those whose peer has been revoked. Returns how many there were.
     pub fn cut_revoked(&self) -> usize {
         let table = self.table();
-        let revoked = table.values().filter(|(facts, _)| facts.peer.as_ref().is_some_and(|peer| peer.is_revoked()));
+        let revoked = table.values().filter(|(facts, _)| facts.is_revoked());
         revoked.map(|(_, notify)| notify.notify_one()).count()
     }
 

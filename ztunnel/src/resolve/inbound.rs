@@ -140,8 +140,11 @@ pub fn comes_through_gateway(
     said: Option<&str>,
 ) -> bool {
     let is_gateway = |gateway: &GatewayAddress| {
-        let at = matches!(&gateway.destination, GatewayDestination::Address(a) if a.address == from);
-        at || instances(world, local, gateway).any(|w| w.addresses.contains(&from))
+        // Addresses mean something within their network only.
+        let here = |network: &str| network == &*local.network;
+        let at =
+            matches!(&gateway.destination, GatewayDestination::Address(a) if a.address == from && here(&a.network));
+        at || instances(world, local, gateway).any(|w| here(&w.network) && w.addresses.contains(&from))
     };
     said.is_some_and(|network| !network.eq_ignore_ascii_case(&local.network))
         && (local.network_gateway.as_ref().is_some_and(is_gateway) || speaks_for_others(world, local, peer))

@@ -66,9 +66,15 @@ impl<'a> EarlyBytes<'a> {
         Self { source: Some(source), said: Vec::new(), len: 0, spare: BytesMut::new(), broken: None }
     }
 
-    /// What was read and sent: the error that ended it, where one did, else the number of bytes.
-    pub fn sent(self) -> io::Result<usize> {
-        self.broken.map_or(Ok(self.len), Err)
+    /// Bytes read and sent.
+    #[allow(clippy::len_without_is_empty, reason = "nobody asks")]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The error that ended the client, where one did.
+    pub fn broken(self) -> Option<io::Error> {
+        self.broken
     }
 
     /// Says again what a connection has not taken.

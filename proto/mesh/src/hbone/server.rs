@@ -23,6 +23,12 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// To say goodbye to a peer that may not be listening.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
 const MAX_HEADER_LIST: u32 = 64 * 1024;
+/// Streams we have reset and still know: what their client had sent before it heard of that is then dropped quietly. A
+/// refused CONNECT is one, and its client may have said something already.
+const RESET_STREAMS: usize = 1024;
+/// Resets of ours in a connection's life, after which h2 takes its peer for an attacker. It never forgets one, and a
+/// pooled connection lives long.
+const RESETS: usize = 1 << 20;
 
 /// How a connection ended when it did not end well.
 #[derive(Debug, thiserror::Error)]
@@ -113,6 +119,8 @@ where
         .max_frame_size(settings.frame_size)
         .max_header_list_size(MAX_HEADER_LIST)
         .max_concurrent_streams(settings.max_streams)
+        .max_concurrent_reset_streams(RESET_STREAMS)
+        .max_local_error_reset_streams(Some(RESETS))
         .max_send_buffer_size(SEND_BUFFER);
     let handshake = Box::pin(tokio::time::timeout(HANDSHAKE_TIMEOUT, builder.handshake(stream)));
     let mut connection = handshake.await.map_err(|_| ServeError::HandshakeTimeout)?.map_err(ServeError::Handshake)?;

@@ -191,7 +191,7 @@ enum Way {
     #[default]
     Copy,
     Splice(Pipe),
-    /// There was no pipe to be had.
+    /// There was no pipe to be had, or it cannot take what the source has.
     CopyForGood,
 }
 
@@ -216,8 +216,18 @@ impl OneWay {
                         self.carried += bytes as u64;
                         count(bytes as u64);
                     }
-                    Ok(Moved::Ended) => self.phase = Phase::Ending,
-                    Ok(Moved::Waiting) => return Poll::Pending,
+                    Ok(Moved::Ended) => {
+                        self.release();
+                        self.phase = Phase::Ending;
+                    }
+                    Ok(Moved::Waiting) => {
+                        self.release();
+                        return Poll::Pending;
+                    }
+                    Ok(Moved::Stuck) => {
+                        self.release();
+                        self.pipe = Way::CopyForGood;
+                    }
                     Err(Side::Source(error)) => return Poll::Ready(Err(SideError::Source(error))),
                     Err(Side::Sink(error)) if is_hang_up(error.kind()) => self.give_up(),
                     Err(Side::Sink(error)) => return Poll::Ready(Err(SideError::Sink(error))),
@@ -264,10 +274,17 @@ impl OneWay {
         }
         let sockets = source.socket().zip(sink.socket())?;
         if let Way::Copy = self.pipe {
-            self.pipe = Pipe::new().map_or(Way::CopyForGood, Way::Splice);
+            self.pipe = Pipe::get().map_or(Way::CopyForGood, Way::Splice);
             self.spare = BytesMut::new();
         }
         matches!(self.pipe, Way::Splice(_)).then_some(sockets)
+    }
+
+    /// Who waits holds no pipe.
+    fn release(&mut self) {
+        if let Way::Splice(pipe) = std::mem::take(&mut self.pipe) {
+            pipe.give_back();
+        }
     }
 
     fn poll_splice(&mut self, cx: &mut Context<'_>, from: &TcpStream, to: &TcpStream) -> Poll<Result<Moved, Side>> {

@@ -47,7 +47,8 @@ pub(super) fn provider(key_exchange: KeyExchange) -> Arc<CryptoProvider> {
     }
 }
 
-fn algorithms() -> WebPkiSupportedAlgorithms {
+/// Signatures that are accepted of certificates, and of lists that revoke them.
+pub(crate) fn algorithms() -> WebPkiSupportedAlgorithms {
     provider(KeyExchange::default()).signature_verification_algorithms
 }
 

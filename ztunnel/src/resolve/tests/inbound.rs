@@ -193,8 +193,11 @@ fn a_captured_waypoint_takes_requests_for_workloads_it_fronts_and_no_others() {
 #[test]
 fn another_network_is_believed_from_the_gateway_and_from_who_speaks_for_others() {
     let edge = serves(workload("edge", "10.0.0.7"), "edge", &[(15008, 15008)]);
-    let by_address =
-        GatewayAddress { destination: GatewayDestination::Address("/192.0.2.9".parse().unwrap()), hbone_mtls_port: 1 };
+    let edge = Workload { network: "east".into(), ..edge };
+    let at = |address: &str| GatewayAddress {
+        destination: GatewayDestination::Address(address.parse().unwrap()),
+        hbone_mtls_port: 1,
+    };
     let believed = |gateway: Option<GatewayAddress>, peer: &str, from: &str, said: Option<&str>| {
         let local = Workload { network: "east".into(), network_gateway: gateway, ..workload("web", "10.0.0.2") };
         let mut edge_service = service("edge", "10.96.0.7");
@@ -205,7 +208,11 @@ fn another_network_is_believed_from_the_gateway_and_from_who_speaks_for_others()
     };
     let edge = || Some(gateway("edge"));
     assert!(believed(edge(), "client", "10.0.0.7", Some("west")), "by the address of an instance");
-    assert!(believed(Some(by_address.clone()), "client", "192.0.2.9", Some("west")), "by its own address");
+    assert!(believed(Some(at("east/192.0.2.9")), "client", "192.0.2.9", Some("west")), "by its own address");
+    assert!(
+        !believed(Some(at("south/192.0.2.9")), "client", "192.0.2.9", Some("west")),
+        "an address of another network"
+    );
     assert!(believed(edge(), "sa-edge", "10.0.0.99", Some("west")), "by its identity");
     assert!(!believed(edge(), "client", "10.0.0.99", Some("west")), "whoever says so");
     assert!(!believed(None, "client", "10.0.0.7", Some("west")), "a gateway that is not ours");

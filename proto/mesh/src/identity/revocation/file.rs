@@ -13,6 +13,9 @@ use crate::drain::DrainWatcher;
 /// How often the file is looked at. It is read once it looks the same twice: somebody may be writing it.
 const POLL: Duration = Duration::from_millis(500);
 
+/// As much as goes to draining generations as well.
+const LONGEST: usize = 32 << 20;
+
 /// What tells one version of a file from another. By path, so that a symbolic link that is turned elsewhere (which is how
 /// a kubelet changes a ConfigMap) shows as another file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -33,6 +36,8 @@ pub struct RevocationFile {
     seen: Option<Stamp>,
     /// It has been told that the file is away.
     missing: bool,
+    /// It has been told that it cannot be read.
+    unread: bool,
     /// The date of which it has been told that it has passed.
     outdated: Option<SystemTime>,
 }
@@ -46,7 +51,8 @@ impl RevocationFile {
     /// whom they name.
     pub fn open(path: &Path, revocations: Revocations) -> Result<Self, RevocationError> {
         let (taken, seen, outdated) = (None, None, None);
-        let mut file = Self { path: path.to_owned(), revocations, taken, seen, missing: false, outdated };
+        let mut file =
+            Self { path: path.to_owned(), revocations, taken, seen, missing: false, unread: false, outdated };
         match stamp(path) {
             Ok(stamp) => file.take(stamp)?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -63,14 +69,28 @@ impl RevocationFile {
     }
 
     fn take(&mut self, stamp: Stamp) -> Result<(), RevocationError> {
+        // Not taken, so that it is tried again: it may have been for want of descriptors.
+        let bytes = std::fs::read(&self.path).map_err(|error| self.unreadable(error))?;
         self.taken = Some(stamp);
-        let bytes = std::fs::read(&self.path).map_err(|error| self.unreadable(error));
-        let outcome = bytes.and_then(|bytes| self.revocations.load(&bytes));
+        let outcome = self.check(&bytes).and_then(|()| self.revocations.load(&bytes));
         let label = if outcome.is_ok() { "taken" } else { "refused" };
         metrics::counter!("mesh_crl_loads_total", "outcome" => label).increment(1);
         let loaded = outcome?;
         let (lists, entries, cut) = (loaded.lists, loaded.entries, loaded.cut);
         tracing::info!(path = %self.path.display(), lists, entries, cut, "revocation lists taken");
+        Ok(())
+    }
+
+    /// Whoever writes a file in place cuts it to nothing first, and may get no further: that takes nothing back.
+    fn check(&self, bytes: &[u8]) -> Result<(), RevocationError> {
+        if bytes.trim_ascii().is_empty() && !self.revocations.lists().is_empty() {
+            return Err(RevocationError::NoList(
+                "nothing, while lists are in force: a list without entries takes them back",
+            ));
+        }
+        if bytes.len() > LONGEST {
+            return Err(self.unreadable(io::Error::other(format!("it is larger than {LONGEST} bytes"))));
+        }
         Ok(())
     }
 
@@ -91,11 +111,15 @@ impl RevocationFile {
         match stamp(&self.path) {
             Ok(now) => {
                 self.missing = false;
-                if self.taken != Some(now)
-                    && self.seen == Some(now)
-                    && let Err(error) = self.take(now)
-                {
-                    tracing::error!(%path, "{error}; the revocation lists from before stay");
+                if self.taken != Some(now) && self.seen == Some(now) {
+                    let outcome = self.take(now);
+                    let unread = self.taken != Some(now);
+                    if let Err(error) = outcome
+                        && !(unread && self.unread)
+                    {
+                        tracing::error!(%path, "{error}; the revocation lists from before stay");
+                    }
+                    self.unread = unread;
                 }
                 self.seen = Some(now);
             }

@@ -5,11 +5,12 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use rustls::pki_types::{CertificateRevocationListDer, pem::PemObject};
+use rustls::pki_types::{CertificateRevocationListDer, SignatureVerificationAlgorithm, pem::PemObject};
 use webpki::{CertRevocationList, OwnedCertRevocationList};
-use x509_parser::{prelude::FromDer, revocation_list::CertificateRevocationList, x509::SubjectPublicKeyInfo};
+use x509_parser::{asn1_rs::Any, prelude::FromDer, revocation_list::CertificateRevocationList};
 
 use super::{Issuer, RevocationError, lock};
+use crate::tls::algorithms;
 
 /// As a block of PEM begins.
 const PEM: &[u8] = b"-----BEGIN ";
@@ -58,6 +59,9 @@ impl List {
         let parsed = OwnedCertRevocationList::from_der(&der).map_err(|error| error.to_string())?;
         let (_, seen) = CertificateRevocationList::from_der(&der).map_err(|error| error.to_string())?;
         let issuer = seen.issuer().to_string();
+        if !Signed::of(&der).is_some_and(|signed| signed.is_known()) {
+            return Err("it is signed by an algorithm that is not accepted of certificates either".to_owned());
+        }
         let seconds = |at: i64| UNIX_EPOCH + Duration::from_secs(at.max(0).cast_unsigned());
         let next_update = seen.next_update().map(|at| seconds(at.timestamp()));
         let entries = seen.iter_revoked_certificates().count();
@@ -93,9 +97,7 @@ impl List {
         if let Some((_, signed)) = signers.iter().find(|(known, _)| known == issuer) {
             return *signed;
         }
-        let signed = SubjectPublicKeyInfo::from_der(&issuer.key).is_ok_and(|(_, key)| {
-            CertificateRevocationList::from_der(&self.der).is_ok_and(|(_, list)| list.verify_signature(&key).is_ok())
-        });
+        let signed = Signed::of(&self.der).zip(Keyed::of(&issuer.key)).is_some_and(|(list, key)| list.is_by(&key));
         if !signed {
             tracing::warn!(issuer = %self.issuer,
                 "a revocation list names a certificate, but its signature is not of the key that issued it: not counted");
@@ -103,6 +105,58 @@ impl List {
         signers.push((issuer.clone(), signed));
         signed
     }
+}
+
+/// A signed structure of X.509, as the three parts that all of them have.
+struct Signed<'a> {
+    content: &'a [u8],
+    /// DER of the AlgorithmIdentifier, without tag and length.
+    algorithm: &'a [u8],
+    signature: &'a [u8],
+}
+
+impl<'a> Signed<'a> {
+    fn of(der: &'a [u8]) -> Option<Self> {
+        let (_, whole) = Any::from_der(der).ok()?;
+        let (rest, _) = Any::from_der(whole.data).ok()?;
+        let content = &whole.data[..whole.data.len() - rest.len()];
+        let (rest, algorithm) = Any::from_der(rest).ok()?;
+        let (_, signature) = Any::from_der(rest).ok()?;
+        Some(Self { content, algorithm: algorithm.data, signature: bits(signature.data)? })
+    }
+
+    fn is_known(&self) -> bool {
+        algorithms().all.iter().any(|known| known.signature_alg_id().as_ref() == self.algorithm)
+    }
+
+    /// With what verifies certificates, so that no authority is trusted whose lists are not.
+    fn is_by(&self, key: &Keyed<'_>) -> bool {
+        let fits = |known: &&&dyn SignatureVerificationAlgorithm| {
+            known.signature_alg_id().as_ref() == self.algorithm && known.public_key_alg_id().as_ref() == key.algorithm
+        };
+        let mut fitting = algorithms().all.iter().filter(fits);
+        fitting.any(|known| known.verify_signature(key.key, self.content, self.signature).is_ok())
+    }
+}
+
+/// A SubjectPublicKeyInfo.
+struct Keyed<'a> {
+    algorithm: &'a [u8],
+    key: &'a [u8],
+}
+
+impl<'a> Keyed<'a> {
+    fn of(der: &'a [u8]) -> Option<Self> {
+        let (_, whole) = Any::from_der(der).ok()?;
+        let (rest, algorithm) = Any::from_der(whole.data).ok()?;
+        let (_, key) = Any::from_der(rest).ok()?;
+        Some(Self { algorithm: algorithm.data, key: bits(key.data)? })
+    }
+}
+
+/// The bytes of a BIT STRING that has no odd bits.
+fn bits(content: &[u8]) -> Option<&[u8]> {
+    content.split_first().filter(|(odd, _)| **odd == 0).map(|(_, bytes)| bytes)
 }
 
 /// `content` as a DER SEQUENCE.

@@ -137,7 +137,15 @@ fn a_config_map_is_followed_through_its_links_and_mistakes_change_nothing() {
     map.publish("..4", &pem(&[]));
     assert_eq!(lists(), 1, "and right again");
     std::fs::write(map.path(), "").unwrap();
-    assert_eq!(lists(), 0, "written over in place");
+    assert_eq!(lists(), 1, "cut to nothing by whoever is about to write it");
+    std::fs::write(map.path(), pem(&[1]) + &pem(&[2])).unwrap();
+    assert_eq!(lists(), 2, "written over in place");
+    std::fs::remove_file(map.path()).unwrap();
+    std::fs::create_dir(map.path()).unwrap();
+    assert_eq!(lists(), 2, "cannot be read");
+    std::fs::remove_dir(map.path()).unwrap();
+    std::fs::write(map.path(), pem(&[1])).unwrap();
+    assert_eq!(lists(), 1, "and can again");
 }
 
 #[test]

@@ -72,6 +72,34 @@ async fn large_transfers_arrive_unchanged_in_both_directions() {
 }
 
 #[tokio::test]
+async fn what_follows_urgent_data_is_carried_on() {
+    const BULK: usize = 2 << 20;
+    let (mut client, downstream) = pair().await;
+    let (upstream, mut server) = pair().await;
+    let counts = ByteCounts::default();
+    let talk = async {
+        let reading = async {
+            let mut got = Vec::new();
+            server.read_to_end(&mut got).await.unwrap();
+            got
+        };
+        let writing = async {
+            client.write_all(&vec![b'a'; BULK]).await.unwrap();
+            client.writable().await.unwrap();
+            socket2::SockRef::from(&client).send_out_of_band(b"!").unwrap();
+            client.write_all(&vec![b'b'; BULK]).await.unwrap();
+            client.shutdown().await.unwrap();
+        };
+        let (got, ()) = tokio::join!(reading, writing);
+        assert_eq!(got.len(), 2 * BULK);
+        assert!(got[..BULK].iter().all(|b| *b == b'a') && got[BULK..].iter().all(|b| *b == b'b'));
+        drop(server);
+    };
+    let (outcome, ()) = within(async { tokio::join!(copy_bidirectional(downstream, upstream, &counts), talk) }).await;
+    assert_eq!(outcome.unwrap().received, 2 * BULK as u64);
+}
+
+#[tokio::test]
 async fn a_reset_ends_the_copy_and_is_no_error() {
     let (client, downstream) = pair().await;
     let (upstream, mut server) = pair().await;
