@@ -59,7 +59,7 @@ fn open_captured_and_new_connections_live_through_join_leave_and_fail_with_a_cra
     if !possible(&[]) {
         return;
     }
-    let mut lab = Lab::up('l', &PODS);
+    let mut lab = Lab::up(&PODS);
     lab.configure('a', &mesh("pod"));
     lab.configure('b', &mesh("pod"));
     for pod in ["pod", "near", "far"] {
@@ -149,8 +149,8 @@ fn open_captured_and_new_connections_live_through_join_leave_and_fail_with_a_cra
 }
 
 /// A lab with all pods in the mesh, `far` serving, and a ztunnel on each node.
-fn all_in(mark: char) -> Lab {
-    let mut lab = Lab::up(mark, &PODS);
+fn all_in() -> Lab {
+    let mut lab = Lab::up(&PODS);
     for node in ['a', 'b'] {
         lab.configure(node, &Mesh::default());
     }
@@ -170,7 +170,7 @@ fn a_pod_that_left_while_no_ztunnel_was_there_is_released_altogether() {
     if !possible(&[]) {
         return;
     }
-    let mut lab = all_in('w');
+    let mut lab = all_in();
     let netns = lab.netns("pod");
     let sysctl = || {
         inside(&netns, || fs::read_to_string("/proc/sys/net/ipv4/tcp_fwmark_accept").expect("a sysctl"))
@@ -194,7 +194,7 @@ fn a_successor_that_dies_after_it_has_claimed_the_node_leaves_it_to_the_one_befo
     if !possible(&[]) {
         return;
     }
-    let mut lab = all_in('u');
+    let mut lab = all_in();
     let pins = lab.pins.join("a");
     let marks = || run(&format!("ls {} | grep current_ || true", pins.display()));
     let mut held = lab.hold("pod", &lab.addresses("far")[0]);
@@ -224,7 +224,7 @@ fn last_legs_keep_out_of_the_ports_that_clients_use() {
     if !possible(&[]) {
         return;
     }
-    let mut lab = Lab::up('p', &PODS);
+    let mut lab = Lab::up(&PODS);
     for node in ['a', 'b'] {
         lab.configure(node, &mesh("aside"));
         serve_in(&lab.netns(if node == 'a' { "near" } else { "far" }));
@@ -255,7 +255,7 @@ fn a_pod_that_fails_open_goes_direct_without_a_ztunnel() {
     if !possible(&[]) {
         return;
     }
-    let mut lab = Lab::up('o', &PODS);
+    let mut lab = Lab::up(&PODS);
     let open = Mesh { options: vec![("pod", ", failureMode: Open".into())], ..Mesh::default() };
     // The other node's pods are plain: what comes back must not depend on a ztunnel that is not there.
     lab.configure('a', &open);
@@ -279,7 +279,7 @@ fn a_family_that_comes_after_the_pod_has_joined_is_captured() {
     if !possible(&[]) {
         return;
     }
-    let mut lab = Lab::up('6', &PODS);
+    let mut lab = Lab::up(&PODS);
     let [v4, v6] = lab.addresses("pod");
     let only = |address: &str| Mesh { addresses: vec![("pod", address.to_owned())], ..Mesh::default() };
     lab.configure('a', &only(&format!("\"{v4}\"")));
@@ -306,7 +306,7 @@ fn exclusions_go_direct_and_everything_else_through_the_mesh() {
     if !possible(&[]) {
         return;
     }
-    let mut lab = Lab::up('e', &PODS);
+    let mut lab = Lab::up(&PODS);
     let [far4, _] = lab.addresses("far");
     let demand = "{name: demand, namespace: shop, scope: Namespace, action: Allow, rules: [[[{principals: [{Exact: cluster.local/ns/shop/sa/far}]}]]]}";
     let excluded = format!(", excludedDestinations: [\"{far4}/32\"], excludedInboundPorts: [{APP_PORT}]");
@@ -358,7 +358,7 @@ fn dialling_ztunnels_own_listeners_is_closed_and_counted() {
     if !possible(&[]) {
         return;
     }
-    let mut lab = Lab::up('g', &PODS);
+    let mut lab = Lab::up(&PODS);
     lab.configure('a', &mesh(""));
     lab.start_ztunnel('a');
     let listening = |table: &str, any: &str| -> BTreeSet<u16> {
@@ -393,7 +393,7 @@ fn what_escapes_by_the_bypass_mark_is_refused_where_identity_is_demanded() {
     if !possible(&["python3"]) {
         return;
     }
-    let mut lab = Lab::up('m', &PODS);
+    let mut lab = Lab::up(&PODS);
     let demand = "{name: demand, namespace: shop, scope: Namespace, action: Allow, rules: [[[{principals: [{Exact: cluster.local/ns/shop/sa/pod}]}]]]}";
     lab.configure('a', &mesh(""));
     lab.configure('b', &Mesh { policies: demand, ..mesh("") });

@@ -131,7 +131,7 @@ fn a_service_of_another_network_is_reached_through_its_gateway() {
     if !possible(&[envoy().to_str().expect("a path of letters")]) {
         return;
     }
-    let mut lab = Lab::up('n', &PODS);
+    let mut lab = Lab::up(&PODS);
     lab.write('a', &east(&lab, B1));
     lab.write('b', &west(&lab, "cluster.local/ns/shop/sa/a1"));
     serve_in(&lab.netns("b1"));

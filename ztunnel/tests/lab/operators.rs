@@ -171,7 +171,7 @@ fn operators_see_what_is_and_what_would_be() {
     if !possible(&[]) {
         return;
     }
-    let mut lab = Lab::up('o', &PODS);
+    let mut lab = Lab::up(&PODS);
     let mesh = Mesh {
         policies: POLICY,
         services: format!(
@@ -206,7 +206,7 @@ fn read_as_istioctl_does(lab: &Lab, a1: &str, b1: &str) {
     assert_eq!((&*workload.uid, &*workload.namespace), ("Kubernetes//Pod/shop/b1", "shop"));
     assert_eq!((&*workload.protocol, &*workload.status, &*workload.service_account), ("HBONE", "Healthy", "b1"));
     assert_eq!((&*workload.cluster_id, &*workload.trust_domain), ("Kubernetes", "cluster.local"));
-    assert_eq!((&*workload.workload_type, &*workload.node), ("deployment", ""));
+    assert_eq!((&*workload.workload_type, &*workload.node), ("deployment", "b"));
     assert!(workload.workload_ips.iter().any(|ip| ip == b1) && workload.waypoint.is_none());
 
     let [service] = &a.services[..] else { panic!("one service") };

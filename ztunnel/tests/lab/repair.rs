@@ -45,7 +45,7 @@ fn what_a_pod_breaks_of_its_capture_is_put_back_and_counted() {
     if !possible(&["nsenter"]) {
         return;
     }
-    let mut lab = Lab::up('r', &PODS);
+    let mut lab = Lab::up(&PODS);
     for node in ['a', 'b'] {
         lab.configure(node, &Mesh::default());
     }
@@ -132,7 +132,7 @@ fn a_pod_that_fights_against_its_capture_harms_itself_alone() {
     if !possible(&[]) {
         return;
     }
-    let mut lab = Lab::up('f', &PODS);
+    let mut lab = Lab::up(&PODS);
     for node in ['a', 'b'] {
         lab.configure(node, &Mesh::default());
     }

@@ -79,7 +79,7 @@ fn a_revoked_peer_is_cut_and_refused_on_the_side_that_knows() {
     if !possible(&[]) {
         return;
     }
-    let mut lab = Lab::up('r', &PODS);
+    let mut lab = Lab::up(&PODS);
     let mesh = Mesh::default();
     serve_in(&lab.netns("b1"));
     let [b1, _] = lab.addresses("b1");

@@ -39,7 +39,7 @@ fn pods_of_one_node_are_joined_once_they_are_authorized() {
     if !possible(&[]) {
         return;
     }
-    let mut lab = Lab::up('n', &PODS);
+    let mut lab = Lab::up(&PODS);
     let with = |policies| Mesh { policies, ..Mesh::default() };
     lab.configure('a', &with(ONLY_ONE));
     serve_in(&lab.netns("two"));
@@ -95,7 +95,7 @@ fn a_setting_leaves_the_bytes_in_the_tunnel() {
     if !possible(&[]) {
         return;
     }
-    let mut lab = Lab::up('m', &PODS);
+    let mut lab = Lab::up(&PODS);
     lab.env.push(("SAME_NODE_JOIN", "false".into()));
     lab.configure('a', &Mesh::default());
     serve_in(&lab.netns("two"));

@@ -43,7 +43,7 @@ fn a_waypoint_behind_ztunnel_is_told_who_calls_whom() {
     if !possible(&[]) {
         return;
     }
-    let mut lab = Lab::up('s', &PODS);
+    let mut lab = Lab::up(&PODS);
     let waypoint = r#"{name: waypoint, namespace: shop, hostname: waypoint.shop.svc, ports: {15008: 15008}}"#;
     let bound = r#"waypoint: {destination: "shop/waypoint.shop.svc", hboneMtlsPort: 15008}"#;
     let mesh = Mesh {

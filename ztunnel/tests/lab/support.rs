@@ -8,7 +8,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -81,8 +81,10 @@ pub fn within(patience: Duration, what: &str, mut check: impl FnMut() -> bool) {
 }
 
 impl Lab {
-    /// `mark` tells labs of one test program apart.
-    pub fn up(mark: char, pods: &'static [Pod]) -> Self {
+    pub fn up(pods: &'static [Pod]) -> Self {
+        /// Tells labs of one test program apart.
+        static NEXT: AtomicU8 = AtomicU8::new(b'a');
+        let mark = char::from(NEXT.fetch_add(1, Ordering::Relaxed));
         let unified = Path::new("/sys/fs/cgroup/unified");
         let root = if unified.exists() { unified } else { Path::new("/sys/fs/cgroup") };
         reap(root);

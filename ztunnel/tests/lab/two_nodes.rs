@@ -29,7 +29,7 @@ fn two_nodes_talk_through_the_mesh() {
     if !possible(&[]) {
         return;
     }
-    let mut lab = Lab::up('t', &PODS);
+    let mut lab = Lab::up(&PODS);
     lab.configure('a', &mesh("", ""));
     lab.configure('b', &mesh("", ""));
     serve_in(&lab.netns("b1"));
@@ -131,7 +131,7 @@ fn a_pod_that_joins_and_leaves_many_times_costs_nothing_in_the_end() {
     if !possible(&[]) {
         return;
     }
-    let mut lab = Lab::up('c', &PODS);
+    let mut lab = Lab::up(&PODS);
     lab.configure('a', &mesh("", "a1"));
     lab.start_ztunnel_with('a', 15000, 1);
     let ztunnel = lab.ztunnels[0].1.id();
