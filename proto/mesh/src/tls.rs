@@ -20,7 +20,6 @@ mod revocable;
 mod verify;
 
 pub use revocable::Revocable;
-pub(crate) use verify::algorithms;
 use verify::{PeerError, Proven, Trust, TrustedClient, TrustedServer, provider};
 
 /// A TLS session over `S`.

@@ -47,8 +47,7 @@ pub(super) fn provider(key_exchange: KeyExchange) -> Arc<CryptoProvider> {
     }
 }
 
-/// Signatures that are accepted of certificates, and of lists that revoke them.
-pub(crate) fn algorithms() -> WebPkiSupportedAlgorithms {
+fn algorithms() -> WebPkiSupportedAlgorithms {
     provider(KeyExchange::default()).signature_verification_algorithms
 }
 

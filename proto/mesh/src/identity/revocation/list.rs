@@ -1,16 +1,18 @@
 //! One revocation list, and how lists are read.
 
 use std::{
-    sync::{Arc, Mutex},
+    sync::{Arc, LazyLock, Mutex},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use rustls::pki_types::{CertificateRevocationListDer, SignatureVerificationAlgorithm, pem::PemObject};
+use rustls::{
+    crypto::{WebPkiSupportedAlgorithms, aws_lc_rs},
+    pki_types::{CertificateRevocationListDer, SignatureVerificationAlgorithm, pem::PemObject},
+};
 use webpki::{CertRevocationList, OwnedCertRevocationList};
 use x509_parser::{asn1_rs::Any, prelude::FromDer, revocation_list::CertificateRevocationList};
 
 use super::{Issuer, RevocationError, lock};
-use crate::tls::algorithms;
 
 /// As a block of PEM begins.
 const PEM: &[u8] = b"-----BEGIN ";
@@ -107,6 +109,13 @@ impl List {
     }
 }
 
+/// Signatures that handshakes accept of certificates.
+fn algorithms() -> &'static [&'static dyn SignatureVerificationAlgorithm] {
+    static ALL: LazyLock<WebPkiSupportedAlgorithms> =
+        LazyLock::new(|| aws_lc_rs::default_provider().signature_verification_algorithms);
+    ALL.all
+}
+
 /// A signed structure of X.509, as the three parts that all of them have.
 struct Signed<'a> {
     content: &'a [u8],
@@ -126,7 +135,7 @@ impl<'a> Signed<'a> {
     }
 
     fn is_known(&self) -> bool {
-        algorithms().all.iter().any(|known| known.signature_alg_id().as_ref() == self.algorithm)
+        algorithms().iter().any(|known| known.signature_alg_id().as_ref() == self.algorithm)
     }
 
     /// With what verifies certificates, so that no authority is trusted whose lists are not.
@@ -134,7 +143,7 @@ impl<'a> Signed<'a> {
         let fits = |known: &&&dyn SignatureVerificationAlgorithm| {
             known.signature_alg_id().as_ref() == self.algorithm && known.public_key_alg_id().as_ref() == key.algorithm
         };
-        let mut fitting = algorithms().all.iter().filter(fits);
+        let mut fitting = algorithms().iter().filter(fits);
         fitting.any(|known| known.verify_signature(key.key, self.content, self.signature).is_ok())
     }
 }
