@@ -22,7 +22,6 @@ use serde::Serialize;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, UnixListener, UnixStream},
-    sync::Semaphore,
     task::JoinSet,
 };
 
@@ -100,7 +99,7 @@ impl AdminServer {
 
     /// `GET /metrics` and its Envoy spelling, in the format and encoding that the scraper prefers.
     pub fn metrics(self, metrics: MetricsHandle) -> Self {
-        let answer = move |request: &AdminRequest| {
+        let answer = move |request: AdminRequest| {
             let format = Exposition::accepted(request.header(header::ACCEPT));
             let exposed = metrics.expose(format).into_bytes();
             let packed = accepts_gzip(request.header(header::ACCEPT_ENCODING));
@@ -111,17 +110,7 @@ impl AdminServer {
             if packed {
                 headers.insert(header::CONTENT_ENCODING, HeaderValue::from_static("gzip"));
             }
-            response
-        };
-        // One at a time and off the threads that others are served on: whoever reaches the port can ask without end.
-        let turn = Arc::new(Semaphore::new(1));
-        let answer = move |request: AdminRequest| {
-            let (answer, turn) = (answer.clone(), turn.clone());
-            async move {
-                let _turn = turn.acquire_owned().await;
-                let done = tokio::task::spawn_blocking(move || answer(&request)).await;
-                done.unwrap_or_else(|error| text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")))
-            }
+            async { response }
         };
         self.route(Method::GET, "/metrics", answer.clone()).route(Method::GET, "/stats/prometheus", answer)
     }
