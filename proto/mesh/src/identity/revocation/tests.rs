@@ -59,6 +59,27 @@ fn lists_are_read_in_pem_and_der_one_or_several() {
 }
 
 #[test]
+fn a_list_counts_for_the_key_that_signed_it_whatever_kind_handshakes_take() {
+    let kinds = [
+        &rcgen::PKCS_ECDSA_P256_SHA256,
+        &rcgen::PKCS_ECDSA_P384_SHA384,
+        &rcgen::PKCS_ECDSA_P521_SHA512,
+        &rcgen::PKCS_ED25519,
+    ];
+    for kind in kinds {
+        let (key, another) = (KeyPair::generate_for(kind).unwrap(), KeyPair::generate_for(kind).unwrap());
+        let issuer = |key: &KeyPair| {
+            Arc::new(Issuer { name: [].into(), key: rcgen::PublicKeyData::subject_public_key_info(key).into() })
+        };
+        let (its, anothers) = (issuer(&key), issuer(&another));
+        let der = list_by(&Signer::new(CertificateParams::default(), key), &[1]).der().to_vec();
+        let lists = list::parse(&der).unwrap();
+        assert!(lists[0].is_signed_by(&its), "{kind:?}");
+        assert!(!lists[0].is_signed_by(&anothers), "{kind:?}");
+    }
+}
+
+#[test]
 fn what_is_no_list_is_refused_and_the_lists_from_before_stay() {
     let revocations = Revocations::default();
     revocations.load(pem(&[1]).as_bytes()).unwrap();
