@@ -138,6 +138,13 @@ async fn beyond(at: &Arc<Place>, source: &Local, route: Route, captured: Capture
         let outer = reached(&tracked, open_tunnel(at, source, &route, tunnel, client, &mut Meanwhile::Wait).await?)?;
         reached(&tracked, through(at, source, &route, tunnel, client, outer.stream).await?)
     };
+    // Whoever is cut before there is a record has one as well.
+    let opened = async {
+        tokio::select! {
+            opened = opened => opened,
+            () = at.pod.drain.cut() => Err(Ending::Drained),
+        }
+    };
     match opened.await {
         Ok(hbone::Tunnel { stream: up, peer, response }) => {
             let said = response.baggage.and_then(|said| at.shared.hearsay.admit(said));
