@@ -116,13 +116,13 @@ static_resources:
         envoy().display(),
         file.display()
     );
-    let child = lab.in_pod("gw", &script).stdout(Stdio::null()).stderr(log).spawn().expect("Envoy starts");
-    lab.children.push(child);
+    let mut child = lab.in_pod("gw", &script).stdout(Stdio::null()).stderr(log).spawn().expect("Envoy starts");
     let said = || fs::read_to_string(lab.dir.path().join("gw.log")).unwrap_or_default();
     eventually("the gateway listens", || {
-        assert!(!said().contains("[critical]"), "{}", said());
+        assert!(child.try_wait().expect("ours").is_none() && !said().contains("[critical]"), "{}", said());
         said().contains("starting main dispatch loop")
     });
+    lab.children.push(child);
 }
 
 #[test]
