@@ -15,8 +15,9 @@ use crate::raw::{Node, Pod, Process};
 /// Raises the number of open files to what is allowed, then becomes the program.
 const UNLIMITED: [&str; 4] = ["/bin/sh", "-ec", "ulimit -n $(ulimit -Hn); exec \"$@\"", "limits"];
 
-/// Seconds that such a ztunnel has from SIGTERM to its end.
-pub const GRACE: u64 = 12;
+/// Seconds that such a ztunnel has from SIGTERM to its end: what the manifest gives it. A successor has two thirds of them to take
+/// over, on a busy machine too.
+pub const GRACE: u64 = 30;
 
 /// A certificate authority that all nodes sign with.
 pub fn write_ca(directory: &Path) -> Result<()> {
