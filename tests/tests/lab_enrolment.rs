@@ -5,7 +5,8 @@
 
 mod support;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -278,36 +279,58 @@ fn both_die_meanwhile(stage: &Stage) -> Result<()> {
     delete(stage, "shop", &["moody"])
 }
 
-/// What ztunnel holds: descriptors, pins, pods.
-fn held(stage: &Stage) -> Result<(usize, usize, usize)> {
+/// What ztunnel holds.
+#[derive(Debug, PartialEq)]
+struct Held {
+    descriptors: usize,
+    pins: BTreeSet<PathBuf>,
+    pods: usize,
+}
+
+fn held(stage: &Stage) -> Result<Held> {
     let session = &stage.teller.session;
     let proxy = session.proxy("node-a")?;
-    let descriptors = std::fs::read_dir(format!("/proc/{}/fd", proxy.main()?.pid))?.count();
-    let pins = walk(&session.record.bpffs.join("node-a"))?;
+    // The container's first process only supervises.
+    let supervisor = proxy.main()?.pid;
+    let children = std::fs::read_to_string(format!("/proc/{supervisor}/task/{supervisor}/children"))?;
+    let serving = children.split_whitespace().next().context("it supervises nobody")?;
+    let descriptors = std::fs::read_dir(format!("/proc/{serving}/fd"))?.count();
+    let mut pins = BTreeSet::new();
+    walk(&session.record.bpffs.join("node-a"), &mut pins)?;
     let argv = ["curl", "-sS", "-m", "3", "http://127.0.0.1:15000/config_dump"];
     let output = session.exec(&proxy.name, &argv)?.output()?;
     let dump: serde_json::Value = serde_json::from_slice(&output.stdout).with_context(|| said(&output))?;
     let pods = dump["workloadState"].as_object().context("no workloadState")?.len();
-    Ok((descriptors, pins, pods))
+    Ok(Held { descriptors, pins, pods })
 }
 
-fn walk(directory: &std::path::Path) -> Result<usize> {
-    let mut count = 0;
+fn walk(directory: &Path, files: &mut BTreeSet<PathBuf>) -> Result<()> {
     for entry in std::fs::read_dir(directory)? {
         let entry = entry?;
-        count += if entry.file_type()?.is_dir() { walk(&entry.path())? } else { 1 };
+        if entry.file_type()?.is_dir() {
+            walk(&entry.path(), files)?;
+        } else {
+            files.insert(entry.path());
+        }
     }
-    Ok(count)
+    Ok(())
 }
 
 fn come_and_go(stage: &Stage) -> Result<()> {
     let pid = stage.teller.session.proxy("node-a")?.main()?.pid;
-    let settled = |what: &str, left: Option<(usize, usize)>, deadline| {
+    let settled = |what: &str, before: Option<&Held>, deadline| {
         wait::until(what, deadline, || {
             let (first, second) = (held(stage)?, held(stage)?);
+            ensure!(first == second, "{first:?}, {second:?}");
+            let Some(before) = before else { return Ok(first) };
             // Of the cases before there may have been pins still, and a pod that was leaving.
-            let is_left = left.is_none_or(|(pins, pods)| first.1 <= pins && first.2 <= pods);
-            ensure!(first == second && is_left, "{first:?}, {second:?}; before: {left:?}");
+            let more: Vec<_> = first.pins.difference(&before.pins).collect();
+            ensure!(
+                more.is_empty() && first.pods <= before.pods,
+                "{} pods, then {}; new: {more:?}",
+                before.pods,
+                first.pods
+            );
             Ok(first)
         })
     };
@@ -327,10 +350,11 @@ fn come_and_go(stage: &Stage) -> Result<()> {
         arguments.extend(batch.iter().map(String::as_str));
         stage.kubectl(&arguments)?;
     }
-    let after = settled("everything of them to be gone", Some((before.1, before.2)), GONE)?;
-    println!("  descriptors, pins, pods: {before:?} before, {after:?} after {COMING_AND_GOING} pods");
+    let after = settled("everything of them to be gone", Some(&before), GONE)?;
+    let (before, after) = (before.descriptors, after.descriptors);
+    println!("  descriptors: {before} before, {after} after {COMING_AND_GOING} pods");
     // A few may be connections of the moment; one for each pod would be a leak.
-    ensure!(after.0 < before.0 + COMING_AND_GOING / 2, "descriptors: {} before, {} after", before.0, after.0);
+    ensure!(after < before + COMING_AND_GOING / 2, "descriptors: {before} before, {after} after");
     ensure!(stage.teller.session.proxy("node-a")?.main()?.pid == pid, "ztunnel was restarted");
     stage.traffic_flows()
 }

@@ -226,6 +226,8 @@ pub struct Config {
     pub response_baggage: bool,
     /// Two pods of this node are joined inside the process once the tunnel between them is authorized.
     pub same_node_join: bool,
+    /// How long a worker looks for the answer to what it has passed on before it sleeps; zero is never.
+    pub busy_poll: Duration,
     /// A proxy that takes tunnels with a PROXY header is called on its pod's loopback, not on the pod's address.
     pub localhost_app_tunnel: bool,
     pub log_policy_decisions: bool,
@@ -437,6 +439,7 @@ impl Config {
             "preferredServiceNamespace": self.preferred_namespace,
             "responseBaggage": self.response_baggage,
             "sameNodeJoin": self.same_node_join,
+            "busyPoll": seconds(self.busy_poll),
             "localhostAppTunnel": self.localhost_app_tunnel,
             "logPolicyDecisions": self.log_policy_decisions,
             "poolMaxStreamsPerConn": self.pool_max_streams,
@@ -586,6 +589,7 @@ impl Raw {
             preferred_namespace: self.0.text("PREFERED_SERVICE_NAMESPACE").map(str::to_owned),
             response_baggage: self.0.bool("ENABLE_RESPONSE_BAGGAGE", true),
             same_node_join: self.0.bool("SAME_NODE_JOIN", true),
+            busy_poll: self.0.duration_up_to("BUSY_POLL", Duration::from_micros(50), Duration::from_millis(1)),
             localhost_app_tunnel: self.0.bool("LOCALHOST_APP_TUNNEL", true),
             log_policy_decisions: self.0.bool("AUTHZ_POLICY_INFO_LOGGING", false),
             pool_max_streams: self.0.parse("POOL_MAX_STREAMS_PER_CONNECTION", 100, "a number from 1 to 65535", |v| {

@@ -1,6 +1,8 @@
 //! The data path's threads: each has a single-threaded runtime, accepts its own share of every pod's connections and
 //! keeps them to the end. Nothing a worker owns is touched by another; shared state is read through snapshots.
 
+mod busy_poll;
+
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -155,12 +157,18 @@ impl Workers {
         let mut workers = Self { queues: Vec::new(), threads: Vec::new(), runtimes: Vec::new() };
         for n in 0..shared.config.worker_threads {
             let (queue, jobs) = mpsc::channel(QUEUE);
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let mut builder = tokio::runtime::Builder::new_current_thread();
+            builder.enable_all();
+            let busy_poll = shared.config.busy_poll;
+            busy_poll::install(&mut builder, busy_poll);
+            let runtime = builder.build()?;
             workers.runtimes.push(runtime.handle().clone());
             let shared = shared.clone();
-            let thread = std::thread::Builder::new()
-                .name(format!("worker-{n}"))
-                .spawn(move || runtime.block_on(run(shared, jobs)))?;
+            let thread = std::thread::Builder::new().name(format!("worker-{n}")).spawn(move || {
+                let _entered = runtime.enter();
+                busy_poll::start(busy_poll);
+                runtime.block_on(run(shared, jobs));
+            })?;
             workers.queues.push(queue);
             workers.threads.push(thread);
         }

@@ -1,6 +1,7 @@
 //! Serving: the accept loop, the copy between two streams, and the small HTTP servers of operators.
 
 mod accept;
+pub mod activity;
 mod admin;
 mod copy;
 

@@ -99,6 +99,12 @@ impl Environment {
         self.parse(name, default, "a duration such as 10s, 5m or 24h", |v| humantime::parse_duration(v).ok())
     }
 
+    /// The same, with an upper limit.
+    pub fn duration_up_to(&mut self, name: &str, default: Duration, most: Duration) -> Duration {
+        let expected = format!("a duration of at most {}", humantime::format_duration(most));
+        self.parse(name, default, &expected, |v| humantime::parse_duration(v).ok().filter(|d| *d <= most))
+    }
+
     /// A variable whose only supported values are `allowed`.
     pub fn only(&mut self, name: &str, allowed: &[&str], why: &str) {
         let Some(value) = self.text(name) else { return };
@@ -127,6 +133,7 @@ mod tests {
         assert_eq!(env.string("C", "c"), "c");
         assert_eq!(env.duration("D", Duration::ZERO), Duration::ZERO);
         assert_eq!(env.duration("E", Duration::ZERO), Duration::from_secs(300));
+        assert_eq!(env.duration_up_to("E", Duration::ZERO, Duration::from_secs(1)), Duration::ZERO);
         env.only("A", &["y"], "only y exists");
         env.required("Z", "the last letter");
         let mistakes = env.mistakes.into_result(()).expect_err("mistakes");
@@ -134,6 +141,7 @@ mod tests {
             "A=\"x\" is not a number",
             "B=\"maybe\" is not true or false",
             "D=\"10parsecs\" is not a duration such as 10s, 5m or 24h",
+            "E=\"5m\" is not a duration of at most 1s",
             "A=\"x\" is not supported: only y exists",
             "Z is not set: the last letter",
         ];

@@ -17,6 +17,7 @@ use crate::{
 };
 
 mod revocable;
+mod suites;
 mod verify;
 
 pub use revocable::Revocable;

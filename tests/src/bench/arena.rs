@@ -10,6 +10,7 @@ use serde_json::json;
 
 use super::interrupt::Interrupt;
 use super::load::{self, Outcome};
+use super::relay;
 use super::serve;
 use super::usage::{Sample, Spent};
 use crate::local::{self, unlimited};
@@ -17,6 +18,8 @@ use crate::raw::{Lab, Pod, Process};
 use crate::sys;
 
 const NAMESPACE: &str = "bench";
+/// A relay beside a server listens so far above the server's port.
+const RELAYED: u16 = 1000;
 /// Longest that proxies may take to get ready.
 const READY: Duration = Duration::from_secs(30);
 /// Beyond its own time a load may take this long, before it counts as lost; it gives up by itself earlier.
@@ -29,6 +32,8 @@ pub enum Mesh {
     Plain,
     /// Our ztunnel, this binary.
     Ours(PathBuf),
+    /// A relay beside the client and one beside each server, which copy.
+    Relay,
     /// A command of the user's, run on each node.
     Peer(String),
 }
@@ -92,7 +97,11 @@ impl Arena {
             runs: 0,
             lab,
         };
-        arena.start_proxies().with_context(|| format!("starting {name}"))?;
+        match arena.mesh {
+            Mesh::Relay => arena.start_relays(),
+            _ => arena.start_proxies(),
+        }
+        .with_context(|| format!("starting {name}"))?;
         Ok(arena)
     }
 
@@ -107,7 +116,7 @@ impl Arena {
             let config = self.lab.scratch("mesh")?.join(format!("{name}.yaml"));
             let enrolled: Vec<&Pod> = match self.mesh {
                 Mesh::Ours(_) => self.pods().into_iter().filter(|(_, of)| of == name).map(|(pod, _)| pod).collect(),
-                Mesh::Plain | Mesh::Peer(_) => Vec::new(),
+                Mesh::Plain | Mesh::Relay | Mesh::Peer(_) => Vec::new(),
             };
             local::write_file(&config, &local::mesh_file(NAMESPACE, &self.pods(), &enrolled))?;
             let shown = |path: &Path| path.display().to_string();
@@ -124,7 +133,7 @@ impl Arena {
             ];
             let env: Vec<(&str, &str)> = env.iter().map(|(key, value)| (*key, value.as_str())).collect();
             let argv = match &self.mesh {
-                Mesh::Plain => continue,
+                Mesh::Plain | Mesh::Relay => continue,
                 Mesh::Ours(ztunnel) => unlimited(&[&shown(ztunnel)]),
                 Mesh::Peer(command) => unlimited(&["/bin/sh", "-c", command]),
             };
@@ -137,12 +146,51 @@ impl Arena {
                 let ready = match &self.mesh {
                     Mesh::Ours(_) => local::answers_ready(node, 15021),
                     Mesh::Peer(_) => file.exists(),
-                    Mesh::Plain => true,
+                    Mesh::Plain | Mesh::Relay => true,
                 };
                 Ok(ready.then_some(()))
             })?;
         }
         Ok(())
+    }
+
+    /// In the pods' namespaces, and in the nodes' cgroups, where a mesh has its proxies.
+    fn start_relays(&mut self) -> Result<()> {
+        let from_client = [Target::OtherNode, Target::SameNode].map(|target| {
+            let (here, there) = (self.destination(target), self.address(target));
+            serve::ALL.map(|port| format!("{here}:{port}={there}:{}", port + RELAYED))
+        });
+        let to_server = |pod: &Pod| {
+            let here = pod.net.ipv4;
+            serve::ALL.map(|port| format!("{here}:{}={here}:{port}", port + RELAYED)).to_vec()
+        };
+        let relays = [
+            ("node-a", &self.client, from_client.concat()),
+            ("node-a", &self.near, to_server(&self.near)),
+            ("node-b", &self.far, to_server(&self.far)),
+        ];
+        let mut started = Vec::new();
+        for (node, pod, ways) in relays {
+            let netns = format!("--net={}", pod.net.netns.path().display());
+            let program = self.program.display().to_string();
+            let mut argv = unlimited(&["nsenter", &netns, &program, "relay"]);
+            argv.extend(ways);
+            started.push(self.lab.node(node).spawn(&format!("relay-{}", pod.name), &words(&argv), &[])?);
+        }
+        self.proxies = started;
+        for relay in &mut self.proxies {
+            relay.wait_output(relay::READY, READY)?;
+        }
+        Ok(())
+    }
+
+    /// What a load is told to dial.
+    fn destination(&self, target: Target) -> IpAddr {
+        match (&self.mesh, target) {
+            (Mesh::Relay, Target::OtherNode) => [127, 0, 1, 1].into(),
+            (Mesh::Relay, Target::SameNode) => [127, 0, 2, 1].into(),
+            _ => self.address(target),
+        }
     }
 
     fn pods(&self) -> [(&Pod, &str); 3] {
@@ -195,7 +243,7 @@ impl Arena {
             "load",
             kind,
             "--to",
-            &self.address(target).to_string(),
+            &self.destination(target).to_string(),
             "--connections",
             &connections.to_string(),
             "--size",

@@ -180,6 +180,9 @@ fn bring_up(options: &Options, places: &Places, interrupt: &Interrupt) -> Result
     ensure!(ztunnel.exists(), "{} is missing: run `cargo xtask bench`", ztunnel.display());
     let mut arenas =
         vec![Arena::up("plain", Mesh::Plain, interrupt)?, Arena::up("ours", Mesh::Ours(ztunnel), interrupt)?];
+    if options.relay {
+        arenas.push(Arena::up("relay", Mesh::Relay, interrupt)?);
+    }
     for (name, command) in &options.peer {
         arenas.push(Arena::up(name, Mesh::Peer(command.clone()), interrupt)?);
     }

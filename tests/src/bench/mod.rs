@@ -10,6 +10,7 @@
 //! - [`proof`] shows once per run that a contestant carries bytes, unchanged and unreadable
 //! - [`l4`] is the suite: which tests, which budgets, in which order
 //! - [`capture`] is another: the way into a proxy, without one; its two ends are in [`sink`]
+//! - [`relay`] is a contestant that only copies: what two user-space hops cost whatever they do
 //! - [`report`] makes medians, JSON and the table
 
 pub mod arena;
@@ -18,6 +19,7 @@ pub mod interrupt;
 pub mod l4;
 pub mod load;
 pub mod proof;
+pub mod relay;
 pub mod report;
 pub mod serve;
 pub mod sink;
@@ -39,6 +41,9 @@ pub struct Options {
     /// Another mesh to run beside ours; may be given several times
     #[arg(long, value_name = "NAME=COMMAND", value_parser = peer, long_help = PEER_HELP)]
     pub peer: Vec<(String, String)>,
+    /// Run two relays beside ours that copy and do nothing else: what any pair of proxies costs here
+    #[arg(long)]
+    pub relay: bool,
     /// Only these tests
     #[arg(long, value_delimiter = ',', value_name = "TEST,...")]
     pub only: Vec<String>,
@@ -72,7 +77,7 @@ fn peer(text: &str) -> Result<(String, String), String> {
     let (name, command) = text.split_once('=').ok_or("NAME=COMMAND is expected")?;
     let plain = name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit());
     match name {
-        "plain" | "ours" => Err(format!("{name} is taken")),
+        "plain" | "ours" | "relay" => Err(format!("{name} is taken")),
         _ if name.is_empty() || name.len() > 12 || !plain => {
             Err("NAME: up to twelve lower case letters and digits".into())
         }

@@ -20,6 +20,8 @@ pub const ECHO: u16 = 7003;
 pub const ONCE: u16 = 7004;
 /// Answers HTTP/1.1 requests.
 pub const HTTP: u16 = 7005;
+/// All of them.
+pub const ALL: [u16; 5] = [SINK, SOURCE, ECHO, ONCE, HTTP];
 
 /// Bytes handed to the kernel at once by bulk senders, and asked for by receivers.
 pub const CHUNK: usize = 128 << 10;

@@ -4,7 +4,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use mesh_tests::bench::{Options, capture, l4, load, serve, sink};
+use mesh_tests::bench::{Options, capture, l4, load, relay, serve, sink};
 use mesh_tests::load::{client, many, soak};
 
 /// Measures the mesh side by side with plain TCP and with peers.
@@ -36,6 +36,9 @@ enum Suite {
     /// The server end of a test
     #[command(hide = true)]
     Serve,
+    /// A proxy that only copies
+    #[command(hide = true)]
+    Relay(relay::Options),
     /// The client end of a test
     #[command(hide = true)]
     Load(load::Options),
@@ -51,6 +54,7 @@ fn main() -> ExitCode {
         Suite::Soak(options) => soak::run(&options),
         Suite::SoakClient(options) => client::run(&options),
         Suite::Serve => serve::run(),
+        Suite::Relay(options) => relay::run(&options),
         Suite::Load(options) => load::run(&options),
     };
     match result {

@@ -22,12 +22,17 @@ use crate::{
     telemetry::{ByteCounts, ResponseFlag},
 };
 
+use super::activity;
+
 mod splice;
 
 use splice::{Moved, Pipe, Side};
 
 /// Room at the start, after [`GROW_FIRST`] bytes, and after [`GROW_SECOND`].
-const ROOM: [usize; 3] = [1024, 16 * 1024, 256 * 1024];
+/// The larger ones and the head of a DATA frame fill TLS records to the byte; a byte more would be a record of its own.
+const ROOM: [usize; 3] = [1024, 16 * 1024 - FRAME_HEAD, 256 * 1024 - FRAME_HEAD];
+/// RFC 9113, section 4.1.
+const FRAME_HEAD: usize = 9;
 const GROW_FIRST: u64 = 128 * 1024;
 /// Early, because a buffer is let go whenever its direction waits: it costs memory only while bytes flow.
 const GROW_SECOND: u64 = 2 * 1024 * 1024;
@@ -215,6 +220,7 @@ impl OneWay {
                     Ok(Moved::Bytes(bytes)) => {
                         self.carried += bytes as u64;
                         count(bytes as u64);
+                        activity::note();
                     }
                     Ok(Moved::Ended) => {
                         self.release();
@@ -240,6 +246,7 @@ impl OneWay {
                     self.carried += written as u64;
                     self.unflushed = true;
                     count(written as u64);
+                    activity::note();
                 })
             } else if self.phase == Phase::Ending {
                 ready!(sink.poll_end(cx)).map(|()| self.phase = Phase::Ended)
