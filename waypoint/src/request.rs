@@ -306,7 +306,7 @@ async fn one(
         HttpVersion::H1 => prepare::to_h1(&mut parts),
         HttpVersion::H2 => prepare::to_h2(&mut parts),
     }
-    let send = tunnel.upstreams().send(endpoint, version, Request::from_parts(parts, body));
+    let send = tunnel.upstreams().send(endpoint, version, &tunnel.client.origin, Request::from_parts(parts, body));
     let sent = match until {
         Some(until) => tokio::time::timeout_at(until, send).await.map_err(|_| Failed::Final(Reply::timeout()))?,
         None => send.await,

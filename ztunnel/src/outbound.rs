@@ -274,7 +274,12 @@ async fn hairpin(at: &Place, own: &Local, client: SocketAddr, tunnel: &Tunnel) -
         hbone::Authority::Host { .. } => here,
     };
     let target = at.target(own, here, &tunnel.authority)?;
-    let asked = policy::Connection { source: Some(own.identity.clone()), source_ip: here, destination: target.app };
+    let asked = policy::Connection {
+        source: Some(own.identity.clone()),
+        source_ip: here,
+        destination: target.app,
+        original: None,
+    };
     let _permit = authorize(own.world.policies_for(&own.workload), &asked)?;
     let mut app = at.dial_target(here, target).await?;
     announce(&mut app, at.dialled(target), client, target, &own.identity).await?;
@@ -295,5 +300,6 @@ fn describe(source: &Local, client: SocketAddr, dst: SocketAddr, route: Option<&
             .filter(|r| r.via != Via::Passthrough || r.service.is_some())
             .and_then(|r| r.service.as_deref().map(mesh::model::Service::labels)),
         security: if tunnel.is_some() { Security::MutualTls } else { Security::Unknown },
+        via: None,
     }
 }

@@ -27,7 +27,7 @@ use gateway::{Wish, service_waypoint, to_other_network, to_waypoint};
 pub use address::ByName;
 pub(crate) use balance::{Wanted, prefer, usable};
 pub(crate) use gateway::{gateway_service, is_instance_of};
-pub use inbound::{BadTarget, Target, comes_through_gateway, inbound, inbound_service, speaks_for_others};
+pub use inbound::{BadTarget, Target, comes_through_gateway, inbound, inbound_service, original, speaks_for_others};
 
 /// HBONE's port on every pod address.
 pub const HBONE_PORT: u16 = 15008;
