@@ -94,6 +94,20 @@ impl Origin {
     }
 }
 
+/// What a request is sent for, as its tunnel says it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Errand {
+    pub client: Arc<Origin>,
+    /// Host name of the service that the endpoint was chosen of.
+    pub service: Option<Arc<str>>,
+}
+
+impl Errand {
+    fn headers(&self) -> ConnectHeaders {
+        ConnectHeaders { forwarded_host: self.service.clone(), ..self.client.headers() }
+    }
+}
+
 impl Hash for Origin {
     /// The address tells nearly all apart.
     fn hash<H: Hasher>(&self, state: &mut H) {
@@ -107,8 +121,8 @@ struct Key {
     /// Who was proved to be there when the connection was made.
     identity: Option<Identity>,
     address: SocketAddr,
-    /// In a tunnel, and for whom; `None` in plain TCP, which tells nobody.
-    tunnel: Option<Arc<Origin>>,
+    /// In a tunnel, and what for; `None` in plain TCP, which tells nobody.
+    tunnel: Option<Errand>,
     version: HttpVersion,
 }
 
@@ -172,28 +186,28 @@ impl Upstreams {
         &self,
         endpoint: &Endpoint,
         version: HttpVersion,
-        client: &Arc<Origin>,
+        errand: &Errand,
         request: Request<Body>,
     ) -> Result<(Response<Incoming>, Lease), SendError> {
         match version {
-            HttpVersion::H1 => self.send_h1(endpoint, client, request).await,
-            HttpVersion::H2 => self.send_h2(endpoint, client, request).await,
+            HttpVersion::H1 => self.send_h1(endpoint, errand, request).await,
+            HttpVersion::H2 => self.send_h2(endpoint, errand, request).await,
         }
     }
 
     async fn send_h1(
         &self,
         endpoint: &Endpoint,
-        client: &Arc<Origin>,
+        errand: &Errand,
         mut request: Request<Body>,
     ) -> Result<(Response<Incoming>, Lease), SendError> {
-        let key = key(endpoint, HttpVersion::H1, client);
+        let key = key(endpoint, HttpVersion::H1, errand);
         loop {
             let kept = self.take_h1(&key);
             let fresh = kept.is_none();
             let mut sender = match kept {
                 Some(sender) => sender,
-                None => match self.connect_h1(endpoint, client).await {
+                None => match self.connect_h1(endpoint, errand).await {
                     Ok(sender) => sender,
                     Err(cause) => return Err(SendError::Connect { cause, request: Box::new(request) }),
                 },
@@ -225,12 +239,12 @@ impl Upstreams {
     async fn send_h2(
         &self,
         endpoint: &Endpoint,
-        client: &Arc<Origin>,
+        errand: &Errand,
         mut request: Request<Body>,
     ) -> Result<(Response<Incoming>, Lease), SendError> {
-        let shared = self.lock().h2.entry(key(endpoint, HttpVersion::H2, client)).or_default().clone();
+        let shared = self.lock().h2.entry(key(endpoint, HttpVersion::H2, errand)).or_default().clone();
         loop {
-            let taken = tokio::time::timeout(CONNECT_TIMEOUT, self.take_h2(&shared, endpoint, client)).await;
+            let taken = tokio::time::timeout(CONNECT_TIMEOUT, self.take_h2(&shared, endpoint, errand)).await;
             let H2 { mut sender, generation, fresh } = match taken.unwrap_or(Err(ConnectError::Timeout)) {
                 Ok(taken) => taken,
                 Err(cause) => return Err(SendError::Connect { cause, request: Box::new(request) }),
@@ -256,14 +270,14 @@ impl Upstreams {
         &self,
         shared: &tokio::sync::Mutex<SharedH2>,
         endpoint: &Endpoint,
-        client: &Origin,
+        errand: &Errand,
     ) -> Result<H2, ConnectError> {
         let mut shared = shared.lock().await;
         shared.used = Some(Instant::now());
         if let Some(sender) = shared.sender.as_ref().filter(|s| !s.is_closed()) {
             return Ok(H2 { sender: sender.clone(), generation: shared.generation, fresh: false });
         }
-        let sender = self.connect_h2(endpoint, client).await?;
+        let sender = self.connect_h2(endpoint, errand).await?;
         shared.sender = Some(sender.clone());
         shared.generation += 1;
         Ok(H2 { sender, generation: shared.generation, fresh: true })
@@ -299,24 +313,16 @@ impl Upstreams {
         Ok(tunnel.stream)
     }
 
-    async fn connect_h1(
-        &self,
-        endpoint: &Endpoint,
-        client: &Origin,
-    ) -> Result<http1::SendRequest<Body>, ConnectError> {
+    async fn connect_h1(&self, endpoint: &Endpoint, errand: &Errand) -> Result<http1::SendRequest<Body>, ConnectError> {
         if endpoint.hbone() {
-            return handshake_h1(self.tunnel(endpoint, &client.headers()).await?).await;
+            return handshake_h1(self.tunnel(endpoint, &errand.headers()).await?).await;
         }
         handshake_h1(plain(endpoint.address).await?).await
     }
 
-    async fn connect_h2(
-        &self,
-        endpoint: &Endpoint,
-        client: &Origin,
-    ) -> Result<http2::SendRequest<Body>, ConnectError> {
+    async fn connect_h2(&self, endpoint: &Endpoint, errand: &Errand) -> Result<http2::SendRequest<Body>, ConnectError> {
         if endpoint.hbone() {
-            return handshake_h2(self.tunnel(endpoint, &client.headers()).await?).await;
+            return handshake_h2(self.tunnel(endpoint, &errand.headers()).await?).await;
         }
         handshake_h2(plain(endpoint.address).await?).await
     }
@@ -422,12 +428,12 @@ impl Lease {
     }
 }
 
-fn key(endpoint: &Endpoint, version: HttpVersion, client: &Arc<Origin>) -> Key {
+fn key(endpoint: &Endpoint, version: HttpVersion, errand: &Errand) -> Key {
     Key {
         uid: endpoint.workload.uid.clone(),
         identity: endpoint.identity.clone(),
         address: endpoint.address,
-        tunnel: endpoint.hbone().then(|| client.clone()),
+        tunnel: endpoint.hbone().then(|| errand.clone()),
         version,
     }
 }
