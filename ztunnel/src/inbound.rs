@@ -19,7 +19,7 @@ use tokio::net::TcpStream;
 use crate::ending::Ending;
 use crate::join::AcceptorTie;
 use crate::node::pod::{Facts, LocalPod, Opening, Tracked, Transport, Way};
-use crate::resolve::{self, Target};
+use crate::resolve::{self, NoRoute, Target, missing};
 use crate::worker::{Local, Place, SELF_CALL, copy, h2_settings};
 
 /// Serves one connection to port 15008 of the pod at `here`.
@@ -60,13 +60,20 @@ async fn tunnel(at: Arc<Place>, request: ConnectRequest, here: SocketAddr) {
     let opening = at.pod.opening();
     let client = request.peer.addr();
     let refused = |ending: &Ending| access::refused(Direction::Inbound, client, here, ending.flag(), ending);
-    let local = match at.local().await {
+    let mut local = match at.local().await {
         Ok(local) => local,
         Err(ending) => {
             refused(&ending);
             return request.reject(ending.status());
         }
     };
+    if at.shared.demand.is_some()
+        && let Err(error) = Box::pin(ask_first(&at, &mut local, &request)).await
+    {
+        let ending = Ending::from(error);
+        refused(&ending);
+        return request.reject(ending.status());
+    }
     let target = match at.target(&local, here.ip(), &request.authority) {
         Ok(target) => target,
         Err(error) => {
@@ -80,6 +87,33 @@ async fn tunnel(at: Arc<Place>, request: ConnectRequest, here: SocketAddr) {
     let record = TcpRecord::open(describe(&at, &local, &request, original.as_ref(), here, target.app));
     let outcome = Box::pin(forward(&at, &local, opening, (request, original), target, &record)).await;
     record.close(outcome.map_err(Failure::from));
+}
+
+/// Where not everything is sent: what has a say in who the client is, or in what a host name means, is asked for and waited
+/// for. The peer itself is only for telemetry to name, which does not wait.
+async fn ask_first(at: &Place, local: &mut Local, request: &ConnectRequest) -> Result<(), NoRoute> {
+    let Some(demand) = &at.shared.demand else { return Ok(()) };
+    let (network, peer) = (&*local.workload.network, request.peer.addr().ip());
+    if local.world.workload_by_ip(network, peer).is_none() {
+        demand.hint(format!("{network}/{peer}"));
+    }
+    let headers = &request.headers;
+    let waits = headers.original_peer.is_some()
+        || headers.network.is_some()
+        || matches!(request.authority, hbone::Authority::Host { .. });
+    let missing = |world: &Snapshot| missing::for_inbound(world, &local.workload);
+    if waits {
+        local.world = at.shared.informed(local.world.clone(), missing).await?;
+    } else {
+        missing(&local.world).into_iter().for_each(|name| demand.hint(name));
+    }
+    if let Some(client) = headers.forwarded_for.filter(|_| headers.original_peer.is_some()) {
+        let client = client.ip();
+        if local.world.workload_by_ip(network, client).is_none() {
+            demand.hint(format!("{network}/{client}"));
+        }
+    }
+    Ok(())
 }
 
 async fn forward(

@@ -13,7 +13,7 @@ use mesh::policy::Original;
 use mesh::store::Snapshot;
 use thiserror::Error;
 
-use super::gateway::{gateway_service, is_instance_of, named, workload_at};
+use super::gateway::{gateway_service, is_instance_of, named, waypoints_of, workload_at};
 
 /// Why an inbound tunnel request has no target.
 #[derive(Debug, Error, PartialEq)]
@@ -106,12 +106,8 @@ fn announced_address(service: &Service, local: &Workload) -> Option<IpAddr> {
 /// May this peer speak for another: is it a waypoint or gateway that the local workload or one of its services names? It
 /// passes on connections of clients that we do not see ourselves.
 pub fn speaks_for_others(world: &Snapshot, local: &Workload, peer: &Identity) -> bool {
-    let of_services = local.services.keys().filter_map(|key| world.service(key)).flat_map(waypoints_of);
+    let of_services = local.services.keys().filter_map(|key| world.service(key)).flat_map(|s| waypoints_of(s));
     is_one_of(world, local, of_services.chain(&local.waypoint).chain(&local.network_gateway), peer)
-}
-
-fn waypoints_of(service: &Arc<Service>) -> impl Iterator<Item = &GatewayAddress> {
-    service.waypoint.iter().chain(service.weighted_waypoints.iter().map(|w| &w.destination))
 }
 
 fn is_one_of<'a>(
@@ -139,7 +135,7 @@ pub fn original(
         let target = |at: u16, declared: u16| own.target(at).unwrap_or(declared);
         service.ports.iter().any(|(at, declared)| target(*at, declared.target_port) == port).then_some(service)
     });
-    let named = of_services.flat_map(waypoints_of).chain(&local.waypoint).chain(&local.network_gateway);
+    let named = of_services.flat_map(|s| waypoints_of(s)).chain(&local.waypoint).chain(&local.network_gateway);
     // Nobody of another trust domain gets past the handshake of a proxy of ours.
     let believed = identity.trust_domain() == peer.trust_domain() && is_one_of(world, local, named, peer);
     believed.then_some(Original { identity, address })
