@@ -135,7 +135,6 @@ fn xds_config(config: &Config) -> XdsConfig {
             cluster_id: config.cluster_id.clone(),
             metadata: [("GATEWAY_NAME".to_owned(), config.gateway.clone().into())].into(),
         },
-        on_demand: false,
     }
 }
 

@@ -33,7 +33,7 @@ use crate::request;
 use crate::sniff::{self, Sniffed};
 use crate::target::{self, Destination, Me, Refusal};
 use crate::tcp;
-use crate::upstream::Upstreams;
+use crate::upstream::{Origin, Upstreams};
 use crate::world::{World, WorldStore};
 
 /// How long a CONNECT for something not bound here waits for the control plane's word that it is: the client's node
@@ -310,7 +310,13 @@ fn build(worker: &Arc<Worker>, request: &ConnectRequest, identity: Identity, des
         .filter(|w| w.identity().is_ok_and(|id| id == identity))
         .cloned();
     let text = identity.to_string();
-    let client = Client { address, principal: text.as_str().into(), namespace: identity.namespace().clone(), workload };
+    let client = Client {
+        address,
+        principal: text.as_str().into(),
+        namespace: identity.namespace().clone(),
+        origin: Arc::new(Origin::new(identity.clone(), address.ip(), workload.as_deref())),
+        workload,
+    };
     let service_key = destination.service_key();
     Tunnel {
         worker: worker.clone(),

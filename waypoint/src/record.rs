@@ -22,6 +22,7 @@ use tokio::time::Instant;
 use crate::balance::Endpoint;
 use crate::config::AccessLog;
 use crate::reply::Flag;
+use crate::upstream::Origin;
 
 /// Envoy's `%START_TIME%`.
 const START_TIME: &[BorrowedFormatItem<'_>] =
@@ -38,6 +39,8 @@ pub struct Client {
     pub namespace: Arc<str>,
     /// From the workload store, when address and identity agree.
     pub workload: Option<Arc<Workload>>,
+    /// What endpoints are told about it.
+    pub origin: Arc<Origin>,
 }
 
 impl Client {

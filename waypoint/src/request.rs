@@ -24,7 +24,7 @@ use crate::prepare::{self, Prepared};
 use crate::record::{Head, Outcome, RequestRecord};
 use crate::reply::{self, Flag, Reply};
 use crate::route::{Backend, Found, RequestHead, Rule, Target};
-use crate::upstream::{HttpVersion, Lease, SendError};
+use crate::upstream::{Errand, HttpVersion, Lease, SendError};
 use crate::world::World;
 
 /// Tries after the first when an endpoint could not be reached at all.
@@ -63,6 +63,15 @@ struct Routed<'a> {
 enum Backends {
     Service { key: NamespacedHostname, port: u16, version: HttpVersion },
     Pod { endpoint: Arc<Endpoint>, version: HttpVersion },
+}
+
+impl Backends {
+    fn service(&self) -> Option<Arc<str>> {
+        match self {
+            Self::Service { key, .. } => Some(key.hostname.clone()),
+            Self::Pod { .. } => None,
+        }
+    }
 }
 
 /// Answers one request of a tunnel.
@@ -266,7 +275,8 @@ async fn attempts(
         request.headers_mut().insert(ATTEMPTS, (attempt + 1).into());
         let per_try = routed.rule.and_then(|r| r.backend_timeout).map(|t| Instant::now() + t);
         let until = [deadline, per_try].into_iter().flatten().min();
-        match one(tunnel, &permit, &endpoint, version, request, until).await {
+        let errand = Errand { client: tunnel.client.origin.clone(), service: routed.to.service() };
+        match one(tunnel, &permit, (&endpoint, version), &errand, request, until).await {
             Ok(answer) => {
                 record.upstream_time = Some(record.started().elapsed());
                 return Ok(answer);
@@ -294,8 +304,8 @@ enum Failed {
 async fn one(
     tunnel: &Tunnel,
     _permit: &Permit,
-    endpoint: &Arc<Endpoint>,
-    version: HttpVersion,
+    (endpoint, version): (&Arc<Endpoint>, HttpVersion),
+    errand: &Errand,
     request: Request<Body>,
     until: Option<Instant>,
 ) -> Result<Answer, Failed> {
@@ -306,7 +316,7 @@ async fn one(
         HttpVersion::H1 => prepare::to_h1(&mut parts),
         HttpVersion::H2 => prepare::to_h2(&mut parts),
     }
-    let send = tunnel.upstreams().send(endpoint, version, Request::from_parts(parts, body));
+    let send = tunnel.upstreams().send(endpoint, version, errand, Request::from_parts(parts, body));
     let sent = match until {
         Some(until) => tokio::time::timeout_at(until, send).await.map_err(|_| Failed::Final(Reply::timeout()))?,
         None => send.await,

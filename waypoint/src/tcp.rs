@@ -82,7 +82,7 @@ async fn connect(
     let headers = ConnectHeaders {
         forwarded_for: Some(tunnel.client.address),
         forwarded_host: tunnel.service().map(|s| s.hostname.clone()),
-        ..Default::default()
+        ..tunnel.client.origin.headers()
     };
     tunnel.upstreams().connect_tcp(endpoint, &headers).await
 }
@@ -109,5 +109,6 @@ fn describe(tunnel: &Tunnel, endpoint: Option<&Endpoint>) -> Connection {
         destination: destination.unwrap_or_default(),
         service: tunnel.service().map(|s| s.labels()),
         security: Security::MutualTls,
+        via: None,
     }
 }

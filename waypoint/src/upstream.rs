@@ -1,9 +1,11 @@
 //! From the waypoint to an endpoint: HBONE with the waypoint's own identity, or plain TCP where the endpoint has no
-//! tunnel; HTTP connections on top are kept and reused per endpoint.
+//! tunnel; HTTP connections on top are kept and reused per endpoint and client. A tunnel says for whom it was made, so
+//! what is in it must be of that client alone.
 //!
 //! One [`Upstreams`] belongs to one worker thread; nothing here is shared between threads.
 
 use std::collections::HashMap;
+use std::hash::{Hash, Hasher};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,8 +16,11 @@ use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use mesh::drain::DrainWatcher;
-use mesh::hbone::{Authority, ConnectHeaders, HBONE_PORT, HboneStream, Pool, PoolKey, PoolSettings, TunnelError};
+use mesh::hbone::{
+    Authority, Baggage, ConnectHeaders, HBONE_PORT, HboneStream, Pool, PoolKey, PoolSettings, TunnelError,
+};
 use mesh::identity::{CertificateManager, Identity, IdentityError};
+use mesh::model::Workload;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
@@ -27,8 +32,10 @@ use crate::body::Body;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Idle HTTP connections are closed after this; below the 75 s that common servers allow, so that we close first.
 const IDLE: Duration = Duration::from_secs(60);
-/// Idle HTTP connections kept for one endpoint.
+/// Idle HTTP connections kept for one client to one endpoint.
 const IDLE_PER_ENDPOINT: usize = 64;
+/// Idle HTTP/1 connections kept in all: with many clients and endpoints there could be one for each pair of them.
+const IDLE_IN_ALL: usize = 1024;
 
 /// Why an endpoint could not be asked.
 #[derive(Debug, thiserror::Error)]
@@ -62,13 +69,60 @@ pub enum HttpVersion {
     H2,
 }
 
+/// The client that tunnels are made for, as endpoints are told of it.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Origin {
+    identity: Identity,
+    ip: IpAddr,
+    baggage: Option<Baggage>,
+}
+
+impl Origin {
+    /// `workload`: where the control plane knows one of that address and identity.
+    pub fn new(identity: Identity, ip: IpAddr, workload: Option<&Workload>) -> Self {
+        Self { identity, ip, baggage: workload.map(Workload::baggage) }
+    }
+
+    /// For a tunnel that all its connections may share.
+    pub fn headers(&self) -> ConnectHeaders {
+        ConnectHeaders {
+            forwarded_for: Some(SocketAddr::new(self.ip, 0)),
+            original_peer: Some(self.identity.clone()),
+            baggage: self.baggage.clone(),
+            ..ConnectHeaders::default()
+        }
+    }
+}
+
+/// What a request is sent for, as its tunnel says it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Errand {
+    pub client: Arc<Origin>,
+    /// Host name of the service that the endpoint was chosen of.
+    pub service: Option<Arc<str>>,
+}
+
+impl Errand {
+    fn headers(&self) -> ConnectHeaders {
+        ConnectHeaders { forwarded_host: self.service.clone(), ..self.client.headers() }
+    }
+}
+
+impl Hash for Origin {
+    /// The address tells nearly all apart.
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.ip.hash(state);
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Key {
     uid: Arc<str>,
     /// Who was proved to be there when the connection was made.
     identity: Option<Identity>,
     address: SocketAddr,
-    hbone: bool,
+    /// In a tunnel, and what for; `None` in plain TCP, which tells nobody.
+    tunnel: Option<Errand>,
     version: HttpVersion,
 }
 
@@ -83,14 +137,24 @@ struct SharedH2 {
     sender: Option<http2::SendRequest<Body>>,
     /// Tells the connection that failed from one made since.
     generation: u64,
+    /// When a request last began.
+    used: Option<Instant>,
 }
 
 #[derive(Default)]
 struct Connections {
     h1: HashMap<Key, Vec<IdleH1>>,
+    /// How many `h1` holds.
+    idle: usize,
     h2: HashMap<Key, Arc<tokio::sync::Mutex<SharedH2>>>,
     /// The end of the certificate they were made with.
     valid_until: Option<SystemTime>,
+}
+
+impl Connections {
+    fn count_idle(&mut self) {
+        self.idle = self.h1.values().map(Vec::len).sum();
+    }
 }
 
 /// All connections of one worker to endpoints.
@@ -122,26 +186,28 @@ impl Upstreams {
         &self,
         endpoint: &Endpoint,
         version: HttpVersion,
+        errand: &Errand,
         request: Request<Body>,
     ) -> Result<(Response<Incoming>, Lease), SendError> {
         match version {
-            HttpVersion::H1 => self.send_h1(endpoint, request).await,
-            HttpVersion::H2 => self.send_h2(endpoint, request).await,
+            HttpVersion::H1 => self.send_h1(endpoint, errand, request).await,
+            HttpVersion::H2 => self.send_h2(endpoint, errand, request).await,
         }
     }
 
     async fn send_h1(
         &self,
         endpoint: &Endpoint,
+        errand: &Errand,
         mut request: Request<Body>,
     ) -> Result<(Response<Incoming>, Lease), SendError> {
-        let key = key(endpoint, HttpVersion::H1);
+        let key = key(endpoint, HttpVersion::H1, errand);
         loop {
             let kept = self.take_h1(&key);
             let fresh = kept.is_none();
             let mut sender = match kept {
                 Some(sender) => sender,
-                None => match self.connect_h1(endpoint).await {
+                None => match self.connect_h1(endpoint, errand).await {
                     Ok(sender) => sender,
                     Err(cause) => return Err(SendError::Connect { cause, request: Box::new(request) }),
                 },
@@ -173,11 +239,12 @@ impl Upstreams {
     async fn send_h2(
         &self,
         endpoint: &Endpoint,
+        errand: &Errand,
         mut request: Request<Body>,
     ) -> Result<(Response<Incoming>, Lease), SendError> {
-        let shared = self.lock().h2.entry(key(endpoint, HttpVersion::H2)).or_default().clone();
+        let shared = self.lock().h2.entry(key(endpoint, HttpVersion::H2, errand)).or_default().clone();
         loop {
-            let taken = tokio::time::timeout(CONNECT_TIMEOUT, self.take_h2(&shared, endpoint)).await;
+            let taken = tokio::time::timeout(CONNECT_TIMEOUT, self.take_h2(&shared, endpoint, errand)).await;
             let H2 { mut sender, generation, fresh } = match taken.unwrap_or(Err(ConnectError::Timeout)) {
                 Ok(taken) => taken,
                 Err(cause) => return Err(SendError::Connect { cause, request: Box::new(request) }),
@@ -199,12 +266,18 @@ impl Upstreams {
         }
     }
 
-    async fn take_h2(&self, shared: &tokio::sync::Mutex<SharedH2>, endpoint: &Endpoint) -> Result<H2, ConnectError> {
+    async fn take_h2(
+        &self,
+        shared: &tokio::sync::Mutex<SharedH2>,
+        endpoint: &Endpoint,
+        errand: &Errand,
+    ) -> Result<H2, ConnectError> {
         let mut shared = shared.lock().await;
+        shared.used = Some(Instant::now());
         if let Some(sender) = shared.sender.as_ref().filter(|s| !s.is_closed()) {
             return Ok(H2 { sender: sender.clone(), generation: shared.generation, fresh: false });
         }
-        let sender = self.connect_h2(endpoint).await?;
+        let sender = self.connect_h2(endpoint, errand).await?;
         shared.sender = Some(sender.clone());
         shared.generation += 1;
         Ok(H2 { sender, generation: shared.generation, fresh: true })
@@ -240,29 +313,31 @@ impl Upstreams {
         Ok(tunnel.stream)
     }
 
-    async fn connect_h1(&self, endpoint: &Endpoint) -> Result<http1::SendRequest<Body>, ConnectError> {
+    async fn connect_h1(&self, endpoint: &Endpoint, errand: &Errand) -> Result<http1::SendRequest<Body>, ConnectError> {
         if endpoint.hbone() {
-            return handshake_h1(self.tunnel(endpoint, &shared_connection()).await?).await;
+            return handshake_h1(self.tunnel(endpoint, &errand.headers()).await?).await;
         }
         handshake_h1(plain(endpoint.address).await?).await
     }
 
-    async fn connect_h2(&self, endpoint: &Endpoint) -> Result<http2::SendRequest<Body>, ConnectError> {
+    async fn connect_h2(&self, endpoint: &Endpoint, errand: &Errand) -> Result<http2::SendRequest<Body>, ConnectError> {
         if endpoint.hbone() {
-            return handshake_h2(self.tunnel(endpoint, &shared_connection()).await?).await;
+            return handshake_h2(self.tunnel(endpoint, &errand.headers()).await?).await;
         }
         handshake_h2(plain(endpoint.address).await?).await
     }
 
     fn take_h1(&self, key: &Key) -> Option<http1::SendRequest<Body>> {
         let mut connections = self.lock();
-        let idle = connections.h1.get_mut(key)?;
-        while let Some(kept) = idle.pop() {
+        let Connections { h1, idle, .. } = &mut *connections;
+        let of_key = h1.get_mut(key)?;
+        while let Some(kept) = of_key.pop() {
+            *idle -= 1;
             if !kept.sender.is_closed() && kept.since.elapsed() < IDLE {
                 return Some(kept.sender);
             }
         }
-        connections.h1.remove(key);
+        h1.remove(key);
         None
     }
 
@@ -280,9 +355,14 @@ impl Upstreams {
             !idle.is_empty()
         });
         connections.h2.retain(|_, shared| {
+            let is_kept = |shared: &SharedH2| {
+                let used = shared.used.is_some_and(|used| used.elapsed() < IDLE);
+                used && shared.sender.as_ref().is_some_and(|sender| !sender.is_closed())
+            };
             // Locked: being made right now.
-            shared.try_lock().map_or(true, |s| s.sender.as_ref().is_some_and(|s| !s.is_closed()))
+            shared.try_lock().map_or(true, |shared| is_kept(&shared))
         });
+        connections.count_idle();
     }
 
     /// Lets go of all kept connections and waits until what was written has left, at the latest until the cut.
@@ -296,6 +376,7 @@ impl Upstreams {
         let mut connections = self.lock();
         connections.h1.retain(|key, _| keep(&key.uid));
         connections.h2.retain(|key, _| keep(&key.uid));
+        connections.count_idle();
     }
 
     fn lock(&self) -> MutexGuard<'_, Connections> {
@@ -321,11 +402,6 @@ fn unsent_on_fresh(error: hyper::Error, request: Request<Body>) -> SendError {
     SendError::Connect { cause: ConnectError::Handshake(error), request: Box::new(request) }
 }
 
-/// Headers of a tunnel that carries requests of many clients: it must not speak of one of them.
-fn shared_connection() -> ConnectHeaders {
-    ConnectHeaders::default()
-}
-
 /// A connection in use; gives an HTTP/1 connection back for reuse when the response has been read to its end.
 pub struct Lease {
     key: Option<(Key, http1::SendRequest<Body>)>,
@@ -340,19 +416,24 @@ impl Lease {
             return;
         }
         let mut connections = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
-        let idle = connections.h1.entry(key).or_default();
-        if idle.len() < IDLE_PER_ENDPOINT {
-            idle.push(IdleH1 { sender, since: Instant::now() });
+        let Connections { h1, idle, .. } = &mut *connections;
+        if *idle >= IDLE_IN_ALL {
+            return;
+        }
+        let of_key = h1.entry(key).or_default();
+        if of_key.len() < IDLE_PER_ENDPOINT {
+            of_key.push(IdleH1 { sender, since: Instant::now() });
+            *idle += 1;
         }
     }
 }
 
-fn key(endpoint: &Endpoint, version: HttpVersion) -> Key {
+fn key(endpoint: &Endpoint, version: HttpVersion, errand: &Errand) -> Key {
     Key {
         uid: endpoint.workload.uid.clone(),
         identity: endpoint.identity.clone(),
         address: endpoint.address,
-        hbone: endpoint.hbone(),
+        tunnel: endpoint.hbone().then(|| errand.clone()),
         version,
     }
 }

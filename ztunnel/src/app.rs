@@ -102,6 +102,7 @@ pub fn run(mut config: Config, log: LogHandle) -> anyhow::Result<()> {
         let rules = HandshakeRules { key_exchange: config.key_exchange, revocations: revocations.clone() };
         let (certs, rotation) = certs::open(&config, rules)?;
         let names = Names::new(Servers::File(RESOLV_CONF.into()), config.ipv6);
+        let (demand, demanded) = config.on_demand.then(mesh::xds::demand).unzip();
         let shared = Shared {
             config: config.clone(),
             store: Store::new(),
@@ -109,6 +110,7 @@ pub fn run(mut config: Config, log: LogHandle) -> anyhow::Result<()> {
             names,
             joins: Arc::default(),
             hearsay: Arc::default(),
+            demand,
         };
         let workers = Arc::new(Workers::start(&shared).context("starting workers")?);
         let data = workers.runtimes().iter().enumerate().map(|(n, runtime)| (n.to_string(), runtime.clone()));
@@ -143,8 +145,11 @@ pub fn run(mut config: Config, log: LogHandle) -> anyhow::Result<()> {
             let store = &shared.store;
             let mut handlers = vec![address_handler(store.clone()), authorization_handler(store.clone())];
             handlers.extend(pods);
-            let xds = XdsConfig { grpc: grpc.clone(), node: node_info(&config), on_demand: false };
-            let client = XdsClient::new(xds, handlers);
+            let xds = XdsConfig { grpc: grpc.clone(), node: node_info(&config) };
+            let client = match demanded {
+                Some(demanded) => XdsClient::on_demand(xds, handlers, demanded),
+                None => XdsClient::new(xds, handlers),
+            };
             ready.push(("control plane", client.synced()));
             if let Some(reports) = reports {
                 let channel = mesh::grpc::channel(grpc.clone()).context("XDS_ADDRESS")?;

@@ -224,6 +224,8 @@ pub struct Config {
     /// Whose services win among equals of several namespaces, in DNS only.
     pub preferred_namespace: Option<String>,
     pub response_baggage: bool,
+    /// Workloads and services are asked for when they are needed, instead of all being sent.
+    pub on_demand: bool,
     /// Two pods of this node are joined inside the process once the tunnel between them is authorized.
     pub same_node_join: bool,
     /// How long a worker looks for the answer to what it has passed on before it sleeps; zero is never.
@@ -438,6 +440,7 @@ impl Config {
             "dnsCapture": self.dns_capture,
             "preferredServiceNamespace": self.preferred_namespace,
             "responseBaggage": self.response_baggage,
+            "xdsOnDemand": self.on_demand,
             "sameNodeJoin": self.same_node_join,
             "busyPoll": seconds(self.busy_poll),
             "localhostAppTunnel": self.localhost_app_tunnel,
@@ -515,7 +518,6 @@ impl Raw {
                 self.0.only(name, &[], "with INPOD_UDS pods are found and captured by the CNI agent");
             }
         }
-        self.0.only("XDS_ON_DEMAND", no, "workloads are always subscribed to as a whole");
         self.0.only("LOCAL_XDS", &[], "name a file with LOCAL_XDS_PATH");
         self.0.only("TLS12_ENABLED", no, "HBONE is TLS 1.3 only");
         let policy = "it is pqc (X25519MLKEM768 only); there is no FIPS-validated cryptography in this program";
@@ -588,6 +590,7 @@ impl Raw {
             // Istio's spelling.
             preferred_namespace: self.0.text("PREFERED_SERVICE_NAMESPACE").map(str::to_owned),
             response_baggage: self.0.bool("ENABLE_RESPONSE_BAGGAGE", true),
+            on_demand: self.on_demand(),
             same_node_join: self.0.bool("SAME_NODE_JOIN", true),
             busy_poll: self.0.duration_up_to("BUSY_POLL", Duration::from_micros(50), Duration::from_millis(1)),
             localhost_app_tunnel: self.0.bool("LOCALHOST_APP_TUNNEL", true),
@@ -743,6 +746,19 @@ impl Raw {
     fn cluster_id(&self) -> String {
         let first = self.0.text("ISTIO_META_CLUSTER_ID").or_else(|| self.0.text("CLUSTER_ID"));
         first.unwrap_or("Kubernetes").to_owned()
+    }
+
+    /// Asked for by name are addresses; what needs everything cannot go with it.
+    fn on_demand(&mut self) -> bool {
+        let on_demand = self.0.bool("XDS_ON_DEMAND", false);
+        if on_demand {
+            if self.dns_capture() {
+                self.0.mistakes.push("XDS_ON_DEMAND=true: most names stay unknown, so DNS_CAPTURE must be false");
+            }
+            self.0.only("PROXY_MODE", &["shared"], "with XDS_ON_DEMAND only a node's own workloads come unasked");
+            self.0.only("LOCAL_XDS_PATH", &[], "with XDS_ON_DEMAND it is the control plane that is asked");
+        }
+        on_demand
     }
 
     /// Two names for one setting; the proxy metadata's wins.
@@ -942,10 +958,21 @@ mod tests {
             ("COMPLIANCE_POLICY", "fips-140-2"),
             ("COMPLIANCE_POLICY", "cnsa"),
             ("TLS12_ENABLED", "true"),
-            ("XDS_ON_DEMAND", "true"),
             ("PACKET_MARK", "7"),
         ] {
             let mistakes = env(&[("NODE_NAME", "a"), (name, value)]).unwrap_err();
+            assert!(mistakes.to_string().contains(name), "{mistakes}");
+        }
+    }
+
+    #[test]
+    fn on_demand_goes_with_nothing_that_needs_all_names() {
+        let of = |vars: &[(&str, &str)]| env(&[&[("NODE_NAME", "a"), ("XDS_ON_DEMAND", "true")], vars].concat());
+        assert!(of(&[("DNS_CAPTURE", "false")]).unwrap().on_demand);
+        assert!(!env(&[("NODE_NAME", "a")]).unwrap().on_demand);
+        assert!(of(&[]).unwrap_err().to_string().contains("DNS_CAPTURE"));
+        for (name, value) in [("LOCAL_XDS_PATH", "/x.yaml"), ("PROXY_MODE", "dedicated")] {
+            let mistakes = of(&[("DNS_CAPTURE", "false"), (name, value)]).unwrap_err();
             assert!(mistakes.to_string().contains(name), "{mistakes}");
         }
     }

@@ -8,18 +8,18 @@ use std::sync::Arc;
 use mesh::hbone::{self, Baggage, ConnectRequest, HboneStream};
 use mesh::identity::Identity;
 use mesh::model::Workload;
-use mesh::policy::{self, Denial, Permit, authorize};
+use mesh::policy::{self, Denial, Original, Permit, authorize};
 use mesh::serve::CopyError;
 use mesh::store::Snapshot;
 use mesh::telemetry::ResponseFlag;
-use mesh::telemetry::access::{self, Connection, Direction, Failure, Security, TcpRecord};
+use mesh::telemetry::access::{self, Connection, Direction, Failure, Security, TcpRecord, Via};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::ending::Ending;
 use crate::join::AcceptorTie;
 use crate::node::pod::{Facts, LocalPod, Opening, Tracked, Transport, Way};
-use crate::resolve::{self, Target};
+use crate::resolve::{self, NoRoute, Target, missing};
 use crate::worker::{Local, Place, SELF_CALL, copy, h2_settings};
 
 /// Serves one connection to port 15008 of the pod at `here`.
@@ -60,13 +60,20 @@ async fn tunnel(at: Arc<Place>, request: ConnectRequest, here: SocketAddr) {
     let opening = at.pod.opening();
     let client = request.peer.addr();
     let refused = |ending: &Ending| access::refused(Direction::Inbound, client, here, ending.flag(), ending);
-    let local = match at.local().await {
+    let mut local = match at.local().await {
         Ok(local) => local,
         Err(ending) => {
             refused(&ending);
             return request.reject(ending.status());
         }
     };
+    if at.shared.demand.is_some()
+        && let Err(error) = Box::pin(ask_first(&at, &mut local, &request)).await
+    {
+        let ending = Ending::from(error);
+        refused(&ending);
+        return request.reject(ending.status());
+    }
     let target = match at.target(&local, here.ip(), &request.authority) {
         Ok(target) => target,
         Err(error) => {
@@ -75,21 +82,55 @@ async fn tunnel(at: Arc<Place>, request: ConnectRequest, here: SocketAddr) {
             return request.reject(ending.status());
         }
     };
-    let record = TcpRecord::open(describe(&at, &local, &request, here, target.app));
-    let outcome = Box::pin(forward(&at, &local, opening, request, target, &record)).await;
+    let peer = request.peer.identity();
+    let original = resolve::original(&local.world, &local.workload, target.app.port(), peer, &request.headers);
+    let record = TcpRecord::open(describe(&at, &local, &request, original.as_ref(), here, target.app));
+    let outcome = Box::pin(forward(&at, &local, opening, (request, original), target, &record)).await;
     record.close(outcome.map_err(Failure::from));
+}
+
+/// Where not everything is sent: what has a say in who the client is, or in what a host name means, is asked for and waited
+/// for. The peer itself is only for telemetry to name, which does not wait.
+async fn ask_first(at: &Place, local: &mut Local, request: &ConnectRequest) -> Result<(), NoRoute> {
+    let Some(demand) = &at.shared.demand else { return Ok(()) };
+    let (network, peer) = (&*local.workload.network, request.peer.addr().ip());
+    if local.world.workload_by_ip(network, peer).is_none() {
+        demand.hint(format!("{network}/{peer}"));
+    }
+    let headers = &request.headers;
+    let waits = headers.original_peer.is_some()
+        || headers.network.is_some()
+        || matches!(request.authority, hbone::Authority::Host { .. });
+    let missing = |world: &Snapshot| missing::for_inbound(world, &local.workload);
+    if waits {
+        local.world = at.shared.informed(local.world.clone(), missing).await?;
+    } else {
+        missing(&local.world).into_iter().for_each(|name| demand.hint(name));
+    }
+    if let Some(client) = headers.forwarded_for.filter(|_| headers.original_peer.is_some()) {
+        let client = client.ip();
+        if local.world.workload_by_ip(network, client).is_none() {
+            demand.hint(format!("{network}/{client}"));
+        }
+    }
+    Ok(())
 }
 
 async fn forward(
     at: &Arc<Place>,
     local: &Local,
     opening: Opening,
-    request: ConnectRequest,
+    (request, original): (ConnectRequest, Option<Original>),
     target: Target,
     record: &TcpRecord,
 ) -> Result<(), Ending> {
     let (client, identity) = (request.peer.addr(), request.peer.identity().clone());
-    let asked = policy::Connection { source: Some(identity.clone()), source_ip: client.ip(), destination: target.app };
+    let asked = policy::Connection {
+        source: Some(identity.clone()),
+        source_ip: client.ip(),
+        destination: target.app,
+        original,
+    };
     // In the table before policy is asked: a policy that changes in between finds the connection there.
     let tracked = Tracked::open(
         opening,
@@ -181,26 +222,41 @@ pub fn log_decision(at: &Place, asked: &policy::Connection, decided: &Result<Per
     };
     let policy = policy.map_or_else(|| "none".to_owned(), ToString::to_string);
     let identity = asked.source.as_ref().map(tracing::field::display);
+    let original = asked.original.as_ref().map(|original| tracing::field::display(&original.identity));
     let (pod, src, dst) = (&at.pod.name, asked.source_ip, asked.destination);
     if at.shared.config.log_policy_decisions {
-        tracing::info!(%pod, %src, identity, %dst, %policy, decision, "policy decision");
+        tracing::info!(%pod, %src, identity, original, %dst, %policy, decision, "policy decision");
     } else {
-        tracing::debug!(%pod, %src, identity, %dst, %policy, decision, "policy decision");
+        tracing::debug!(%pod, %src, identity, original, %dst, %policy, decision, "policy decision");
     }
 }
 
-fn describe(at: &Place, local: &Local, request: &ConnectRequest, here: SocketAddr, app: SocketAddr) -> Connection {
+fn describe(
+    at: &Place,
+    local: &Local,
+    request: &ConnectRequest,
+    original: Option<&Original>,
+    here: SocketAddr,
+    app: SocketAddr,
+) -> Connection {
     let (world, workload) = (&local.world, &local.workload);
     let peer = &request.peer;
-    let identity = peer.identity();
     let said = request.headers.network.as_deref();
-    let from_elsewhere = resolve::comes_through_gateway(world, workload, (identity, peer.addr().ip()), said);
-    // What the control plane says about the peer's address counts more than what the peer says about itself, as long
-    // as it is the same identity. Of a client behind a gateway we see no address.
+    let from_elsewhere = original.is_none()
+        && resolve::comes_through_gateway(world, workload, (peer.identity(), peer.addr().ip()), said);
+    let (identity, client) = match original {
+        Some(original) => (&original.identity, original.address),
+        None => (peer.identity(), peer.addr()),
+    };
+    // What the control plane says about the client's address counts more than what is said about the client in the
+    // request, as long as it is the same identity. Of a client behind a gateway we see no address.
     let known = (!from_elsewhere)
-        .then(|| world.workload_by_ip(&workload.network, peer.addr().ip()))
+        .then(|| world.workload_by_ip(&workload.network, client.ip()))
         .flatten()
         .filter(|w| w.identity().is_ok_and(|i| i == *identity));
+    if original.is_none() && !from_elsewhere {
+        count_false_claim(request, known);
+    }
     let source = match known {
         Some(known) => known.party(Some(identity)),
         None => believed(at, world, workload, request, from_elsewhere).unwrap_or_default().party(identity),
@@ -209,13 +265,25 @@ fn describe(at: &Place, local: &Local, request: &ConnectRequest, here: SocketAdd
     let named = request.headers.forwarded_host.as_deref();
     Connection {
         direction: Direction::Inbound,
-        source_addr: peer.addr(),
+        source_addr: client,
         destination_addr: here,
         hbone_addr: Some(request.authority.to_string().into()),
         source,
         destination: workload.party(Some(&local.identity)),
         service: resolve::inbound_service(world, workload, app.port(), named).map(|s| s.labels()),
         security: Security::MutualTls,
+        via: original.map(|_| Box::new(Via { addr: peer.addr(), identity: peer.identity().to_string().into() })),
+    }
+}
+
+/// Counts a peer that names another as the client without being one that may. Every node proxy names the client; as long
+/// as that is the peer itself, it claims nothing.
+fn count_false_claim(request: &ConnectRequest, known: Option<&Arc<Workload>>) {
+    let own = |ip| ip == request.peer.addr().ip() || known.is_some_and(|known| known.addresses.contains(&ip));
+    let headers = &request.headers;
+    let other = headers.original_peer.as_ref().is_some_and(|identity| identity != request.peer.identity());
+    if other || headers.forwarded_for.is_some_and(|addr| !own(addr.ip())) {
+        metrics::counter!("ztunnel_original_peer_dropped_total").increment(1);
     }
 }
 

@@ -8,6 +8,7 @@ use mesh::hbone::{self, ConnectHeaders, EarlyBytes, HboneStream, Meanwhile, Pool
 use mesh::net::{ByteStream, OriginalDst, is_hang_up};
 use mesh::policy::{self, authorize};
 use mesh::serve::CopyError;
+use mesh::store::Snapshot;
 use mesh::telemetry::ResponseFlag;
 use mesh::telemetry::access::{self, Connection, Direction, Failure, Security, TcpRecord};
 use tokio::io::AsyncWriteExt;
@@ -18,7 +19,7 @@ use crate::ending::Ending;
 use crate::inbound::announce;
 use crate::join::Handed;
 use crate::node::pod::{Facts, LocalPod, Opening, Tracked, Transport, Way};
-use crate::resolve::{self, ByName, NoRoute, Route, Tunnel, Via};
+use crate::resolve::{self, ByName, NoRoute, Route, Tunnel, Via, missing};
 use crate::worker::{Local, Place, SELF_CALL, copy, pool_settings, reset};
 
 /// Serves what the pod's application sent to `dst`.
@@ -30,14 +31,17 @@ pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, dst: S
     if dst.port() == DNS_PORT && at.pod.dns.is_captured() {
         return Box::pin(dns::serve::tcp(&at, stream, dst)).await;
     }
-    let source = match at.local().await {
+    let mut source = match at.local().await {
         Ok(local) => local,
         Err(ending) => {
             reset(&stream);
             return access::refused(Direction::Outbound, client, dst, ending.flag(), &ending);
         }
     };
-    let decided = resolve::outbound(&source.world, &source.workload, OriginalDst(dst), &mut rand::rng());
+    let decided = match at.shared.demand {
+        None => decide(&source, dst),
+        Some(_) => Box::pin(ask_first(&at, &mut source, dst)).await,
+    };
     let route = match decided {
         // A name outside the mesh; rare, so the wait for it does not make every connection larger.
         Err(NoRoute::ByName(lacking)) => Box::pin(look_up(&at, &source, *lacking)).await,
@@ -52,6 +56,16 @@ pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, dst: S
             record.close(outcome.map_err(Failure::from));
         }
     }
+}
+
+fn decide(source: &Local, dst: SocketAddr) -> Result<Route, NoRoute> {
+    resolve::outbound(&source.world, &source.workload, OriginalDst(dst), &mut rand::rng())
+}
+
+async fn ask_first(at: &Place, source: &mut Local, dst: SocketAddr) -> Result<Route, NoRoute> {
+    let missing = |world: &Snapshot| missing::for_outbound(world, &source.workload, dst.ip());
+    source.world = at.shared.informed(source.world.clone(), missing).await?;
+    decide(source, dst)
 }
 
 async fn look_up(at: &Place, source: &Local, lacking: ByName) -> Result<Route, NoRoute> {
@@ -274,7 +288,12 @@ async fn hairpin(at: &Place, own: &Local, client: SocketAddr, tunnel: &Tunnel) -
         hbone::Authority::Host { .. } => here,
     };
     let target = at.target(own, here, &tunnel.authority)?;
-    let asked = policy::Connection { source: Some(own.identity.clone()), source_ip: here, destination: target.app };
+    let asked = policy::Connection {
+        source: Some(own.identity.clone()),
+        source_ip: here,
+        destination: target.app,
+        original: None,
+    };
     let _permit = authorize(own.world.policies_for(&own.workload), &asked)?;
     let mut app = at.dial_target(here, target).await?;
     announce(&mut app, at.dialled(target), client, target, &own.identity).await?;
@@ -295,5 +314,6 @@ fn describe(source: &Local, client: SocketAddr, dst: SocketAddr, route: Option<&
             .filter(|r| r.via != Via::Passthrough || r.service.is_some())
             .and_then(|r| r.service.as_deref().map(mesh::model::Service::labels)),
         security: if tunnel.is_some() { Security::MutualTls } else { Security::Unknown },
+        via: None,
     }
 }

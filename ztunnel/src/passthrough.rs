@@ -38,6 +38,7 @@ pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, app: S
         destination: local.party(None),
         service: resolve::inbound_service(&world, &local, app.port(), None).map(|s| s.labels()),
         security: Security::Unknown,
+        via: None,
     });
     let outcome = Box::pin(forward(&at, &local, opening, stream, client, app, &record)).await;
     record.close(outcome.map_err(Failure::from));
@@ -52,7 +53,7 @@ async fn forward(
     app: SocketAddr,
     record: &TcpRecord,
 ) -> Result<(), Ending> {
-    let asked = policy::Connection { source: None, source_ip: client.ip(), destination: app };
+    let asked = policy::Connection { source: None, source_ip: client.ip(), destination: app, original: None };
     // In the table before policy is asked: a policy that changes in between finds the connection there.
     let tracked = Tracked::open(
         opening,

@@ -7,6 +7,7 @@ mod address;
 mod balance;
 mod gateway;
 mod inbound;
+pub mod missing;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -27,7 +28,7 @@ use gateway::{Wish, service_waypoint, to_other_network, to_waypoint};
 pub use address::ByName;
 pub(crate) use balance::{Wanted, prefer, usable};
 pub(crate) use gateway::{gateway_service, is_instance_of};
-pub use inbound::{BadTarget, Target, comes_through_gateway, inbound, inbound_service, speaks_for_others};
+pub use inbound::{BadTarget, Target, comes_through_gateway, inbound, inbound_service, original, speaks_for_others};
 
 /// HBONE's port on every pod address.
 pub const HBONE_PORT: u16 = 15008;
@@ -80,6 +81,10 @@ pub enum NoRoute {
     UnknownWaypoint { waypoint: String },
     #[error("waypoint {waypoint} has no ready endpoint; the connection stays closed")]
     WaypointUnavailable { waypoint: String },
+    #[error(
+        "whether {unknown} is of the mesh, the control plane has not said within {seconds} s; the connection stays closed"
+    )]
+    Unanswered { unknown: String, seconds: u64 },
     #[error("workload {workload} has no address this source can use")]
     NoAddress { workload: Arc<str> },
     /// Not the end: whoever can look names up completes it.
@@ -113,7 +118,8 @@ impl NoRoute {
             }
             Self::UnknownWaypoint { .. } | Self::WaypointUnavailable { .. } => ResponseFlag::WaypointUnavailable,
             Self::BadIdentity { .. } | Self::Unrecognisable { .. } => ResponseFlag::IdentityError,
-            Self::NoAddress { .. }
+            Self::Unanswered { .. }
+            | Self::NoAddress { .. }
             | Self::ByName(_)
             | Self::NameFailed { .. }
             | Self::OtherNetwork { .. }

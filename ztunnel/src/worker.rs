@@ -19,6 +19,7 @@ use mesh::serve::{Count, accept_loop, copy_bidirectional};
 use mesh::store::{Snapshot, Store};
 use mesh::telemetry::ResponseFlag;
 use mesh::telemetry::access::{self, Direction};
+use mesh::xds::Demand;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
@@ -31,11 +32,15 @@ use crate::join::Joins;
 use crate::names::Names;
 use crate::node::netns::{Family, leg_port};
 use crate::node::pod::{LocalPod, Tracked};
-use crate::resolve::{self, BadTarget, Route, Target, Via};
+use crate::resolve::{self, BadTarget, NoRoute, Route, Target, Via};
 use crate::{dns, inbound, outbound, passthrough};
 
 /// How long a connection waits for its own workload to arrive from the control plane.
 const WORKLOAD_WAIT: Duration = Duration::from_secs(5);
+/// How long a connection waits for the control plane's word on what it is to.
+const ANSWER_WAIT: Duration = Duration::from_secs(5);
+/// What is asked for leads to more that has to be: from an address to a service, its waypoint, that one's gateway.
+const QUESTIONS: usize = 4;
 /// How long the other side of a TCP handshake may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// So many ports of our choice are tried for a last leg; then the kernel takes one that is free.
@@ -52,6 +57,8 @@ pub struct Shared {
     pub names: Names,
     pub joins: Arc<Joins>,
     pub hearsay: Arc<Hearsay>,
+    /// `None` where the control plane sends all workloads and services.
+    pub demand: Option<Demand>,
 }
 
 impl Shared {
@@ -76,6 +83,9 @@ impl Shared {
         let (world, workload) = match find() {
             Some(found) => found,
             None => {
+                if let Some(demand) = &self.demand {
+                    demand.hint(&*pod.workload_uid);
+                }
                 let mut changes = self.store.watch();
                 let arrival = async {
                     loop {
@@ -92,6 +102,35 @@ impl Shared {
         let identity =
             workload.identity().map_err(|source| Ending::BadIdentity { workload: workload.uid.to_string(), source })?;
         Ok(Local { world, workload, identity })
+    }
+
+    /// The world once nothing is `missing` in it that the control plane knows. What it has not said a word about is not
+    /// taken for foreign.
+    ///
+    /// # Errors
+    /// [`NoRoute::Unanswered`] when it says nothing within five seconds.
+    pub async fn informed(
+        &self,
+        mut world: Arc<Snapshot>,
+        missing: impl Fn(&Snapshot) -> Vec<String> + Send,
+    ) -> Result<Arc<Snapshot>, NoRoute> {
+        let Some(demand) = &self.demand else { return Ok(world) };
+        let mut told = Vec::new();
+        let deadline = tokio::time::Instant::now() + ANSWER_WAIT;
+        for _ in 0..QUESTIONS {
+            let mut names = missing(&world);
+            names.retain(|name| !told.contains(name));
+            if names.is_empty() {
+                break;
+            }
+            for name in names {
+                let unanswered = |_| NoRoute::Unanswered { unknown: name.clone(), seconds: ANSWER_WAIT.as_secs() };
+                tokio::time::timeout_at(deadline, demand.ask(&*name)).await.map_err(unanswered)?;
+                told.push(name);
+            }
+            world = self.store.snapshot();
+        }
+        Ok(world)
     }
 
     /// Why there is no workload for the pod.

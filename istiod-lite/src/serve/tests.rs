@@ -577,7 +577,7 @@ async fn the_proxies_own_client_follows_rejects_and_acknowledges() {
             }
         }),
     ];
-    let config = mesh::xds::XdsConfig { grpc: grpc_config(&world, "istio-system/zt-a"), node, on_demand: false };
+    let config = mesh::xds::XdsConfig { grpc: grpc_config(&world, "istio-system/zt-a"), node };
     let client = mesh::xds::XdsClient::new(config, handlers);
     let mut synced = client.synced();
     let (_trigger, drain) = drain::channel();

@@ -14,7 +14,7 @@ use crate::types::Key;
 /// The ports of one workload that only waypoints may reach: port (0 = all) → the waypoints that may.
 type Guarded = BTreeMap<u32, BTreeSet<Key>>;
 
-/// A generated authorization and its reference, `<namespace>/<name>`.
+/// The authorizations generated for a workload.
 pub fn for_workload(
     world: &World,
     namespace: &str,
@@ -26,13 +26,13 @@ pub fn for_workload(
     let mut guarded = Guarded::new();
     for (name, ports) in services {
         let Some((service, Binding { waypoint: Some(waypoint), .. })) = service_bindings.get(name) else { continue };
-        if reach.services.contains(*service) || reach.waypoints.contains(waypoint) {
+        if reach.services.contains(*service) || reach.covers(waypoint) {
             for port in &ports.ports {
                 guarded.entry(port.target_port).or_default().insert(waypoint.clone());
             }
         }
     }
-    if let Some(waypoint) = workload.waypoint.as_ref().filter(|waypoint| reach.waypoints.contains(waypoint)) {
+    if let Some(waypoint) = workload.waypoint.as_ref().filter(|waypoint| reach.covers(waypoint)) {
         // Addressed directly, every port of the workload is behind its waypoint; those above keep theirs as well.
         guarded.values_mut().for_each(|waypoints| _ = waypoints.insert(waypoint.clone()));
         guarded.entry(0).or_default().insert(waypoint.clone());

@@ -24,8 +24,17 @@ const UNSUPPORTED: &str = "is not supported by waypoints yet";
 pub struct Reach {
     /// Services, each with the waypoint it is bound to.
     pub services: BTreeSet<Key>,
-    /// Waypoints with all their traffic.
+    /// Waypoints with all their traffic, those among them that do not exist (any more).
     pub waypoints: BTreeSet<Key>,
+    /// Every waypoint, whether it exists or not.
+    pub every_waypoint: bool,
+}
+
+impl Reach {
+    /// All traffic of this waypoint.
+    pub fn covers(&self, waypoint: &Key) -> bool {
+        self.every_waypoint || self.waypoints.contains(waypoint)
+    }
 }
 
 /// A policy for certain waypoints.
@@ -59,7 +68,8 @@ pub fn translate(
     // What only watches closes nothing.
     if !http_policy.dry_run && http_policy.action() != WireAction::Audit {
         reach.services.extend(targets.guarded.iter().cloned());
-        reach.waypoints.extend(targets.waypoints.iter().cloned());
+        reach.waypoints.extend(targets.waypoints.iter().chain(&targets.missing).cloned());
+        reach.every_waypoint |= targets.every_waypoint;
     }
 
     let name = format!("AuthorizationPolicy/{}", policy.key());
@@ -105,6 +115,9 @@ struct Targets {
     /// Those and the Services whose waypoint does not exist: nothing may go around it all the same.
     guarded: BTreeSet<Key>,
     waypoints: BTreeSet<Key>,
+    /// Waypoints that do not exist: what is bound to one stays behind it all the same.
+    missing: BTreeSet<Key>,
+    every_waypoint: bool,
     problems: Vec<(&'static str, String)>,
 }
 
@@ -135,7 +148,10 @@ impl Targets {
                     self.waypoints.insert(key);
                 }
                 Some(_) => self.problem("Invalid", format!("targetRefs: Gateway {key} is not a waypoint")),
-                None => self.problem("TargetNotFound", format!("targetRefs: Gateway {key} does not exist")),
+                None => {
+                    self.problem("TargetNotFound", format!("targetRefs: Gateway {key} does not exist"));
+                    self.missing.insert(key);
+                }
             },
             ("gateway.networking.k8s.io", "GatewayClass") => {
                 let class = world.gateway_classes.get(&Key::new("", target.name.as_str()));
@@ -146,6 +162,7 @@ impl Targets {
                     let message = format!("targetRefs: GatewayClass only from namespace {}", world.mesh.root_namespace);
                     self.problem("Invalid", message);
                 } else if ours || target.name == WAYPOINT_CLASS {
+                    self.every_waypoint = true;
                     self.waypoints.extend(binding::waypoints(world).map(|(key, _)| key.clone()));
                 } else {
                     self.problem("TargetNotFound", format!("targetRefs: GatewayClass {} is not ours", target.name));

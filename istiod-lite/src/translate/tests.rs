@@ -117,6 +117,11 @@ fn request_policies_go_to_their_waypoints_and_close_the_way_around() {
 }
 
 #[test]
+fn a_policy_of_the_class_closes_the_way_around_every_waypoint() {
+    golden("authorization-class");
+}
+
+#[test]
 fn peer_authentication_refuses_where_it_is_strict() {
     golden("peer-authentication");
 }

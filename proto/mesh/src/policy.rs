@@ -5,6 +5,9 @@
 //! kept as [`Policy::unreadable`] and refuses everything in its scope: a door we cannot read the rules of stays closed.
 //! [`still_allows`] asks the same for a connection that is open, without counting it again.
 //!
+//! Behind a waypoint a connection has two sources: who proved an identity by TLS, and the [`Original`] client that one
+//! speaks for. A rule matches when what it demands holds for one of the two and what it excludes for neither.
+//!
 //! ```text
 //! any DENY matches ──yes──► denied
 //!        │no
@@ -70,6 +73,17 @@ pub struct Connection {
     pub source_ip: IpAddr,
     /// The workload's address and port after all redirection.
     pub destination: SocketAddr,
+    /// The client that the peer speaks for; only of a peer that may.
+    pub original: Option<Original>,
+}
+
+/// A client behind a proxy, by the word of the proxy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Original {
+    /// What it has proved to the proxy.
+    pub identity: Identity,
+    /// Port 0 where the proxy carries several of its connections in one.
+    pub address: SocketAddr,
 }
 
 /// Proof that [`authorize`] let a connection through. Only that function makes one.

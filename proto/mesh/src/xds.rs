@@ -9,5 +9,5 @@ pub mod delta;
 mod handlers;
 pub mod local;
 
-pub use client::{Demand, NodeInfo, NodeRole, XdsClient, XdsConfig};
+pub use client::{Demand, Demanded, NodeInfo, NodeRole, XdsClient, XdsConfig, demand};
 pub use handlers::{Rejected, ResourceHandler, address_handler, authorization_handler, typed_handler};

@@ -104,6 +104,7 @@ fn routes(rows: &mut Vec<Row>) {
         NoRoute::UnknownPort { .. } => NoRoute::UnknownPort { service: service(), port }, NoHealthyUpstream, "does not define port 80";
         NoRoute::UnknownWaypoint { .. } => NoRoute::UnknownWaypoint { waypoint: waypoint() }, WaypointUnavailable, "not known";
         NoRoute::WaypointUnavailable { .. } => NoRoute::WaypointUnavailable { waypoint: waypoint() }, WaypointUnavailable, "no ready endpoint";
+        NoRoute::Unanswered { .. } => NoRoute::Unanswered { unknown: "/10.0.0.1".into(), seconds: 5 }, Connect, "whether /10.0.0.1 is of the mesh";
         NoRoute::NoAddress { .. } => NoRoute::NoAddress { workload: workload() }, Connect, "has no address this source can use";
         NoRoute::ByName(_) => by_name(), Connect, "known by its hostname db.example only";
         NoRoute::NameFailed { .. } => NoRoute::NameFailed { workload: workload(), hostname: "h".into(), reason: "r".into() }, Connect, "looking up h";

@@ -303,7 +303,7 @@ fn a_source_outside_the_mesh_is_plaintext_at_the_destination() {
 }
 
 #[test]
-fn behind_a_waypoint_the_endpoints_see_the_waypoint() {
+fn behind_a_waypoint_the_endpoints_see_the_waypoint_and_its_client() {
     let mut story = story();
     story.services[0].waypoint = Some(waypoint());
     let mut gateway = service("wp", "10.96.0.2");
@@ -321,8 +321,12 @@ fn behind_a_waypoint_the_endpoints_see_the_waypoint() {
     assert_eq!(hop.hbone.as_ref().expect("HBONE").authority, "10.96.0.1:80");
     assert_eq!(way.behind.len(), 2);
     assert!(said.to_string().contains("L7 policies"), "{said}");
-    // A policy that knows the client and forgets the waypoint.
+    // A policy that knows either of them lets it in, one that knows neither does not.
     story.policies = vec![policy("client-only", Action::Allow, serde_json::json!([principal("client")]))];
+    assert_eq!(story.ends("web:80").0, Verdict::Connects);
+    story.policies = vec![policy("not-client", Action::Deny, serde_json::json!([principal("client")]))];
+    assert_eq!(story.ends("web:80").0, Verdict::Refused);
+    story.policies = vec![policy("others-only", Action::Allow, serde_json::json!([principal("others")]))];
     let (verdict, flag, because) = story.ends("web:80");
     assert_eq!((verdict, flag), (Verdict::Refused, Some("DENY")));
     assert!(

@@ -3,10 +3,11 @@
 use std::net::SocketAddr;
 use std::sync::{Arc, PoisonError};
 
+use mesh::hbone::ConnectHeaders;
 use mesh::identity::Identity;
 use mesh::model::{GatewayAddress, LoadBalancingMode, Service, TunnelProtocol, Workload};
 use mesh::net::OriginalDst;
-use mesh::policy::Connection;
+use mesh::policy::{Connection, Original};
 use mesh::telemetry::ResponseFlag;
 
 use super::balance::{self, Balancing, Share};
@@ -191,7 +192,7 @@ fn follow(
             way.notes
                 .push("the gateway passes the inner tunnel on without seeing it; who ends it is not known here".into());
         }
-        (Via::Waypoint, Some(waypoint)) => behind_waypoint(view, workload, waypoint, &route, to, way),
+        (Via::Waypoint, Some(waypoint)) => behind_waypoint(view, (workload, &identity), waypoint, &route, to, way),
         (Via::Direct, Some(destination)) => {
             let (asked, refusal) = arrive(view, &route, destination, &identity, from, &mut way.notes);
             (way.policies, way.refused) = (asked, refusal);
@@ -232,18 +233,24 @@ fn arrive(
     }
     match resolve::inbound(view.world, destination, route.next_hop.ip(), &tunnel.authority) {
         Err(bad) => (Vec::new(), Some(refused("destination", bad))),
-        Ok(target) => hbone(view, destination, identity, from, target.app),
+        Ok(target) => hbone(view, destination, (identity, None), from, target.app),
     }
 }
 
 /// The TLS of the destination takes identities of its own trust domain only; then policy is asked.
-fn hbone(view: &View<'_>, destination: &Workload, identity: &Identity, from: SocketAddr, app: SocketAddr) -> Said {
+fn hbone(
+    view: &View<'_>,
+    destination: &Workload,
+    (identity, original): (&Identity, Option<Original>),
+    from: SocketAddr,
+    app: SocketAddr,
+) -> Said {
     let own = &destination.trust_domain;
     if **identity.trust_domain() != **own {
         let reason = format!("tls: the destination trusts {own} only, and {identity} is of another trust domain");
         return (Vec::new(), Some(Refusal { by: "destination", flag: ResponseFlag::TlsFailure.as_str(), reason }));
     }
-    let conn = Connection { source: Some(identity.clone()), source_ip: from.ip(), destination: app };
+    let conn = Connection { source: Some(identity.clone()), source_ip: from.ip(), destination: app, original };
     policies::ask(view.world, destination, &conn)
 }
 
@@ -260,14 +267,14 @@ fn plaintext(
         return Default::default();
     }
     notes.push("in plain TCP: policy is asked without an identity".into());
-    let conn = Connection { source: None, source_ip: from.ip(), destination: to };
+    let conn = Connection { source: None, source_ip: from.ip(), destination: to, original: None };
     policies::ask(view.world, destination, &conn)
 }
 
 /// The waypoint decides by policies of its own; what can be told is whether the endpoints would let it in.
 fn behind_waypoint(
     view: &View<'_>,
-    source: &Workload,
+    (source, client): (&Workload, &Identity),
     waypoint: &Arc<Workload>,
     route: &Route,
     to: SocketAddr,
@@ -290,7 +297,16 @@ fn behind_waypoint(
         let Some(ip) = endpoint.addresses.first() else { continue };
         let address = SocketAddr::new(*ip, port);
         let (asked, refused) = match endpoint.protocol {
-            TunnelProtocol::Hbone => hbone(view, &endpoint, &identity, from, address),
+            TunnelProtocol::Hbone => {
+                // As our waypoints say it.
+                let says = ConnectHeaders {
+                    original_peer: Some(client.clone()),
+                    forwarded_for: source.addresses.first().map(|ip| SocketAddr::new(*ip, 0)),
+                    ..ConnectHeaders::default()
+                };
+                let original = resolve::original(view.world, &endpoint, port, &identity, &says);
+                hbone(view, &endpoint, (&identity, original), from, address)
+            }
             TunnelProtocol::None => Default::default(),
         };
         way.behind.push(Behind { endpoint: endpoint.uid.to_string(), address, policies: asked, refused });

@@ -296,6 +296,9 @@ impl crate::node::pod::Connections {
             identity: connection.source.as_ref().map(ToString::to_string),
             source: connection.source_ip,
             destination: connection.destination,
+            original: connection
+                .original
+                .map(|original| wire::Original { identity: original.identity.to_string(), address: original.address }),
         })
     }
 }

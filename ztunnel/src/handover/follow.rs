@@ -353,7 +353,15 @@ impl Session<'_> {
 /// What policy was asked when it let the connection in. One with an identity that cannot be read was never let in.
 fn connection(inbound: Inbound) -> Option<(u64, policy::Connection)> {
     let source = inbound.identity.map(|identity| identity.parse()).transpose().ok()?;
-    let asked = policy::Connection { source, source_ip: inbound.source, destination: inbound.destination };
+    let original = inbound.original.map(|original| {
+        original.identity.parse().map(|identity| policy::Original { identity, address: original.address })
+    });
+    let asked = policy::Connection {
+        source,
+        source_ip: inbound.source,
+        destination: inbound.destination,
+        original: original.transpose().ok()?,
+    };
     Some((inbound.id, asked))
 }
 
@@ -391,7 +399,28 @@ mod tests {
             identity: identity.map(str::to_owned),
             source: [10, 0, 0, 1].into(),
             destination: ([10, 0, 0, 2], 80).into(),
+            original: None,
         }
+    }
+
+    #[test]
+    fn a_client_behind_a_waypoint_is_asked_about_as_well() {
+        let store = Store::new();
+        let workload = Workload { uid: "w".into(), namespace: "shop".into(), ..Default::default() };
+        let rules = serde_json::json!([[[{"principals": [{"Suffix": "/sa/client"}]}]]]);
+        let rules = serde_json::from_value(rules).unwrap();
+        let only = Policy::new(NamespacedName::new("shop", "x"), Scope::Namespace, Action::Allow, rules);
+        store.apply(Update::new().workload(workload).policy(only));
+        let behind = |id, client: &str| {
+            let identity = format!("spiffe://td/ns/shop/sa/{client}");
+            let original = wire::Original { identity, address: ([10, 0, 0, 3], 0).into() };
+            let told = Inbound { original: Some(original), ..inbound(id, Some("spiffe://td/ns/shop/sa/waypoint")) };
+            let told: Inbound = serde_json::from_value(serde_json::to_value(told).unwrap()).unwrap();
+            connection(told).expect("identities that can be read")
+        };
+        let pod = Pod { workload: "w".into(), inbound: [behind(1, "client"), behind(2, "other")].into() };
+        let mut table = BTreeMap::from([("p".to_owned(), pod)]);
+        assert_eq!(denied(&mut table, &store.snapshot()), [("p".to_owned(), vec![2])]);
     }
 
     #[test]

@@ -37,6 +37,17 @@ pub struct Inbound {
     pub identity: Option<String>,
     pub source: IpAddr,
     pub destination: SocketAddr,
+    /// The client that the peer, a waypoint, speaks for. Who does not know of it asks policy about the waypoint alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub original: Option<Original>,
+}
+
+/// As the waypoint has told it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Original {
+    /// SPIFFE ID.
+    pub identity: String,
+    pub address: SocketAddr,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]

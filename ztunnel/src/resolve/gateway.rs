@@ -149,6 +149,11 @@ pub(super) fn named<'a>(world: &'a Snapshot, gateway: &GatewayAddress) -> Option
     }
 }
 
+/// All that a service names, one of which its connections go through.
+pub(super) fn waypoints_of(service: &Service) -> impl Iterator<Item = &GatewayAddress> {
+    service.waypoint.iter().chain(service.weighted_waypoints.iter().map(|w| &w.destination))
+}
+
 /// One of the weighted waypoints, or the plain one when no weight counts.
 pub(super) fn service_waypoint<'a, R: Rng>(service: &'a Service, rng: &mut R) -> Option<&'a GatewayAddress> {
     let weighted = &service.weighted_waypoints;

@@ -3,16 +3,17 @@
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use mesh::hbone::Authority;
+use mesh::hbone::{Authority, ConnectHeaders};
 use mesh::identity::Identity;
 use mesh::model::{
     ApplicationTunnelProtocol, GatewayAddress, GatewayDestination, NamespacedHostname, NetworkAddress, Service,
     Workload,
 };
+use mesh::policy::Original;
 use mesh::store::Snapshot;
 use thiserror::Error;
 
-use super::gateway::{gateway_service, is_instance_of, named, workload_at};
+use super::gateway::{gateway_service, is_instance_of, named, waypoints_of, workload_at};
 
 /// Why an inbound tunnel request has no target.
 #[derive(Debug, Error, PartialEq)]
@@ -105,16 +106,39 @@ fn announced_address(service: &Service, local: &Workload) -> Option<IpAddr> {
 /// May this peer speak for another: is it a waypoint or gateway that the local workload or one of its services names? It
 /// passes on connections of clients that we do not see ourselves.
 pub fn speaks_for_others(world: &Snapshot, local: &Workload, peer: &Identity) -> bool {
-    let of_services = local
-        .services
-        .keys()
-        .filter_map(|key| world.service(key))
-        .flat_map(|s| s.waypoint.iter().chain(s.weighted_waypoints.iter().map(|w| &w.destination)));
+    let of_services = local.services.keys().filter_map(|key| world.service(key)).flat_map(|s| waypoints_of(s));
+    is_one_of(world, local, of_services.chain(&local.waypoint).chain(&local.network_gateway), peer)
+}
+
+fn is_one_of<'a>(
+    world: &Snapshot,
+    local: &Workload,
+    mut gateways: impl Iterator<Item = &'a GatewayAddress>,
+    peer: &Identity,
+) -> bool {
     let is_peer = |w: &Workload| w.identity().is_ok_and(|id| id == *peer);
-    of_services
-        .chain(&local.waypoint)
-        .chain(&local.network_gateway)
-        .any(|gateway| instances(world, local, gateway).any(|w| is_peer(w)))
+    gateways.any(|gateway| instances(world, local, gateway).any(|w| is_peer(w)))
+}
+
+/// The client that the peer speaks for, if it may here: it is a waypoint or gateway that the control plane names for this
+/// port of the workload, and says both who the client is and where. `None` makes the peer itself the client.
+pub fn original(
+    world: &Snapshot,
+    local: &Workload,
+    port: u16,
+    peer: &Identity,
+    headers: &ConnectHeaders,
+) -> Option<Original> {
+    let (identity, address) = headers.original_peer.clone().zip(headers.forwarded_for)?;
+    let of_services = local.services.iter().filter_map(|(key, own)| {
+        let service = world.service(key)?;
+        let target = |at: u16, declared: u16| own.target(at).unwrap_or(declared);
+        service.ports.iter().any(|(at, declared)| target(*at, declared.target_port) == port).then_some(service)
+    });
+    let named = of_services.flat_map(|s| waypoints_of(s)).chain(&local.waypoint).chain(&local.network_gateway);
+    // Nobody of another trust domain gets past the handshake of a proxy of ours.
+    let believed = identity.trust_domain() == peer.trust_domain() && is_one_of(world, local, named, peer);
+    believed.then_some(Original { identity, address })
 }
 
 /// The workloads that a reference of `local` stands for.

@@ -14,6 +14,7 @@ use super::*;
 
 mod balance;
 mod inbound;
+mod missing;
 mod names;
 mod networks;
 mod waypoints;

@@ -1,17 +1,23 @@
 //! Headers of a CONNECT and its answer. A peer can put anything here: what does not parse counts as absent, and nothing
 //! here may be believed before the peer's identity says so.
 
-use std::{fmt, net::SocketAddr, str::FromStr};
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+    str::FromStr,
+};
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-use crate::text::Text;
+use crate::{identity::Identity, text::Text};
 
 const BAGGAGE: HeaderName = HeaderName::from_static("baggage");
 const FORWARDED: HeaderName = http::header::FORWARDED;
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 const NETWORK: HeaderName = HeaderName::from_static("x-forwarded-network");
 const SOURCE: HeaderName = HeaderName::from_static("x-istio-source");
+/// Ours. Others pass over it: on HBONE they know no header but those above.
+const ORIGINAL_PEER: HeaderName = HeaderName::from_static("x-mesh-original-peer");
 
 /// Longest value taken from a peer: names of Kubernetes objects are at most this long.
 const MAX_VALUE: usize = 253;
@@ -21,8 +27,10 @@ const MAX_VALUE: usize = 253;
 pub struct ConnectHeaders {
     /// Describes the source in a request, the destination in a response.
     pub baggage: Option<Baggage>,
-    /// The client as the sender sees it.
+    /// The client as the sender sees it. Port 0, which is not written: several connections of the client share this.
     pub forwarded_for: Option<SocketAddr>,
+    /// The identity that the client has proved to the sender, a waypoint: its SPIFFE ID.
+    pub original_peer: Option<Identity>,
     /// The service that was dialled.
     pub forwarded_host: Option<Text>,
     pub traceparent: Option<TraceParent>,
@@ -40,6 +48,7 @@ impl ConnectHeaders {
             traceparent: text(TRACEPARENT).and_then(|value| value.parse().ok()),
             network: text(NETWORK).and_then(bounded),
             source_kind: text(SOURCE).and_then(bounded),
+            original_peer: text(ORIGINAL_PEER).and_then(|value| value.parse().ok()),
             ..Self::default()
         };
         // Only the first element of the list counts: it is the one our own sender writes.
@@ -48,7 +57,7 @@ impl ConnectHeaders {
             let value = value.trim().trim_matches('"');
             match name.trim() {
                 name if name.eq_ignore_ascii_case("for") => {
-                    headers.forwarded_for = value.parse().ok().map(crate::net::canonical);
+                    headers.forwarded_for = node(value).map(crate::net::canonical);
                 }
                 name if name.eq_ignore_ascii_case("host") => headers.forwarded_host = bounded(value),
                 _ => {}
@@ -67,7 +76,7 @@ impl ConnectHeaders {
         };
         set(BAGGAGE, self.baggage.as_ref().map(ToString::to_string).filter(|text| !text.is_empty()));
         let forwarded: Vec<_> = [
-            self.forwarded_for.map(|addr| format!("for=\"{addr}\"")),
+            self.forwarded_for.map(|addr| format!("for=\"{}\"", Node(addr))),
             self.forwarded_host.as_ref().map(|host| format!("host={host}")),
         ]
         .into_iter()
@@ -77,7 +86,26 @@ impl ConnectHeaders {
         set(TRACEPARENT, self.traceparent.map(|trace| trace.to_string()));
         set(NETWORK, self.network.as_ref().map(ToString::to_string));
         set(SOURCE, self.source_kind.as_ref().map(ToString::to_string));
+        set(ORIGINAL_PEER, self.original_peer.as_ref().map(ToString::to_string));
     }
+}
+
+/// An address of `forwarded` (RFC 7239, section 6), with or without a port.
+struct Node(SocketAddr);
+
+impl fmt::Display for Node {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.0.port(), self.0.ip()) {
+            (0, IpAddr::V4(ip)) => ip.fmt(f),
+            (0, IpAddr::V6(ip)) => write!(f, "[{ip}]"),
+            _ => self.0.fmt(f),
+        }
+    }
+}
+
+fn node(text: &str) -> Option<SocketAddr> {
+    let bare = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
+    text.parse().or_else(|_| bare.parse().map(|ip| SocketAddr::new(ip, 0))).ok()
 }
 
 fn bounded(value: &str) -> Option<Text> {
@@ -229,6 +257,7 @@ mod tests {
             traceparent: Some(TraceParent::random()),
             network: Some("west".into()),
             source_kind: Some("waypoint".into()),
+            original_peer: Some("spiffe://cluster.local/ns/shop/sa/cart".parse().unwrap()),
         };
         let mut map = HeaderMap::new();
         map.insert(BAGGAGE, HeaderValue::from_static("from=somebody-else"));
@@ -238,11 +267,22 @@ mod tests {
     }
 
     #[test]
+    fn an_address_may_come_without_a_port() {
+        for (address, text) in [("10.0.0.1:0", "for=\"10.0.0.1\""), ("[fd00::1]:0", "for=\"[fd00::1]\"")] {
+            let headers = ConnectHeaders { forwarded_for: Some(address.parse().unwrap()), ..Default::default() };
+            let mut map = HeaderMap::new();
+            headers.write(&mut map);
+            assert_eq!(map["forwarded"], text);
+            assert_eq!(ConnectHeaders::parse(&map), headers);
+        }
+    }
+
+    #[test]
     fn nonsense_counts_as_absent() {
         let long = "x".repeat(10_000);
         for value in ["", "=", ",,,", ";;;", "for=", "for=\"", "k8s..name=x", "k8s.name=", "\u{7f}", &long] {
             let mut map = HeaderMap::new();
-            for name in [BAGGAGE, FORWARDED, TRACEPARENT] {
+            for name in [BAGGAGE, FORWARDED, TRACEPARENT, ORIGINAL_PEER] {
                 if let Ok(value) = HeaderValue::from_str(value) {
                     map.insert(name, value);
                 }

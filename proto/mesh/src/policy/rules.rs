@@ -7,6 +7,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::Connection;
+use crate::identity::Identity;
 
 /// Matches when all clauses do; none = always.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,26 +92,44 @@ impl TryFrom<String> for Cidr {
 
 /// The connection in the form the rules compare with, made once per decision.
 pub(super) struct Subject<'a> {
-    /// SPIFFE ID without the scheme; empty without an identity.
-    principal: String,
-    namespace: &'a str,
-    service_account: Option<&'a str>,
-    source_ip: IpAddr,
+    peer: Source<'a>,
+    original: Option<Source<'a>>,
     destination_ip: IpAddr,
     destination_port: u16,
 }
 
+/// One of whom a connection comes from.
+struct Source<'a> {
+    /// SPIFFE ID without the scheme; empty without an identity.
+    principal: String,
+    namespace: &'a str,
+    service_account: Option<&'a str>,
+    ip: IpAddr,
+}
+
 impl<'a> Subject<'a> {
     pub(super) fn new(conn: &'a Connection) -> Self {
-        let identity = conn.source.as_ref();
+        Self {
+            peer: Source::new(conn.source.as_ref(), conn.source_ip),
+            original: conn.original.as_ref().map(|o| Source::new(Some(&o.identity), o.address.ip())),
+            destination_ip: conn.destination.ip().to_canonical(),
+            destination_port: conn.destination.port(),
+        }
+    }
+
+    fn sources(&self) -> impl Iterator<Item = &Source<'a>> {
+        std::iter::once(&self.peer).chain(&self.original)
+    }
+}
+
+impl<'a> Source<'a> {
+    fn new(identity: Option<&'a Identity>, ip: IpAddr) -> Self {
         let spiffe = identity.map(ToString::to_string).unwrap_or_default();
         Self {
             principal: spiffe.strip_prefix("spiffe://").unwrap_or(&spiffe).to_owned(),
             namespace: identity.map_or("", |identity| identity.namespace()),
             service_account: identity.map(|identity| &**identity.service_account()),
-            source_ip: conn.source_ip.to_canonical(),
-            destination_ip: conn.destination.ip().to_canonical(),
-            destination_port: conn.destination.port(),
+            ip: ip.to_canonical(),
         }
     }
 
@@ -128,13 +147,16 @@ pub(super) fn any_matches(groups: &[Group], subject: &Subject<'_>) -> bool {
     first_match(groups, subject).is_some()
 }
 
+/// A group matches as a whole by one of the sources: half of it by the waypoint's identity and half by the client's
+/// address would be nobody's.
 pub(super) fn first_match(groups: &[Group], subject: &Subject<'_>) -> Option<usize> {
-    groups.iter().position(|group| group.0.iter().all(|clause| clause.matches(subject)))
+    let matches = |group: &Group, source| group.0.iter().all(|clause| clause.matches(source, subject));
+    groups.iter().position(|group| subject.sources().any(|source| matches(group, source)))
 }
 
 impl Clause {
-    fn matches(&self, subject: &Subject<'_>) -> bool {
-        self.0.is_empty() || self.0.iter().any(|m| m.matches(subject))
+    fn matches(&self, source: &Source<'_>, subject: &Subject<'_>) -> bool {
+        self.0.is_empty() || self.0.iter().any(|m| m.matches(source, subject))
     }
 }
 
@@ -148,26 +170,27 @@ fn none_of<T>(list: &[T], holds: impl Fn(&T) -> bool) -> bool {
 }
 
 impl Match {
-    fn matches(&self, subject: &Subject<'_>) -> bool {
-        let namespace = |m: &StringMatch| m.matches(subject.namespace);
-        let principal = |m: &StringMatch| subject.principal_is(m);
-        let account = |m: &ServiceAccountMatch| subject.service_account_is(m);
-        let source = |cidr: &Cidr| cidr.0.contains(&subject.source_ip);
+    /// What is demanded must hold for `source`, what is excluded for none of the subject's.
+    fn matches(&self, source: &Source<'_>, subject: &Subject<'_>) -> bool {
         let destination = |cidr: &Cidr| cidr.0.contains(&subject.destination_ip);
         let port = |port: &u16| *port == subject.destination_port;
         !self.is_empty()
             && any_of(&self.destination_ports, port)
             && none_of(&self.not_destination_ports, port)
-            && any_of(&self.namespaces, namespace)
-            && none_of(&self.not_namespaces, namespace)
-            && any_of(&self.service_accounts, account)
-            && none_of(&self.not_service_accounts, account)
-            && any_of(&self.principals, principal)
-            && none_of(&self.not_principals, principal)
-            && any_of(&self.source_ips, source)
-            && none_of(&self.not_source_ips, source)
+            && any_of(&self.namespaces, |m| m.matches(source.namespace))
+            && any_of(&self.service_accounts, |m| source.service_account_is(m))
+            && any_of(&self.principals, |m| source.principal_is(m))
+            && any_of(&self.source_ips, |m| m.0.contains(&source.ip))
+            && subject.sources().all(|source| !self.excludes(source))
             && any_of(&self.destination_ips, destination)
             && none_of(&self.not_destination_ips, destination)
+    }
+
+    fn excludes(&self, source: &Source<'_>) -> bool {
+        self.not_namespaces.iter().any(|m| m.matches(source.namespace))
+            || self.not_service_accounts.iter().any(|m| source.service_account_is(m))
+            || self.not_principals.iter().any(|m| source.principal_is(m))
+            || self.not_source_ips.iter().any(|m| m.0.contains(&source.ip))
     }
 
     /// Listing every field by name, so that a new one cannot be forgotten here.

@@ -9,6 +9,18 @@ fn client() -> Connection {
         source: Some("spiffe://cluster.local/ns/shop/sa/cart".parse().unwrap()),
         source_ip: "10.0.0.1".parse().unwrap(),
         destination: "10.0.0.9:8080".parse().unwrap(),
+        original: None,
+    }
+}
+
+/// `client` as it arrives behind a waypoint.
+fn behind_waypoint() -> Connection {
+    let address = "10.0.0.1:0".parse().unwrap();
+    Connection {
+        source: Some("spiffe://cluster.local/ns/infra/sa/waypoint".parse().unwrap()),
+        source_ip: "10.0.7.7".parse().unwrap(),
+        original: client().source.map(|identity| Original { identity, address }),
+        ..client()
     }
 }
 
@@ -144,6 +156,55 @@ fn strict_mutual_tls_denies_who_has_no_identity() {
     let strict = policy("strict", Action::Deny, one_match(json!({"notPrincipals": [{"Presence": []}]})));
     assert!(authorize([&strict], &client()).is_ok());
     assert!(authorize([&strict], &stranger()).is_err());
+}
+
+#[test]
+fn behind_a_waypoint_one_source_must_match_and_neither_be_excluded() {
+    let account = |namespace: &str, name: &str| json!([{"namespace": namespace, "serviceAccount": name}]);
+    let table = [
+        // (match, does it match)
+        (json!({"principals": [{"Suffix": "/sa/cart"}]}), true),
+        (json!({"principals": [{"Suffix": "/sa/waypoint"}]}), true),
+        (json!({"principals": [{"Suffix": "/sa/other"}]}), false),
+        (json!({"namespaces": [{"Exact": "shop"}]}), true),
+        (json!({"namespaces": [{"Exact": "infra"}]}), true),
+        (json!({"serviceAccounts": account("shop", "cart")}), true),
+        (json!({"serviceAccounts": account("infra", "waypoint")}), true),
+        (json!({"sourceIps": ["10.0.0.0/24"]}), true),
+        (json!({"sourceIps": ["10.0.7.7"]}), true),
+        (json!({"notPrincipals": [{"Suffix": "/sa/cart"}]}), false),
+        (json!({"notPrincipals": [{"Suffix": "/sa/waypoint"}]}), false),
+        (json!({"notPrincipals": [{"Suffix": "/sa/other"}]}), true),
+        (json!({"notPrincipals": [{"Presence": []}]}), false),
+        (json!({"notNamespaces": [{"Exact": "shop"}]}), false),
+        (json!({"notNamespaces": [{"Exact": "infra"}]}), false),
+        (json!({"notServiceAccounts": account("shop", "cart")}), false),
+        (json!({"notServiceAccounts": account("infra", "waypoint")}), false),
+        (json!({"notSourceIps": ["10.0.0.1"]}), false),
+        (json!({"notSourceIps": ["10.0.7.7"]}), false),
+        (json!({"notSourceIps": ["10.0.8.0/24"]}), true),
+        // Both halves must be of one and the same source.
+        (json!({"principals": [{"Suffix": "/sa/cart"}], "sourceIps": ["10.0.0.1"]}), true),
+        (json!({"principals": [{"Suffix": "/sa/waypoint"}], "sourceIps": ["10.0.0.1"]}), false),
+        (json!({"principals": [{"Suffix": "/sa/cart"}], "notPrincipals": [{"Suffix": "/sa/waypoint"}]}), false),
+    ];
+    for (m, expected) in table {
+        assert_eq!(matches(one_match(m.clone()), &behind_waypoint()), expected, "{m}");
+        let allow = policy("allow", Action::Allow, one_match(m.clone()));
+        assert_eq!(authorize([&allow], &behind_waypoint()).is_ok(), expected, "ALLOW {m}");
+        assert_eq!(still_allows([&allow], &behind_waypoint()), expected, "ALLOW {m}, asked again");
+    }
+    let apart = json!([[[{"principals": [{"Suffix": "/sa/waypoint"}]}], [{"sourceIps": ["10.0.0.1"]}]]]);
+    assert!(!matches(apart, &behind_waypoint()), "in two clauses neither");
+}
+
+#[test]
+fn what_only_a_waypoint_may_reach_it_reaches_for_any_client() {
+    let guard = one_match(json!({"notPrincipals": [{"Exact": "cluster.local/ns/infra/sa/waypoint"}]}));
+    let guard = policy("guard", Action::Deny, guard);
+    assert!(authorize([&guard], &behind_waypoint()).is_ok());
+    assert!(authorize([&guard], &client()).is_err());
+    assert!(authorize([&guard], &stranger()).is_err());
 }
 
 #[test]

@@ -76,10 +76,19 @@ pub struct ServiceLabels {
     pub name: Text,
 }
 
+/// Who carries a connection for its source and proved an identity instead of it: a waypoint.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct Via {
+    pub addr: SocketAddr,
+    /// SPIFFE URI.
+    pub identity: Text,
+}
+
 /// A connection about to be made.
 #[derive(Clone, Debug)]
 pub struct Connection {
     pub direction: Direction,
+    /// Port 0 where a waypoint carries several connections of the source in one.
     pub source_addr: SocketAddr,
     /// The next hop.
     pub destination_addr: SocketAddr,
@@ -89,6 +98,8 @@ pub struct Connection {
     pub destination: Party,
     pub service: Option<ServiceLabels>,
     pub security: Security,
+    /// For the log only.
+    pub via: Option<Box<Via>>,
 }
 
 /// Why a connection did not go well.
@@ -110,6 +121,7 @@ pub struct TcpRecord {
     source_addr: SocketAddr,
     destination_addr: SocketAddr,
     hbone_addr: Option<Text>,
+    via: Option<Box<Via>>,
     started: Instant,
     /// `None` once closed.
     open: Option<Opened>,
@@ -123,8 +135,17 @@ struct Opened {
 impl TcpRecord {
     /// Counts the connection as opened.
     pub fn open(connection: Connection) -> Self {
-        let Connection { direction, source_addr, destination_addr, hbone_addr, source, destination, service, security } =
-            connection;
+        let Connection {
+            direction,
+            source_addr,
+            destination_addr,
+            hbone_addr,
+            source,
+            destination,
+            service,
+            security,
+            via,
+        } = connection;
         let labels = Labels { direction, source, destination, service, security };
         let handles = labels.handles();
         handles.opened.increment(1);
@@ -135,6 +156,7 @@ impl TcpRecord {
             source_addr,
             destination_addr,
             hbone_addr,
+            via,
             started: Instant::now(),
             open: Some(Opened { handles, bytes }),
         };
@@ -209,6 +231,8 @@ impl TcpRecord {
                     duration = duration.as_deref(),
                     error = failure.map(|failure| failure.message.as_str()),
                     response_flags = failure.map(|failure| failure.flag.as_str()),
+                    via.addr = self.via.as_ref().map(|via| tracing::field::display(via.addr)),
+                    via.identity = self.via.as_ref().map(|via| &*via.identity),
                     $message
                 )
             };

@@ -1,6 +1,6 @@
 //! The driver around [`delta`](super::delta): one stream at a time, again and again until the drain.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use mesh_proto::ads::aggregated_discovery_service_client::AggregatedDiscoverySer
 use mesh_proto::ads::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
 use mesh_proto::workload::ADDRESS_TYPE;
 use prost::Message;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::ResourceHandler;
@@ -121,20 +121,42 @@ fn to_struct_value(json: serde_json::Value) -> prost_types::Value {
 pub struct XdsConfig {
     pub grpc: GrpcConfig,
     pub node: NodeInfo,
-    /// Workloads and services are asked for by name (see [`Demand`]) instead of all being sent.
-    pub on_demand: bool,
 }
 
-/// Asks for single workloads and services where the client is on demand.
+/// Asks for single workloads and services, by `network/ip`, a workload's UID or `<namespace>/<hostname>`.
 #[derive(Clone, Debug)]
-pub struct Demand(mpsc::Sender<String>);
+pub struct Demand(mpsc::Sender<Asked>);
+
+/// What is asked for, to be given to the client: see [`XdsClient::on_demand`].
+#[derive(Debug)]
+pub struct Demanded(mpsc::Receiver<Asked>);
+
+#[derive(Debug)]
+struct Asked {
+    name: String,
+    answered: oneshot::Sender<()>,
+}
+
+/// For clients that ask for what they need instead of having everything sent.
+pub fn demand() -> (Demand, Demanded) {
+    let (demand, demanded) = mpsc::channel(REQUESTS);
+    (Demand(demand), Demanded(demanded))
+}
 
 impl Demand {
-    /// Asks for `network/ip`, a workload UID or `<namespace>/<hostname>`; the answer is a change of the store. Waits
-    /// while many names are on their way. Does nothing where everything is sent anyway, or after the drain.
-    pub async fn subscribe(&self, name: impl Into<String>) {
-        // The receiver is gone only after the drain.
-        let _ = self.0.send(name.into()).await;
+    /// Waits until the control plane has said what `name` stands for; what it has said is in the store by then, and is
+    /// kept current from then on. Waits for ever while there is no control plane.
+    pub async fn ask(&self, name: impl Into<String>) {
+        let (answered, answer) = oneshot::channel();
+        // The receivers are gone only after the drain, when nothing is learned any more.
+        if self.0.send(Asked { name: name.into(), answered }).await.is_ok() {
+            let _ = answer.await;
+        }
+    }
+
+    /// Asks without waiting, unless many names are on their way already.
+    pub fn hint(&self, name: impl Into<String>) {
+        let _ = self.0.try_send(Asked { name: name.into(), answered: oneshot::channel().0 });
     }
 }
 
@@ -158,8 +180,10 @@ pub struct XdsClient {
     config: XdsConfig,
     handlers: Vec<Arc<dyn ResourceHandler>>,
     delta: DeltaClient,
-    demand: Demand,
-    demanded: mpsc::Receiver<String>,
+    /// `None` where everything is sent.
+    demanded: Option<Demanded>,
+    /// Who waits for an answer to which name.
+    waiting: HashMap<String, Vec<oneshot::Sender<()>>>,
     synced: watch::Sender<bool>,
     connected: watch::Sender<bool>,
 }
@@ -199,18 +223,26 @@ fn is_expected(status: &tonic::Status) -> bool {
 impl XdsClient {
     /// A client that feeds `handlers`, whose types it subscribes to in this order.
     pub fn new(config: XdsConfig, handlers: Vec<Arc<dyn ResourceHandler>>) -> Self {
-        let interest = |type_url| match config.on_demand && type_url == ADDRESS_TYPE {
+        Self::with(config, handlers, None)
+    }
+
+    /// The same, with workloads and services only as they are `demanded`.
+    pub fn on_demand(config: XdsConfig, handlers: Vec<Arc<dyn ResourceHandler>>, demanded: Demanded) -> Self {
+        Self::with(config, handlers, Some(demanded))
+    }
+
+    fn with(config: XdsConfig, handlers: Vec<Arc<dyn ResourceHandler>>, demanded: Option<Demanded>) -> Self {
+        let interest = |type_url| match demanded.is_some() && type_url == ADDRESS_TYPE {
             true => Interest::OnDemand,
             false => Interest::All,
         };
         let types: Vec<_> = handlers.iter().map(|h| (h.type_url(), interest(h.type_url()))).collect();
-        let (demand, demanded) = mpsc::channel(REQUESTS);
         Self {
             delta: DeltaClient::new(config.node.to_wire(), types),
             config,
             handlers,
-            demand: Demand(demand),
             demanded,
+            waiting: HashMap::new(),
             synced: watch::Sender::new(false),
             connected: watch::Sender::new(false),
         }
@@ -224,10 +256,6 @@ impl XdsClient {
     /// Whether a stream is up and has brought something.
     pub fn connected(&self) -> watch::Receiver<bool> {
         self.connected.subscribe()
-    }
-
-    pub fn demand(&self) -> Demand {
-        self.demand.clone()
     }
 
     /// Keeps a stream up until the drain begins; from then on nothing changes any more.
@@ -283,12 +311,31 @@ impl XdsClient {
                     Some(response) => self.receive(response, &requests).await,
                     None => return Ok(()),
                 },
-                Some(name) = self.demanded.recv() => {
-                    if let Some(request) = self.delta.subscribe(ADDRESS_TYPE, &name) {
-                        send(&requests, request).await;
-                    }
-                }
+                Some(asked) = next(&mut self.demanded) => self.demand(asked, &requests).await,
             }
+        }
+    }
+
+    async fn demand(&mut self, asked: Asked, requests: &mpsc::Sender<DeltaDiscoveryRequest>) {
+        let Asked { name, answered } = asked;
+        if let Some(request) = self.delta.subscribe(ADDRESS_TYPE, &name) {
+            send(requests, request).await;
+        }
+        if self.delta.is_answered(ADDRESS_TYPE, &name) {
+            // Whoever asked may have given up.
+            let _ = answered.send(());
+        } else {
+            let waiting = self.waiting.entry(name).or_default();
+            waiting.retain(|other| !other.is_closed());
+            waiting.push(answered);
+        }
+    }
+
+    fn tell_answered(&mut self) {
+        let delta = &self.delta;
+        let answered = self.waiting.extract_if(|name, _| delta.is_answered(ADDRESS_TYPE, name));
+        for waiting in answered.flat_map(|(_, waiting)| waiting) {
+            let _ = waiting.send(());
         }
     }
 
@@ -315,12 +362,20 @@ impl XdsClient {
         if let Some(answer) = self.delta.handle_applied(delivery, rejected) {
             send(requests, answer).await;
         }
+        self.tell_answered();
+        if let Some(request) = self.delta.forget(url) {
+            send(requests, request).await;
+        }
         if !self.connected.send_replace(true) {
             metrics::gauge!("xds_connected").set(1.0);
         }
         let synced = self.delta.is_synced();
         self.synced.send_if_modified(|known| synced && !std::mem::replace(known, true));
     }
+}
+
+async fn next(demanded: &mut Option<Demanded>) -> Option<Asked> {
+    demanded.as_mut()?.0.recv().await
 }
 
 /// Hands a request to the stream. Where that has ended, the next receive says so.

@@ -5,13 +5,14 @@
 //!                        │
 //! handle_response ◄──────┘  ─► Delivery for the handler
 //! handle_applied(delivery, rejected) ─► ACK or NACK
-//! subscribe ─► request for one more name (on-demand types)
+//! subscribe ─► request for one more name (on-demand types); is_answered ─► it is held, or stands for nothing
+//! forget ─► names given up, the oldest first, when too many stand for nothing
 //! ```
 //! What is retained survives a reconnect: the server is told the versions we hold and sends the difference. A rejected
 //! resource is retained under no version: it comes again, and if it is deleted meanwhile we are told, as the handler may
 //! hold an earlier version of it or have closed a door on its account.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 use bytes::Bytes;
 use mesh_proto::ads::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Status};
@@ -23,6 +24,10 @@ const WILDCARD: &str = "*";
 
 /// The version of what was rejected; equals no version a server sends.
 const UNREADABLE: &str = "";
+
+/// Names that stand for nothing and are kept nevertheless, so that nobody need ask again: the server tells when there is
+/// something. Whoever dials addresses at random must not make the list grow for ever.
+const MOST_ABSENT: usize = 10_000;
 
 /// Which resources of a type are wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,9 +53,19 @@ struct TypeState {
     interest: Interest,
     /// Name and version of what the handler holds.
     retained: HashMap<String, String>,
-    /// On-demand names that have not been answered.
-    pending: BTreeSet<String>,
+    /// On-demand names, of resources or their aliases, that the server has been asked for.
+    asked: HashMap<String, Word>,
+    /// Those that were answered with nothing, the oldest first; some have become something else since.
+    absent: VecDeque<String>,
     synced: bool,
+}
+
+/// What has been said to a name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Word {
+    Pending,
+    Found,
+    Absent,
 }
 
 /// The content of one response, to be applied and then reported by [`DeltaClient::handle_applied`].
@@ -64,6 +79,7 @@ pub struct Delivery {
     rejected: Vec<Rejected>,
     /// Name and version of what was sent: it is retained when applied.
     versions: Vec<(String, String)>,
+    aliases: Vec<String>,
     nonce: String,
     connection: u64,
 }
@@ -82,7 +98,8 @@ impl DeltaClient {
                 type_url,
                 interest,
                 retained: HashMap::new(),
-                pending: BTreeSet::new(),
+                asked: HashMap::new(),
+                absent: VecDeque::new(),
                 synced: false,
             })
             .collect();
@@ -109,10 +126,12 @@ impl DeltaClient {
             removed: response.removed_resources,
             rejected: Vec::new(),
             versions: Vec::with_capacity(response.resources.len()),
+            aliases: Vec::new(),
             nonce: response.nonce,
             connection: self.connection,
         };
-        for resource in response.resources {
+        for mut resource in response.resources {
+            delivery.aliases.append(&mut resource.aliases);
             match resource.resource {
                 Some(any) if any.type_url == state.type_url => {
                     delivery.versions.push((resource.name.clone(), resource.version.clone()));
@@ -133,15 +152,18 @@ impl DeltaClient {
         let state = self.types.iter_mut().find(|state| state.type_url == delivery.type_url)?;
         rejected.splice(0..0, delivery.rejected);
         for (name, version) in delivery.versions {
-            state.pending.remove(&name);
+            state.found(&name);
             state.retained.insert(name, version);
         }
+        for alias in &delivery.aliases {
+            state.found(alias);
+        }
         for name in &delivery.removed {
-            state.pending.remove(name);
             state.retained.remove(name);
+            state.gone(name);
         }
         for Rejected { name, .. } in &rejected {
-            state.pending.remove(name);
+            state.found(name);
             state.retained.insert(name.clone(), UNREADABLE.to_owned());
         }
         state.synced = true;
@@ -154,16 +176,45 @@ impl DeltaClient {
         (delivery.connection == self.connection).then_some(answer)
     }
 
-    /// Asks for one more name of an on-demand type. `None` when it is already held or asked for, or all are. The request
-    /// is to be sent if there is a stream; the next stream's first request repeats it.
+    /// Asks for one more name of an on-demand type. `None` when it is already held or has been asked for, or all are. The
+    /// request is to be sent if there is a stream; the next stream's first request repeats it.
     pub fn subscribe(&mut self, type_url: &str, name: &str) -> Option<DeltaDiscoveryRequest> {
         let state = self.types.iter_mut().find(|state| state.type_url == type_url)?;
-        if state.interest == Interest::All || state.retained.contains_key(name) || !state.pending.insert(name.into()) {
+        let is_known = state.retained.contains_key(name) || state.asked.contains_key(name);
+        if state.interest == Interest::All || is_known {
             return None;
         }
+        state.asked.insert(name.to_owned(), Word::Pending);
         Some(DeltaDiscoveryRequest {
             type_url: state.type_url.to_owned(),
             resource_names_subscribe: vec![name.to_owned()],
+            ..Default::default()
+        })
+    }
+
+    /// Has the server said what `name` of an on-demand type stands for, be it nothing? From then on it tells of changes.
+    pub fn is_answered(&self, type_url: &str, name: &str) -> bool {
+        self.types.iter().find(|state| state.type_url == type_url).is_some_and(|state| {
+            let answered = state.asked.get(name).is_some_and(|word| *word != Word::Pending);
+            state.interest == Interest::All || answered || state.retained.contains_key(name)
+        })
+    }
+
+    /// Gives up the oldest of the names that stand for nothing when there are too many.
+    pub fn forget(&mut self, type_url: &str) -> Option<DeltaDiscoveryRequest> {
+        let state = self.types.iter_mut().find(|state| state.type_url == type_url)?;
+        let mut names = Vec::new();
+        while state.absent.len() > MOST_ABSENT {
+            let name = state.absent.pop_front()?;
+            // It may have come into being since.
+            if state.asked.get(&name) == Some(&Word::Absent) {
+                state.asked.remove(&name);
+                names.push(name);
+            }
+        }
+        (!names.is_empty()).then(|| DeltaDiscoveryRequest {
+            type_url: state.type_url.to_owned(),
+            resource_names_unsubscribe: names,
             ..Default::default()
         })
     }
@@ -175,13 +226,27 @@ impl DeltaClient {
 }
 
 impl TypeState {
+    fn found(&mut self, name: &str) {
+        if let Some(word) = self.asked.get_mut(name) {
+            *word = Word::Found;
+        }
+    }
+
+    fn gone(&mut self, name: &str) {
+        if let Some(word) = self.asked.get_mut(name)
+            && std::mem::replace(word, Word::Absent) != Word::Absent
+        {
+            self.absent.push_back(name.to_owned());
+        }
+    }
+
     fn first_request(&self, node: &Node) -> DeltaDiscoveryRequest {
         let (subscribe, unsubscribe) = match self.interest {
             // An empty first subscription means everything.
             Interest::All => (vec![], vec![]),
             // Naming and dropping the wildcard is how a client says that it will name what it wants.
             Interest::OnDemand => {
-                let held: BTreeSet<&String> = self.retained.keys().chain(&self.pending).collect();
+                let held: BTreeSet<&String> = self.retained.keys().chain(self.asked.keys()).collect();
                 let names = [WILDCARD.to_owned()].into_iter().chain(held.into_iter().cloned());
                 (names.collect(), vec![WILDCARD.to_owned()])
             }

@@ -194,8 +194,12 @@ mod tests {
             ..Default::default()
         };
         let server = crate::model::Workload { namespace: "shop".into(), ..Default::default() };
-        let conn =
-            Connection { source: None, source_ip: [10, 0, 0, 1].into(), destination: ([10, 0, 0, 2], 80).into() };
+        let conn = Connection {
+            source: None,
+            source_ip: [10, 0, 0, 1].into(),
+            destination: ([10, 0, 0, 2], 80).into(),
+            original: None,
+        };
         let decide = || {
             let snapshot = store.snapshot();
             authorize(snapshot.policies_for(&server), &conn).map(|_| ())

@@ -1,5 +1,7 @@
 //! What arrives for a pod: each check of a tunnel request, in their order, and what may be believed of it.
 
+use mesh::hbone::ConnectHeaders;
+
 use super::*;
 
 fn target(world: World, local: &Workload, authority: &str) -> Result<SocketAddr, BadTarget> {
@@ -68,6 +70,36 @@ fn only_a_waypoint_of_the_destination_speaks_for_others() {
     assert!(!speaks(&pod, None, &waypoint), "a waypoint of somebody else");
     assert!(!speaks(&pod, Some(gateway("waypoint")), &client().identity().unwrap()));
     assert!(!speaks(&pod, Some(gateway("unknown")), &waypoint));
+}
+
+#[test]
+fn only_a_waypoint_of_the_port_is_believed_about_its_client() {
+    let pod = serves(serves(workload("web", "10.0.0.2"), "api", &[(80, 9090)]), "admin", &[(81, 9091)]);
+    let waypoint = waypoint_pod().identity().unwrap();
+    let mut api = service("api", "10.96.0.1");
+    api.waypoint = Some(gateway("waypoint"));
+    let mut admin = service("admin", "10.96.0.2");
+    admin.ports = BTreeMap::from([(81, ServicePort::default())]);
+    let world = World::new().service(api).service(admin).service(waypoint_service()).workload(waypoint_pod());
+    let world = world.workload(pod.clone()).snapshot();
+    let says = |identity: &str, address: Option<&str>| ConnectHeaders {
+        original_peer: Some(identity.parse().unwrap()),
+        forwarded_for: address.map(|address| address.parse().unwrap()),
+        ..ConnectHeaders::default()
+    };
+    let client = "spiffe://cluster.local/ns/shop/sa/client";
+    let believed = |port, peer: &Identity, says: &ConnectHeaders| original(&world, &pod, port, peer, says);
+
+    let told = says(client, Some("10.0.0.1:0"));
+    let found = believed(9090, &waypoint, &told).expect("its waypoint");
+    assert_eq!((found.identity.to_string(), found.address.to_string()), (client.into(), "10.0.0.1:0".into()));
+    assert_eq!(believed(9091, &waypoint, &told), None, "a port of a service that it is no waypoint of");
+    assert_eq!(believed(7, &waypoint, &told), None, "a port of no service");
+    assert_eq!(believed(9090, &super::client().identity().unwrap(), &told), None, "an ordinary peer");
+    assert_eq!(believed(9090, &waypoint, &says(client, None)), None, "half of it");
+    assert_eq!(believed(9090, &waypoint, &says("spiffe://elsewhere/ns/shop/sa/client", Some("10.0.0.1:0"))), None);
+    let own = Workload { waypoint: Some(gateway("waypoint")), ..pod.clone() };
+    assert!(original(&world, &own, 7, &waypoint, &told).is_some(), "every port of a workload that names it");
 }
 
 #[test]

@@ -15,6 +15,7 @@ fn connection(pod: &str) -> Connection {
         destination: Party::default(),
         service: None,
         security: Security::MutualTls,
+        via: None,
     }
 }
 

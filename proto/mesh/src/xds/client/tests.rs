@@ -95,7 +95,7 @@ fn node() -> NodeInfo {
     }
 }
 
-fn config(address: String, on_demand: bool) -> XdsConfig {
+fn config(address: String) -> XdsConfig {
     let grpc = GrpcConfig {
         address,
         root_ca: RootCa::System,
@@ -105,7 +105,7 @@ fn config(address: String, on_demand: bool) -> XdsConfig {
         alt_hostname: None,
         dialer: Default::default(),
     };
-    XdsConfig { grpc, node: node(), on_demand }
+    XdsConfig { grpc, node: node() }
 }
 
 fn packed(name: &str, version: &str, type_url: &str, message: &impl Message) -> Resource {
@@ -128,7 +128,7 @@ async fn streams_end_and_configuration_stays_and_resumes() {
     let (address, mut peers) = stage().await;
     let store = Store::new();
     let handlers = vec![address_handler(store.clone()), authorization_handler(store.clone())];
-    let client = XdsClient::new(config(address, false), handlers);
+    let client = XdsClient::new(config(address), handlers);
     let (mut synced, mut connected, mut changes) = (client.synced(), client.connected(), store.watch());
     let (trigger, drain) = drain::channel();
     let running = tokio::spawn(client.run(drain));
@@ -179,7 +179,7 @@ async fn an_unreachable_control_plane_is_tried_until_the_drain() {
     let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
     let handle = recorder.handle();
     let _installed = metrics::set_default_local_recorder(&recorder);
-    let client = XdsClient::new(config(address, false), vec![address_handler(Store::new())]);
+    let client = XdsClient::new(config(address), vec![address_handler(Store::new())]);
     let synced = client.synced();
     let (trigger, drain) = drain::channel();
     let running = tokio::spawn(client.run(drain));
@@ -203,22 +203,51 @@ async fn an_unreachable_control_plane_is_tried_until_the_drain() {
 }
 
 #[tokio::test]
-async fn a_client_on_demand_asks_by_name() {
+async fn a_client_on_demand_asks_by_name_and_waits_for_the_word() {
     let (address, mut peers) = stage().await;
     let store = Store::new();
-    let client = XdsClient::new(config(address, true), vec![address_handler(store.clone())]);
-    let demand = client.demand();
-    let (_trigger, drain) = drain::channel();
+    let (demand, demanded) = demand();
+    let client = XdsClient::on_demand(config(address), vec![address_handler(store.clone())], demanded);
+    let (trigger, drain) = drain::channel();
     let running = tokio::spawn(client.run(drain));
+    let ask = |name: &'static str| {
+        let demand = demand.clone();
+        tokio::spawn(async move { demand.ask(name).await })
+    };
+    let answered = async |asked: tokio::task::JoinHandle<()>| {
+        tokio::time::timeout(PATIENCE, asked).await.expect("in time").expect("no panic");
+    };
     let mut peer = next(&mut peers).await;
     assert_eq!(peer.request().await.resource_names_unsubscribe, ["*"]);
-    demand.subscribe("a").await;
-    assert_eq!(peer.request().await.resource_names_subscribe, ["a"]);
-    let mut changes = store.watch();
-    peer.respond(ADDRESS_TYPE, "n1", vec![workload("a", "1")], vec![]).await;
-    becomes(&mut changes, |version| *version > 0).await;
-    assert!(store.snapshot().workload("a").is_some());
-    running.abort();
+    let (found, absent) = (ask("/10.0.0.1"), ask("/10.9.9.9"));
+    let mut names = [peer.request().await, peer.request().await].map(|r| r.resource_names_subscribe.concat());
+    names.sort_unstable();
+    assert_eq!(names, ["/10.0.0.1", "/10.9.9.9"]);
+    let alias = Resource { aliases: vec!["/10.0.0.1".to_owned()], ..workload("a", "1") };
+    peer.respond(ADDRESS_TYPE, "n1", vec![alias], vec![]).await;
+    answered(found).await;
+    assert!(store.snapshot().workload("a").is_some(), "what was asked for is there when the wait ends");
+    assert!(!absent.is_finished());
+    assert_eq!(peer.request().await.response_nonce, "n1");
+
+    // A word that does not come before the stream ends comes on the next one.
+    peer.fail(Status::unavailable("rolling")).await;
+    let mut peer = next(&mut peers).await;
+    let resumed = peer.request().await;
+    assert_eq!(resumed.resource_names_subscribe, ["*", "/10.0.0.1", "/10.9.9.9", "a"]);
+    assert!(!absent.is_finished());
+    peer.respond(ADDRESS_TYPE, "m1", vec![], vec!["/10.9.9.9".to_owned()]).await;
+    answered(absent).await;
+    assert_eq!(peer.request().await.response_nonce, "m1");
+    // Both are known now: nothing more is asked, and nobody waits.
+    answered(ask("/10.9.9.9")).await;
+    answered(ask("/10.0.0.1")).await;
+    demand.hint("/10.9.9.9");
+    demand.hint("b");
+    assert_eq!(peer.request().await.resource_names_subscribe, ["b"]);
+    trigger.drain(PATIENCE).await;
+    tokio::time::timeout(PATIENCE, running).await.expect("run ends with the drain").unwrap();
+    answered(ask("never")).await;
 }
 
 #[test]

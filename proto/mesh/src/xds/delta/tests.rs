@@ -158,7 +158,43 @@ fn on_demand_drops_the_wildcard_and_names_what_it_wants() {
     assert_eq!(resumed.resource_names_subscribe, ["*", "/10.0.0.1"]);
     assert_eq!(versions(&resumed), [("/10.0.0.1", "1")]);
 
-    client.subscribe(A, "unknown");
+    assert!(client.subscribe(A, "unknown").is_some() && !client.is_answered(A, "unknown"));
     all_good(&mut client, response(A, "2", vec![], &["unknown"]));
-    assert!(client.subscribe(A, "unknown").is_some(), "it may exist by now");
+    assert!(client.is_answered(A, "unknown") && client.is_answered(B, "whatever"));
+    assert_eq!(client.subscribe(A, "unknown"), None, "we are told when there is something");
+    let resumed = client.handle_connected().swap_remove(0);
+    assert_eq!(resumed.resource_names_subscribe, ["*", "/10.0.0.1", "unknown"], "and so is the next stream");
+}
+
+#[test]
+fn on_demand_an_alias_is_answered_by_the_resource_that_has_it() {
+    let mut client = DeltaClient::new(Node::default(), [(A, Interest::OnDemand)]);
+    client.handle_connected();
+    client.subscribe(A, "/10.0.0.1").expect("a request");
+    all_good(&mut client, response(A, "1", vec![resource(A, "ns/other", "1")], &[]));
+    assert!(!client.is_answered(A, "/10.0.0.1"));
+    let service = Resource { aliases: vec!["/10.0.0.1".to_owned()], ..resource(A, "ns/s", "1") };
+    all_good(&mut client, response(A, "2", vec![service], &[]));
+    assert!(client.is_answered(A, "/10.0.0.1") && client.is_answered(A, "ns/s"));
+}
+
+#[test]
+fn on_demand_the_oldest_names_that_stand_for_nothing_are_given_up() {
+    let mut client = DeltaClient::new(Node::default(), [(A, Interest::OnDemand)]);
+    client.handle_connected();
+    let names: Vec<String> = (0..=MOST_ABSENT).map(|n| format!("/{n}")).collect();
+    let mut answer = |names: &[String]| {
+        for name in names {
+            client.subscribe(A, name).expect("a request");
+        }
+        let removed: Vec<&str> = names.iter().map(String::as_str).collect();
+        all_good(&mut client, response(A, "1", vec![], &removed));
+        client.forget(A)
+    };
+    assert_eq!(answer(&names[..MOST_ABSENT]), None);
+    let forgotten = answer(&names[MOST_ABSENT..]).expect("one too many");
+    assert_eq!(forgotten.resource_names_unsubscribe, ["/0"]);
+    assert!(forgotten.resource_names_subscribe.is_empty() && forgotten.response_nonce.is_empty());
+    assert!(client.subscribe(A, "/0").is_some(), "asked for as if for the first time");
+    assert!(client.is_answered(A, "/1"));
 }
