@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod support;
+#[expect(dead_code, reason = "the rest of it is for other programs")]
 #[path = "support/tunnel.rs"]
 mod tunnel;
 
