@@ -31,6 +31,9 @@ struct State {
     was_short: Cell<bool>,
     waker: RefCell<Option<Waker>>,
     turn: Cell<bool>,
+    /// So many looks there were.
+    #[cfg(test)]
+    looks: Cell<u32>,
 }
 
 thread_local! {
@@ -103,6 +106,8 @@ fn turn() -> impl Future<Output = ()> {
 /// Asks the kernel for news, again and again, until there are bytes or the time is over.
 async fn look(most: Duration) {
     let (began, before) = (Instant::now(), activity::moves());
+    #[cfg(test)]
+    STATE.with(|state| state.looks.set(state.looks.get() + 1));
     loop {
         std::thread::yield_now();
         // The runtime asks the kernel without waiting before it comes back here.
@@ -114,5 +119,70 @@ async fn look(most: Duration) {
             STATE.with(|state| state.short.set(0));
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+    use std::sync::Arc;
+
+    use mesh::serve::copy_bidirectional;
+    use mesh::telemetry::ByteCounts;
+
+    use super::*;
+
+    /// How often a thread looked that carried a ping-pong between two sockets.
+    fn looks_of_a_ping_pong(most: Duration, round_trips: u32) -> u32 {
+        let [(mut client, down), (mut server, up)] = [(); 2].map(|()| UnixStream::pair().expect("sockets"));
+        let worker = std::thread::spawn(move || {
+            let mut builder = Builder::new_current_thread();
+            builder.enable_all();
+            install(&mut builder, most);
+            let runtime = builder.build().expect("a runtime");
+            let _entered = runtime.enter();
+            start(most);
+            let ends = [down, up].map(|socket| {
+                socket.set_nonblocking(true).expect("a socket");
+                tokio::net::UnixStream::from_std(socket).expect("registered")
+            });
+            let [down, up] = ends;
+            runtime.block_on(async {
+                let counts = Arc::<ByteCounts>::default();
+                copy_bidirectional(down, up, &counts).await.expect("no error");
+            });
+            STATE.with(|state| state.looks.get())
+        });
+        let mut byte = [0];
+        for n in 0..round_trips {
+            client.write_all(&[n as u8]).expect("sent");
+            server.read_exact(&mut byte).expect("received");
+            server.write_all(&byte).expect("sent");
+            client.read_exact(&mut byte).expect("received");
+            assert_eq!(byte[0], n as u8);
+        }
+        drop((client, server));
+        worker.join().expect("it ends")
+    }
+
+    #[test]
+    fn a_worker_in_a_ping_pong_looks_instead_of_sleeping() {
+        // So long that every pause is a short one, whatever else the machine does.
+        let looks = looks_of_a_ping_pong(Duration::from_secs(60), 100);
+        assert!(looks > 50, "{looks} looks in 100 round trips");
+    }
+
+    #[test]
+    fn who_is_told_to_sleep_sleeps() {
+        assert_eq!(looks_of_a_ping_pong(Duration::ZERO, 100), 0);
+    }
+
+    #[test]
+    fn a_look_without_news_ends_and_the_next_one_has_to_be_earned_again() {
+        let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime");
+        STATE.with(|state| state.short.set(NEEDED));
+        runtime.block_on(look(Duration::from_micros(50)));
+        assert_eq!(STATE.with(|state| state.short.get()), 0);
     }
 }
