@@ -148,6 +148,12 @@ impl Finder {
         Self { proc_root: PathBuf::from("/proc"), kubelet: KubeletRoot::default(), refused: BTreeSet::new(), own: true }
     }
 
+    /// Is whoever is wanted here, in our own namespace, whatever addresses others know it by?
+    #[must_use]
+    pub fn is_own(&self) -> bool {
+        self.own
+    }
+
     /// Every namespace that holds a process of one of the `wanted` pods, in one walk over `/proc`.
     ///
     /// # Errors

@@ -334,7 +334,8 @@ impl Manager {
         let mut found = find(&self.deps.finder, &wanted).await;
         tasks.extend(wanted.into_iter().filter_map(|uid| {
             let enrolment = self.entries.get(&uid)?.wanted.clone();
-            let place = choose(found.remove(&uid).unwrap_or_default(), &enrolment);
+            let found = found.remove(&uid).unwrap_or_default();
+            let place = if self.deps.finder.is_own() { only(found) } else { choose(found, &enrolment) };
             Some((uid, enrolment, place.map(|Found { netns, process }| (netns, Known::Process(process)))))
         }));
         let this = &*self;
@@ -676,17 +677,19 @@ async fn update(
     Ok(())
 }
 
-/// The one namespace that is the pod's: the only one, or the only one that holds an address of it.
+/// The one namespace that is the pod's: it holds an address of the pod. A process of the pod's alone does not make it so: who starts
+/// a container is in the pod's cgroup before it has entered the pod's namespace.
 fn choose(mut found: Vec<Found>, wanted: &Enrolment) -> Result<Found, EnrolError> {
-    if found.len() < 2 {
-        return found.pop().ok_or(EnrolError::NoProcess);
-    }
     let count = found.len();
     found.retain(|f| f.netns.holds_any(&wanted.addresses).unwrap_or(false));
-    match found.len() {
-        1 => found.pop().ok_or(EnrolError::NoProcess),
-        _ => Err(EnrolError::Ambiguous(count)),
+    if found.is_empty() && count > 1 || found.len() > 1 {
+        return Err(EnrolError::Ambiguous(count));
     }
+    only(found)
+}
+
+fn only(mut found: Vec<Found>) -> Result<Found, EnrolError> {
+    found.pop().ok_or(EnrolError::NoProcess)
 }
 
 fn families(wanted: &Enrolment, ipv6: bool) -> impl Iterator<Item = Family> {
