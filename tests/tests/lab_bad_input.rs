@@ -18,7 +18,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use base64::Engine as _;
 use http::{Method, Request};
 use mesh_tests::cluster::state::Pod;
 use mesh_tests::cluster::{API_PORT, api};
@@ -113,16 +112,6 @@ const CLIENT: &str = "spiffe://cluster.local/ns/shop/sa/client";
 const OTHER: &str = "spiffe://cluster.local/ns/shop/sa/other";
 const SERVER: &str = "spiffe://cluster.local/ns/shop/sa/server";
 
-/// The authority of the lab's mesh.
-fn authority(stage: &Stage) -> Result<Authority> {
-    let part = |name: &str| -> Result<String> {
-        let path = format!("jsonpath={{.data.{}}}", name.replace('.', "\\."));
-        let text = stage.kubectl(&["-n", "istio-system", "get", "secret", "istio-ca-secret", "-o", &path])?;
-        Ok(String::from_utf8(base64::engine::general_purpose::STANDARD.decode(text.trim())?)?)
-    };
-    Authority::from_pem(&part("ca-cert.pem")?, &part("ca-key.pem")?)
-}
-
 fn ztunnel(stage: &Stage, node: &str) -> Result<Pod> {
     let mut pods = stage.teller.session.pods().into_iter();
     pods.find(|pod| pod.node == node && pod.labels.get("app").is_some_and(|app| app == "ztunnel"))
@@ -151,7 +140,7 @@ fn logged(stage: &Stage, ztunnel: &Pod, source: SocketAddr, words: &[&str]) -> R
 
 fn wrong_certificates(stage: &Stage) -> Result<()> {
     let (client, server) = (stage.teller.session.pod("client")?, stage.teller.session.pod("server-v1")?);
-    let (ca, ztunnel) = (authority(stage)?, ztunnel(stage, "node-b")?);
+    let (ca, ztunnel) = (Authority::of_the_mesh(stage)?, ztunnel(stage, "node-b")?);
     let to = ipv4(&server)?;
     let request = || connect(&format!("{to}:8080"));
     let good = tunnel::ask(&client.netns, to, Some(&ca.leaf(CLIENT, Validity::Now)?), request()?)?;
@@ -184,7 +173,7 @@ fn wrong_certificates(stage: &Stage) -> Result<()> {
 
 fn malformed_requests(stage: &Stage) -> Result<()> {
     let (client, server) = (stage.teller.session.pod("client")?, stage.teller.session.pod("server-v1")?);
-    let (good, ztunnel) = (authority(stage)?.leaf(CLIENT, Validity::Now)?, ztunnel(stage, "node-b")?);
+    let (good, ztunnel) = (Authority::of_the_mesh(stage)?.leaf(CLIENT, Validity::Now)?, ztunnel(stage, "node-b")?);
     let (to, elsewhere) = (ipv4(&server)?, ipv4(&client)?);
     let get = Request::builder().uri(format!("https://{to}:8080/")).body(())?;
     let cases = [
@@ -208,7 +197,7 @@ fn malformed_requests(stage: &Stage) -> Result<()> {
 
 fn denied_identity(stage: &Stage) -> Result<()> {
     let (client, server) = (stage.teller.session.pod("client")?, stage.teller.session.pod("server-v1")?);
-    let (ca, ztunnel) = (authority(stage)?, ztunnel(stage, "node-b")?);
+    let (ca, ztunnel) = (Authority::of_the_mesh(stage)?, ztunnel(stage, "node-b")?);
     let to = ipv4(&server)?;
     let ask = |identity: &str| -> Result<tunnel::Ending> {
         let shown = ca.leaf(identity, Validity::Now)?;
@@ -231,7 +220,7 @@ fn denied_identity(stage: &Stage) -> Result<()> {
 /// `forwarded` and `baggage` are for waypoints to say, and only of the destinations they stand before.
 fn headers_of_another(stage: &Stage) -> Result<()> {
     let (client, server) = (stage.teller.session.pod("client")?, stage.teller.session.pod("server-v1")?);
-    let (ca, ztunnel) = (authority(stage)?, ztunnel(stage, "node-b")?);
+    let (ca, ztunnel) = (Authority::of_the_mesh(stage)?, ztunnel(stage, "node-b")?);
     let to = ipv4(&server)?;
     let ask = |identity: &str| -> Result<tunnel::Ending> {
         let request = Request::builder()

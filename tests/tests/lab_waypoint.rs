@@ -12,7 +12,6 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use base64::Engine as _;
 use http::{Method, Request};
 use mesh_tests::cluster::state::Pod;
 use mesh_tests::demo::teller::SETTLE;
@@ -181,18 +180,8 @@ fn connect(stage: &Stage, identity: &str, to: &str, original: Option<(&str, &str
     if let Some((identity, address)) = original {
         request = request.header("x-mesh-original-peer", identity).header("forwarded", format!("for=\"{address}\""));
     }
-    let shown = authority(stage)?.leaf(identity, Validity::Now)?;
+    let shown = Authority::of_the_mesh(stage)?.leaf(identity, Validity::Now)?;
     tunnel::ask(&client.netns, ipv4(&server)?, Some(&shown), request.body(())?)
-}
-
-/// The authority of the lab's mesh.
-fn authority(stage: &Stage) -> Result<Authority> {
-    let part = |name: &str| -> Result<String> {
-        let path = format!("jsonpath={{.data.{}}}", name.replace('.', "\\."));
-        let text = stage.kubectl(&["-n", "istio-system", "get", "secret", "istio-ca-secret", "-o", &path])?;
-        Ok(String::from_utf8(base64::engine::general_purpose::STANDARD.decode(text.trim())?)?)
-    };
-    Authority::from_pem(&part("ca-cert.pem")?, &part("ca-key.pem")?)
 }
 
 fn guarded_port(stage: &Stage) -> Result<()> {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use base64::Engine as _;
 use http::Request;
 use mesh_tests::sys;
 use rcgen::{
@@ -18,6 +19,8 @@ use rustls::{DigitallySignedStruct, SignatureScheme};
 use time::OffsetDateTime;
 use tokio::io::AsyncReadExt as _;
 use tokio::net::TcpStream;
+
+use crate::support::Stage;
 
 /// One exchange takes at most this long.
 const PATIENCE: Duration = Duration::from_secs(8);
@@ -42,6 +45,16 @@ impl Authority {
     /// From a certificate and its key in PEM.
     pub fn from_pem(certificate: &str, key: &str) -> Result<Self> {
         Ok(Self(Issuer::from_ca_cert_pem(certificate, KeyPair::from_pem(key)?)?))
+    }
+
+    /// That of the lab's mesh.
+    pub fn of_the_mesh(stage: &Stage) -> Result<Self> {
+        let part = |name: &str| -> Result<String> {
+            let path = format!("jsonpath={{.data.{}}}", name.replace('.', "\\."));
+            let text = stage.kubectl(&["-n", "istio-system", "get", "secret", "istio-ca-secret", "-o", &path])?;
+            Ok(String::from_utf8(base64::engine::general_purpose::STANDARD.decode(text.trim())?)?)
+        };
+        Self::from_pem(&part("ca-cert.pem")?, &part("ca-key.pem")?)
     }
 
     /// One that nobody trusts, under this name.
