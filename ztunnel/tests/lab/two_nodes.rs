@@ -142,6 +142,8 @@ fn a_pod_that_joins_and_leaves_many_times_costs_nothing_in_the_end() {
         dump.contains("\"Up\"") && !dump.contains("\"Draining\"") && !dump.contains("-a1\"")
     };
     let before = (descriptors(), pins(&lab));
+    // The connection of a question asked just before may still be closing: there may be less in the end, never more.
+    let as_before = |lab: &Lab| descriptors() <= before.0 && pins(lab) == before.1;
     for n in 1..=CYCLES {
         lab.configure('a', &mesh("", ""));
         eventually("a1 is enrolled", || lab.log('a').matches("\tenrolled").count() == n + 1);
@@ -149,7 +151,7 @@ fn a_pod_that_joins_and_leaves_many_times_costs_nothing_in_the_end() {
         eventually("a1 leaves", || lab.log('a').matches("\tleaving").count() == n);
     }
     eventually("every leaving pod has left", || settled(&lab));
-    eventually("descriptors and pins are as they were", || (descriptors(), pins(&lab)) == before);
+    eventually("descriptors and pins are as they were", || as_before(&lab));
     let rules = run(&format!("ip -n {0}-a1 rule; ip -n {0}-a1 -6 rule", lab.name));
     assert!(!rules.contains("15000"), "{rules}");
 
@@ -160,6 +162,6 @@ fn a_pod_that_joins_and_leaves_many_times_costs_nothing_in_the_end() {
     lab.children[0].wait().expect("and reaped");
     lab.configure('a', &mesh("", "a1"));
     eventually("a1 leaves for good", || lab.log('a').matches("\tleaving").count() == CYCLES + 1);
-    eventually("nothing is held of a deleted pod", || settled(&lab) && (descriptors(), pins(&lab)) == before);
+    eventually("nothing is held of a deleted pod", || settled(&lab) && as_before(&lab));
     assert!(!lab.log('a').contains("panicked"), "{}", lab.log('a'));
 }
