@@ -100,6 +100,15 @@ pub struct H2Settings {
     pub keepalive_timeout: Duration,
 }
 
+impl H2Settings {
+    /// Bytes that a stream reads before it gives their credit back: per read it would cost a lock and, at worst, a frame. All
+    /// streams together must not hold back a window, or nobody could send any more.
+    fn release(&self) -> usize {
+        let share = self.connection_window / self.max_streams.max(1) / 4 * 3;
+        (64 * 1024).min(self.stream_window / 2).min(share).max(1) as usize
+    }
+}
+
 impl Default for H2Settings {
     fn default() -> Self {
         Self {
