@@ -13,6 +13,7 @@ mod apply;
 mod builtin;
 mod controllers;
 mod crd;
+mod depth;
 mod discovery;
 mod error;
 mod files;
