@@ -7,6 +7,8 @@ use crate::{telemetry::ResponseFlag, text::Text, tls::TlsError};
 
 mod client;
 mod early;
+#[cfg(fuzzing)]
+pub(crate) mod fuzzing;
 mod headers;
 mod keepalive;
 mod pool;
