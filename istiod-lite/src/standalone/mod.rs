@@ -17,6 +17,8 @@ mod depth;
 mod discovery;
 mod error;
 mod files;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod handlers;
 mod openapi;
 mod patch;
