@@ -58,7 +58,7 @@ impl Step {
     fn read(byte: u8) -> Self {
         match byte {
             0..=200 => Self::Move(usize::from(byte) + 1),
-            201..=225 => Self::Move(usize::from(byte - 200) * 1024),
+            201..=225 => Self::Move(usize::from(byte - 200) * 256),
             226..=249 => Self::Wait,
             250..=252 => Self::Break(io::ErrorKind::ConnectionReset),
             253..=255 => Self::Break(io::ErrorKind::Other),
@@ -187,7 +187,7 @@ async fn copies(mut input: &[u8]) {
 async fn tunnels(mut input: &[u8]) {
     let (refusals, pauses, room) = (take(&mut input) % 4, take(&mut input) % 32, usize::from(take(&mut input)));
     let (mut client, mut server) = (Side::new(&mut input), Side::new(&mut input));
-    let (near, far) = tokio::io::duplex(64 + room * 64);
+    let (near, far) = tokio::io::duplex(1024 + room * 256);
     let serving = tokio::spawn(async move {
         let _ = serve(far, refusals, pauses, &mut server).await;
         server
