@@ -124,16 +124,17 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap, keep_upgrade: bool) {
             headers.remove(name);
         }
     }
-    let upgrade = keep_upgrade.then(|| headers.get(UPGRADE).cloned()).flatten();
+    let upgrades = keep_upgrade && headers.contains_key(UPGRADE);
     for name in HOP_BY_HOP {
         headers.remove(name);
     }
     if headers.get_all(TE).iter().any(|v| v != "trailers") {
         headers.remove(TE);
     }
-    if let Some(upgrade) = upgrade {
+    if upgrades {
+        // Nothing else the client may have named: whoever chose h2c would read requests that no policy has seen.
         headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
-        headers.insert(UPGRADE, upgrade);
+        headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
     }
 }
 
@@ -200,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn a_websocket_handshake_keeps_its_upgrade() {
+    fn a_websocket_handshake_keeps_its_upgrade_and_no_other() {
         let mut p = parts(
             Request::get("/chat")
                 .header("host", "h")
@@ -208,10 +209,16 @@ mod tests {
                 .header("upgrade", "WebSocket"),
         );
         assert!(prepare(&mut p).expect("fine").websocket);
-        assert_eq!(
-            (&p.headers["connection"], &p.headers["upgrade"]),
-            (&"upgrade".parse().unwrap(), &"WebSocket".parse().unwrap())
-        );
+        let upgrade =
+            |p: &Parts| [CONNECTION, UPGRADE].map(|name| p.headers.get_all(name).iter().cloned().collect::<Vec<_>>());
+        assert_eq!(upgrade(&p), [["upgrade"], ["websocket"]]);
+        let smuggled = Request::get("/chat").header("host", "h").header("connection", "upgrade, http2-settings");
+        let smuggled =
+            smuggled.header("http2-settings", "AAMAAABk").header("upgrade", "h2c").header("upgrade", "websocket");
+        let mut p = parts(smuggled);
+        assert!(prepare(&mut p).expect("fine").websocket);
+        assert_eq!(upgrade(&p), [["upgrade"], ["websocket"]], "nothing but what was asked about is passed on");
+        assert!(!p.headers.contains_key("http2-settings"));
     }
 
     #[test]

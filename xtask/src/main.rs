@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod bpf;
+mod fuzz;
 mod image;
 mod layers;
 mod setup;
@@ -55,7 +56,7 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<String>,
     },
-    /// What CI runs: lint, generated files are current, all tests
+    /// What CI runs: lint, generated files are current, all tests, fuzzing for two minutes each
     Ci,
     /// Formatting, clippy, layers
     Lint,
@@ -70,6 +71,13 @@ enum Task {
     Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<String>,
+    },
+    /// Feed what nobody would send to every parser of what others send, or to the targets named
+    Fuzz {
+        /// For each target; two run at a time
+        #[arg(long, default_value_t = 60)]
+        secs: u64,
+        names: Vec<String>,
     },
     /// Write container images of the three binaries as archives that docker and podman load
     Image,
@@ -103,6 +111,10 @@ fn run(task: Task) -> Result<()> {
         Task::Lint => lint(&workspace),
         Task::Layers => layers::check(&workspace),
         Task::Ci => ci(&workspace),
+        Task::Fuzz { secs, names } => {
+            setup::run_for_fuzzing()?;
+            fuzz::run(&workspace, secs, &names)
+        }
         Task::Image => {
             build(&workspace, true)?;
             image::write_all(&workspace)
@@ -201,6 +213,8 @@ fn become_program(command: &mut Command) -> Result<()> {
 fn lint(workspace: &Workspace) -> Result<()> {
     let steps = Steps::new();
     steps.run("formatting", &mut workspace.cargo(&["fmt", "--all", "--check"]))?;
+    let fuzz = ["fmt", "--manifest-path", "tests/fuzz/Cargo.toml", "--check"];
+    steps.run("formatting of the fuzz targets", &mut workspace.cargo(&fuzz))?;
     let clippy = ["clippy", "--locked", "--workspace", "--all-targets", "--", "-D", "warnings"];
     steps.run("clippy", &mut workspace.cargo(&clippy))?;
     layers::check(workspace)
@@ -216,10 +230,15 @@ fn test(workspace: &Workspace, options: &[String]) -> Result<()> {
     Ok(())
 }
 
+/// For each target in CI: enough to notice what is new. Who changes a parser runs its target longer.
+const FUZZ_SECONDS: u64 = 120;
+
 fn ci(workspace: &Workspace) -> Result<()> {
     setup::run(workspace)?;
     lint(workspace)?;
     Steps::new()
         .run("generated files are current", &mut workspace.cargo(&["test", "--locked", "--package", "mesh-proto"]))?;
-    test(workspace, &[])
+    test(workspace, &[])?;
+    setup::run_for_fuzzing()?;
+    fuzz::run(workspace, FUZZ_SECONDS, &[])
 }

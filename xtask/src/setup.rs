@@ -82,6 +82,11 @@ pub fn run_for_tests(workspace: &Workspace) -> Result<()> {
     cnitool(&apt, &tools)
 }
 
+/// libFuzzer is C++.
+pub fn run_for_fuzzing() -> Result<()> {
+    if elsewhere("/usr/bin/g++") { Ok(()) } else { Apt::default().install(&["g++"]) }
+}
+
 fn unpacked(apt: &Apt, tools: &Path, (name, file, packages): &(&str, &str, &[&str])) -> Result<()> {
     fs::create_dir_all(tools)?;
     if !tools.join(file).exists() {

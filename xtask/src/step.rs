@@ -25,6 +25,11 @@ impl Steps {
         Self { terminal: std::io::stderr().is_terminal() }
     }
 
+    /// Without a terminal, for steps that run side by side.
+    pub fn in_lines() -> Self {
+        Self { terminal: false }
+    }
+
     /// Runs a command to its end.
     ///
     /// # Errors

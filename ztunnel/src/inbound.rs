@@ -1,6 +1,6 @@
 //! HBONE that arrives for a pod: the TLS connection, then each tunnel request in it from authority to last byte.
 
-mod proxy_protocol;
+pub(crate) mod proxy_protocol;
 
 use std::net::SocketAddr;
 use std::sync::Arc;

@@ -20,6 +20,9 @@ pub mod dedicated;
 pub mod dns;
 pub mod ending;
 pub mod explain;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod handover;
 pub mod hearsay;
 pub mod inbound;

@@ -13,6 +13,7 @@ use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited, StreamBody};
 use serde_json::{Value, json};
 use tokio::sync::watch as channel;
 
+use super::depth::{DEEPEST, exceeds};
 use super::error::{ApiError, ApiResult};
 use super::rbac::{self, Attributes};
 use super::registry::{CRDS, Kind, Registry};
@@ -448,7 +449,7 @@ where
     }
 }
 
-fn parse_body(body: &[u8], content_type: &str) -> ApiResult<Value> {
+pub(super) fn parse_body(body: &[u8], content_type: &str) -> ApiResult<Value> {
     if body.is_empty() {
         return Ok(Value::Null);
     }
@@ -456,6 +457,14 @@ fn parse_body(body: &[u8], content_type: &str) -> ApiResult<Value> {
     if media == protobuf::MEDIA {
         return protobuf::decode(body);
     }
+    let value = parse_text(body, media)?;
+    match exceeds(&value, DEEPEST) {
+        false => Ok(value),
+        true => Err(ApiError::bad_request(format!("the body is nested deeper than {DEEPEST} levels"))),
+    }
+}
+
+fn parse_text(body: &[u8], media: &str) -> ApiResult<Value> {
     let is_json = media.is_empty() || media == "application/json" || media.ends_with("+json");
     let is_yaml = media.ends_with("yaml");
     if !is_json && !is_yaml {
@@ -486,4 +495,22 @@ fn json_response(code: StatusCode, value: &Value) -> Response<Body> {
     let media = header::HeaderValue::from_static("application/json");
     response.headers_mut().insert(header::CONTENT_TYPE, media);
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_nested_too_deeply_to_be_read_again_is_refused_in_any_form() {
+        for media in ["application/json", "application/yaml", "application/apply-patch+yaml"] {
+            let nested = |levels: usize| format!("{}1{}", "[".repeat(levels), "]".repeat(levels));
+            let value = parse_body(nested(100).as_bytes(), media).unwrap();
+            assert_eq!(serde_json::from_str::<Value>(&value.to_string()).unwrap(), value);
+            assert_eq!(parse_body(nested(101).as_bytes(), media).unwrap_err().code, 400, "{media}");
+            // As YAML spells it, so that it is not read as JSON.
+            let nested = |levels: usize| format!("{}a", "- ".repeat(levels));
+            assert!(parse_body(nested(101).as_bytes(), media).is_err(), "{media}");
+        }
+    }
 }

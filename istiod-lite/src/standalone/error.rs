@@ -167,7 +167,11 @@ impl ApiError {
     }
 
     pub fn too_large() -> Self {
-        Self::new(413, "RequestEntityTooLarge", "the request body exceeds 3 MiB")
+        Self::too_much("the request body exceeds 3 MiB")
+    }
+
+    pub fn too_much(what: &str) -> Self {
+        Self::new(413, "RequestEntityTooLarge", what)
     }
 
     pub fn not_implemented(what: &str) -> Self {

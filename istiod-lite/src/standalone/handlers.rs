@@ -328,8 +328,7 @@ impl Api {
                     if let Some(version) = wanted["metadata"]["resourceVersion"].as_str().filter(|v| !v.is_empty()) {
                         new["metadata"]["resourceVersion"] = version.into();
                     }
-                    let target = paths.spec.split('.').fold(&mut new, |value, step| &mut value[step]);
-                    *target = replicas.into();
+                    *place(&mut new, &paths.spec)? = replicas.into();
                     Ok(new)
                 })?;
                 Ok((object, false))
@@ -490,6 +489,19 @@ fn scale(object: &Value, paths: &ScalePaths) -> Value {
     scale
 }
 
+/// Where a dotted path leads in an object, made as far as it is not there.
+fn place<'a>(object: &'a mut Value, path: &str) -> ApiResult<&'a mut Value> {
+    path.split('.').try_fold(object, |value, step| {
+        if value.is_null() {
+            *value = json!({});
+        }
+        let fields = value.as_object_mut();
+        let fields =
+            fields.ok_or_else(|| ApiError::bad_request(format!("the object has no place for {path}: {step}")))?;
+        Ok(fields.entry(step).or_insert(Value::Null))
+    })
+}
+
 fn delete_options(call: &Call) -> ApiResult<DeleteOptions> {
     let text = |v: &Value| v.as_str().map(str::to_owned);
     let body = &call.body;
@@ -517,5 +529,18 @@ fn include(query: &Query) -> ApiResult<Include> {
         Some("None") => Ok(Include::Nothing),
         Some("Object") => Ok(Include::Object),
         Some(other) => Err(ApiError::bad_request(format!("unrecognized includeObject value: {other:?}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn replicas_have_a_place_or_are_refused() {
+        let mut object = json!({"spec": null});
+        *place(&mut object, "spec.size.replicas").unwrap() = 3.into();
+        assert_eq!(object, json!({"spec": {"size": {"replicas": 3}}}));
+        assert_eq!(place(&mut json!({"spec": "small"}), "spec.replicas").unwrap_err().code, 400);
     }
 }

@@ -13,9 +13,12 @@ mod apply;
 mod builtin;
 mod controllers;
 mod crd;
+mod depth;
 mod discovery;
 mod error;
 mod files;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod handlers;
 mod openapi;
 mod patch;

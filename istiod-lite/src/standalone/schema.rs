@@ -5,6 +5,7 @@
 //! [`LISTS`]. Custom resources bring theirs. A node is plain OpenAPI JSON; `$ref` always means a built-in definition.
 //! CEL rules (`x-kubernetes-validations`) are not evaluated; the CRD's condition says so.
 
+use std::collections::HashSet;
 use std::sync::LazyLock;
 
 use k8s_openapi::api as v;
@@ -541,9 +542,12 @@ fn validate_unique(elements: &[Value], node: &Value, path: &str, causes: &mut Ve
         ListType::Set => Some(element.clone()),
         ListType::Map(keys) => Some(keys.iter().map(|k| element[k.as_str()].clone()).collect()),
     };
+    // By text, or a body full of elements would take hours.
+    let mut seen = HashSet::new();
     for (index, element) in elements.iter().enumerate() {
-        let Some(id) = identity(element) else { return };
-        if elements[..index].iter().any(|earlier| identity(earlier).as_ref() == Some(&id)) {
+        let Some(mut id) = identity(element) else { return };
+        id.sort_all_objects();
+        if !seen.insert(id.to_string()) {
             causes.push(Cause::duplicate(format!("{path}[{index}]"), &id));
         }
     }
@@ -629,6 +633,19 @@ mod tests {
         prune(&mut pod, &node, "", &mut unknown);
         assert_eq!(unknown, ["spec.containers[0].imagee"]);
         assert_eq!(pod, json!({"spec": {"containers": [{"name": "a"}]}}));
+    }
+
+    #[test]
+    fn what_a_set_holds_twice_is_named_in_any_spelling_and_at_any_length() {
+        let node = json!({"type": "array", "x-kubernetes-list-type": "set"});
+        let doubles = |value: &Value| {
+            let mut causes = Vec::new();
+            validate(value, &node, "l", &mut causes);
+            causes.into_iter().map(|cause| cause.field).collect::<Vec<_>>()
+        };
+        assert_eq!(doubles(&json!([1, {"a": 1, "b": 2}, "1", {"b": 2, "a": 1}, 1])), ["l[3]", "l[4]"]);
+        let many: Vec<u32> = (0..200_000).chain([7]).collect();
+        assert_eq!(doubles(&json!(many)), ["l[200000]"]);
     }
 
     #[test]

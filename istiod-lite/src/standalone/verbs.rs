@@ -47,6 +47,9 @@ pub struct Write<'a> {
     pub warnings: Vec<String>,
 }
 
+/// Seconds a pod may be given at most, ten years: a client may ask for more than there is time.
+const LONGEST_GRACE: u64 = 10 * 365 * 24 * 3600;
+
 /// Now, as Kubernetes writes times.
 pub fn now() -> String {
     format_time(OffsetDateTime::now_utc())
@@ -601,7 +604,7 @@ impl<'a> Write<'a> {
             return 0;
         }
         let own = object["spec"]["terminationGracePeriodSeconds"].as_u64().unwrap_or(30);
-        options.grace_period.unwrap_or(own)
+        options.grace_period.unwrap_or(own).min(LONGEST_GRACE)
     }
 }
 
@@ -700,4 +703,21 @@ pub fn ensure_namespace_content(tx: &mut Transaction<'_>, settings: &Settings, n
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::registry::built_in_registry;
+    use super::*;
+
+    #[test]
+    fn a_pod_is_given_no_more_time_than_there_is() {
+        let settings = Settings { service_cidrs: Vec::new(), ca_certificate: String::new() };
+        let kind = built_in_registry().by_storage(PODS).expect("a built-in kind");
+        let write = Write::internal(kind, &settings, "n");
+        let options = DeleteOptions { grace_period: Some(u64::MAX), ..DeleteOptions::default() };
+        let grace = write.grace_period(&json!({"spec": {"nodeName": "node"}}), &options);
+        assert_eq!(grace, LONGEST_GRACE);
+        assert!(!format_time(OffsetDateTime::now_utc() + std::time::Duration::from_secs(grace)).is_empty());
+    }
 }

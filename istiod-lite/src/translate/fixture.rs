@@ -1,4 +1,4 @@
-//! Worlds from YAML, as users write it, for tests.
+//! Worlds from YAML, as users write it, for tests and for fuzzing.
 
 use std::sync::Arc;
 
@@ -10,18 +10,19 @@ use super::world::{Table, World};
 use crate::types::{CustomKind, Key, Object};
 
 /// Every document of `yaml`; panics on what it does not know, naming it.
+#[cfg(test)]
 pub(crate) fn world(yaml: &str) -> World {
     let mut world = World::default();
     for document in yaml.split("\n---\n").filter(|document| !document.trim().is_empty()) {
         let object: Value = serde_saphyr::from_str(document).unwrap_or_else(|error| panic!("{error}\n{document}"));
-        add(&mut world, object);
+        add(&mut world, object).unwrap_or_else(|error| panic!("{error}\n{document}"));
     }
     world
 }
 
-fn add(world: &mut World, object: Value) {
-    let kind = object["kind"].as_str().expect("every document has a kind").to_owned();
-    match kind.as_str() {
+/// Puts one object where it belongs, or says why it belongs nowhere.
+pub fn add(world: &mut World, object: Value) -> Result<(), String> {
+    match object["kind"].as_str().unwrap_or_default() {
         "Namespace" => core(&mut world.namespaces, object),
         "Node" => core(&mut world.nodes, object),
         "Pod" => core(&mut world.pods, object),
@@ -35,17 +36,19 @@ fn add(world: &mut World, object: Value) {
         "PeerAuthentication" => custom(&mut world.peer_authentications, object),
         "ServiceEntry" => custom(&mut world.service_entries, object),
         "WorkloadEntry" => custom(&mut world.workload_entries, object),
-        other => panic!("no table for {other}"),
+        other => Err(format!("no table for {other:?}")),
     }
 }
 
-fn core<T: DeserializeOwned>(table: &mut Table<T>, object: Value) {
-    let meta: ObjectMeta = serde_json::from_value(object["metadata"].clone()).expect("metadata");
-    let object: T = serde_json::from_value(object).expect("a well-formed object");
+fn core<T: DeserializeOwned>(table: &mut Table<T>, object: Value) -> Result<(), String> {
+    let meta: ObjectMeta = serde_json::from_value(object["metadata"].clone()).map_err(|error| error.to_string())?;
+    let object: T = serde_json::from_value(object).map_err(|error| error.to_string())?;
     Arc::make_mut(table).insert(Key::of(&meta), Arc::new(object));
+    Ok(())
 }
 
-fn custom<S: CustomKind>(table: &mut Table<Object<S>>, object: Value) {
-    let object = Object::from_dynamic(serde_json::from_value(object).expect("metadata"));
+fn custom<S: CustomKind>(table: &mut Table<Object<S>>, object: Value) -> Result<(), String> {
+    let object = Object::from_dynamic(serde_json::from_value(object).map_err(|error| error.to_string())?);
     Arc::make_mut(table).insert(object.key(), Arc::new(object));
+    Ok(())
 }

@@ -240,7 +240,7 @@ fn address_bytes(address: IpAddr) -> Bytes {
     }
 }
 
-#[cfg(test)]
-pub(crate) mod fixture;
+#[cfg(any(test, fuzzing))]
+pub mod fixture;
 #[cfg(test)]
 mod tests;

@@ -7,6 +7,8 @@ use crate::{telemetry::ResponseFlag, text::Text, tls::TlsError};
 
 mod client;
 mod early;
+#[cfg(fuzzing)]
+pub(crate) mod fuzzing;
 mod headers;
 mod keepalive;
 mod pool;
@@ -98,6 +100,15 @@ pub struct H2Settings {
     pub keepalive: Duration,
     /// A PING unanswered this long means that the peer is gone.
     pub keepalive_timeout: Duration,
+}
+
+impl H2Settings {
+    /// Bytes that a stream reads before it gives their credit back: per read it would cost a lock and, at worst, a frame. All
+    /// streams together must not hold back a window, or nobody could send any more.
+    fn release(&self) -> usize {
+        let share = self.connection_window / self.max_streams.max(1) / 4 * 3;
+        (64 * 1024).min(self.stream_window / 2).min(share).max(1) as usize
+    }
 }
 
 impl Default for H2Settings {

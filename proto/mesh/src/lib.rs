@@ -34,3 +34,7 @@ pub mod store;
 pub mod xds;
 
 pub mod serve;
+
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;

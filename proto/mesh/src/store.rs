@@ -272,6 +272,12 @@ impl Snapshot {
         mesh.chain(namespace.into_iter().flat_map(|policies| policies.values())).chain(listed).map(|policy| &**policy)
     }
 
+    /// Is the same known here as there, whatever the order it came in?
+    #[cfg(fuzzing)]
+    pub(crate) fn is_like(&self, other: &Self) -> bool {
+        self.indexes == other.indexes
+    }
+
     /// The `workloads`, `services`, `policies`, `stagedServices` and `storeVersion` of `/config_dump`.
     pub fn config_dump(&self) -> serde_json::Map<String, serde_json::Value> {
         dump::config_dump(self)

@@ -11,6 +11,8 @@ mod process;
 pub(crate) use exposition::preferences;
 pub use exposition::{Exposition, Family, Kind};
 pub use flag::ResponseFlag;
+#[cfg(fuzzing)]
+pub use logging::capture;
 pub use logging::{LogError, LogFormat, LogHandle, init_logging};
 pub use metrics::{ByteCounts, MetricsHandle, metrics_handle, record_build};
 pub use process::watch_runtimes;

@@ -2,6 +2,7 @@
 //! (the control plane sees it as a NACK) while all others go on.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use http::{HeaderName, Method};
 use mesh_proto::waypoint::{self as wire, backend, key_match, route_match};
@@ -13,6 +14,9 @@ use crate::filter::{Filter, FilterError};
 
 /// Compiled size in bytes above which a regular expression is refused: it bounds what one route can cost.
 const REGEX_SIZE_LIMIT: usize = 1 << 20;
+
+/// The longest timeout, which is what the Gateway API can write; with more than a clock can count, adding would panic.
+const LONGEST_TIMEOUT: Duration = Duration::from_secs(100_000 * 3600);
 
 /// Why a route resource is refused.
 #[derive(Debug, thiserror::Error)]
@@ -130,22 +134,22 @@ fn value_match(rule: usize, m: &wire::KeyMatch) -> Result<ValueMatch, RouteError
 
 /// RE2 semantics, anchored at both ends.
 fn full_match(rule: usize, pattern: &str) -> Result<Regex, RouteError> {
-    RegexBuilder::new(&format!("^(?:{pattern})$"))
-        .size_limit(REGEX_SIZE_LIMIT)
-        .build()
-        .map_err(|source| RouteError::Regex { rule, pattern: pattern.to_owned(), source: Box::new(source) })
+    let build = |pattern: &str| RegexBuilder::new(pattern).size_limit(REGEX_SIZE_LIMIT).build();
+    // By itself first: one that closes the group would match anywhere.
+    build(pattern).and_then(|_| build(&format!("^(?:{pattern})$"))).map_err(|source| RouteError::Regex {
+        rule,
+        pattern: pattern.to_owned(),
+        source: Box::new(source),
+    })
 }
 
 fn port(rule: usize, what: &'static str, value: u32) -> Result<u16, RouteError> {
     u16::try_from(value).map_err(|_| RouteError::Invalid { rule, what, value: value.to_string() })
 }
 
-fn duration(rule: usize, value: Option<&prost_types::Duration>) -> Result<Option<std::time::Duration>, RouteError> {
+fn duration(rule: usize, value: Option<&prost_types::Duration>) -> Result<Option<Duration>, RouteError> {
     let Some(value) = value else { return Ok(None) };
-    let d = std::time::Duration::try_from(*value).map_err(|_| RouteError::Invalid {
-        rule,
-        what: "timeout",
-        value: format!("{value:?}"),
-    })?;
+    let bad = || RouteError::Invalid { rule, what: "timeout", value: format!("{value:?}") };
+    let d = Duration::try_from(*value).ok().filter(|d| *d <= LONGEST_TIMEOUT).ok_or_else(bad)?;
     Ok((!d.is_zero()).then_some(d))
 }

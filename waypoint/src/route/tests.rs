@@ -142,6 +142,26 @@ fn regular_expressions_match_the_whole_value_and_rank_last() {
 }
 
 #[test]
+fn a_regular_expression_that_gets_out_of_its_anchors_is_refused() {
+    let re = wire::RouteMatch { path: Some(route_match::Path::PathRegex("/a)|(?:b".into())), ..Default::default() };
+    let Story(route) = Story::new("shop", "r", "shop/echo").rule("regex", vec![re]);
+    assert!(matches!(CompiledRoute::compile(&route), Err(RouteError::Regex { rule: 0, .. })));
+}
+
+#[test]
+fn a_timeout_that_no_clock_can_count_is_refused() {
+    let route = |seconds| {
+        let Story(mut route) = Story::new("shop", "r", "shop/echo").rule("v1", vec![prefix("/")]);
+        route.rules[0].request_timeout = Some(prost_types::Duration { seconds, nanos: 0 });
+        CompiledRoute::compile(&route)
+    };
+    assert!(route(99_999 * 3600).is_ok());
+    for seconds in [i64::MAX, -1] {
+        assert!(matches!(route(seconds), Err(RouteError::Invalid { what: "timeout", .. })));
+    }
+}
+
+#[test]
 fn older_routes_win_ties_then_names_then_position() {
     let t = table(vec![
         Story::new("shop", "a", "shop/echo").created(2).rule("young", vec![prefix("/")]),

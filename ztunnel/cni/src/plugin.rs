@@ -264,6 +264,15 @@ impl Call<'_> {
     }
 }
 
+/// What a call understands before it asks anybody: the pod, and its addresses.
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub fn understood(environment: &BTreeMap<String, String>, input: &[u8]) -> Option<(Option<PodName>, Vec<IpAddr>)> {
+    let call = Call { environment, input };
+    let result = call.previous(&call.conf().ok()?).ok()?;
+    Some((call.pod().ok()?, addresses(&result)))
+}
+
 fn open_netns(path: &str) -> Result<File, Failure> {
     File::open(path).map_err(|error| failure(code::INPUT, "CNI_NETNS cannot be opened", format!("{path}: {error}")))
 }

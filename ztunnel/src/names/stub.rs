@@ -117,7 +117,7 @@ async fn udp(server: SocketAddr, query: &Query, bytes: &[u8], id: u16) -> io::Re
 }
 
 /// The addresses that belong to the name, by way of its aliases; records of other names count for nothing.
-fn read(answer: &Message, name: &Name, kind: RecordType) -> Found {
+pub(crate) fn read(answer: &Message, name: &Name, kind: RecordType) -> Found {
     let mut owner = name.clone();
     let mut ttl = u32::MAX;
     for _ in 0..ALIASES {

@@ -65,7 +65,7 @@ pub struct Finder {
 /// What stands before the kubelet's own tree in the paths of `/proc/PID/cgroup`. A path without it belongs to somebody
 /// else, whatever it looks like further down.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-struct KubeletRoot {
+pub(crate) struct KubeletRoot {
     /// Path of `CGROUP_ROOT` inside the v2 hierarchy; "" for the whole.
     v2: String,
     /// By controllers (second field; "" for v2), below that: where a kubelet that itself runs in a container (kind) or
@@ -76,7 +76,7 @@ struct KubeletRoot {
 impl KubeletRoot {
     /// ztunnel is a pod of the same kubelet, so its own path shows where the tree is. Where it does not (another cgroup
     /// namespace, no pod at all) the tree is expected at the top.
-    fn new(v2: String, own: &str) -> Self {
+    pub(crate) fn new(v2: String, own: &str) -> Self {
         let mut root = Self { v2, ..Self::default() };
         for (v1, controllers, path) in lines(own) {
             let Some(path) = root.below_v2(v1, path) else { continue };
@@ -244,7 +244,7 @@ fn inode(file: std::os::fd::BorrowedFd<'_>) -> io::Result<u64> {
 
 /// The pod UID in the text of `/proc/PID/cgroup`. Lines without one (other controllers, hybrid nodes) do not count;
 /// two lines that name different pods make the process nobody's.
-fn pod_uid(cgroups: &str, kubelet: &KubeletRoot) -> Option<String> {
+pub(crate) fn pod_uid(cgroups: &str, kubelet: &KubeletRoot) -> Option<String> {
     let mut uid: Option<String> = None;
     for (v1, controllers, path) in lines(cgroups) {
         let Some(here) = kubelet.strip(v1, controllers, path).and_then(pod_of_path) else { continue };
@@ -312,7 +312,7 @@ fn pod_component(part: &str) -> Option<String> {
 
 /// `cgroup_root` as a path inside the v2 hierarchy, from the mount that shows it. A root that lies above our cgroup
 /// namespace (`/..`) cannot be spelled; paths of others then start with `..` as well, which [`pod_of_path`] reads.
-fn v2_prefix(mountinfo: &str, cgroup_root: &Path) -> Option<String> {
+pub(crate) fn v2_prefix(mountinfo: &str, cgroup_root: &Path) -> Option<String> {
     let mount = mountinfo
         .lines()
         .filter_map(|line| {

@@ -70,12 +70,12 @@ fn request(family: libc::c_int) -> Vec<u8> {
     bytes
 }
 
-struct Message<'a> {
-    kind: u16,
-    body: &'a [u8],
+pub(crate) struct Message<'a> {
+    pub(crate) kind: u16,
+    pub(crate) body: &'a [u8],
 }
 
-fn messages(mut bytes: &[u8]) -> impl Iterator<Item = Message<'_>> {
+pub(crate) fn messages(mut bytes: &[u8]) -> impl Iterator<Item = Message<'_>> {
     std::iter::from_fn(move || {
         let length = usize::try_from(u32::from_ne_bytes(*bytes.first_chunk()?)).ok()?;
         let kind = u16::from_ne_bytes(*bytes.get(4..)?.first_chunk()?);
@@ -86,7 +86,7 @@ fn messages(mut bytes: &[u8]) -> impl Iterator<Item = Message<'_>> {
 }
 
 /// Of an `inet_diag_msg` with its attributes.
-fn mark(body: &[u8]) -> Option<u32> {
+pub(crate) fn mark(body: &[u8]) -> Option<u32> {
     let mut attributes = body.get(MESSAGE..)?;
     while let Some(length) = attributes.first_chunk().map(|length| usize::from(u16::from_ne_bytes(*length))) {
         let kind = u16::from_ne_bytes(*attributes.get(2..)?.first_chunk()?);

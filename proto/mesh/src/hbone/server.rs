@@ -63,6 +63,8 @@ pub struct ConnectRequest {
     pub peer: VerifiedPeer,
     respond: SendResponse<Bytes>,
     body: RecvStream,
+    /// Of its stream to be.
+    release: usize,
 }
 
 impl ConnectRequest {
@@ -72,7 +74,7 @@ impl ConnectRequest {
         let headers = ConnectHeaders { baggage: baggage.cloned(), ..ConnectHeaders::default() };
         headers.write(response.headers_mut());
         let send = self.respond.send_response(response, false).map_err(TunnelError::Stream)?;
-        Ok(HboneStream::new(send, self.body, None))
+        Ok(HboneStream::new(send, self.body, self.release, None))
     }
 
     /// The stream it came on.
@@ -125,6 +127,7 @@ where
     let handshake = Box::pin(tokio::time::timeout(HANDSHAKE_TIMEOUT, builder.handshake(stream)));
     let mut connection = handshake.await.map_err(|_| ServeError::HandshakeTimeout)?.map_err(ServeError::Handshake)?;
 
+    let release = settings.release();
     let mut handlers = JoinSet::new();
     let mut peer_gone = pin!(keepalive::peer_gone(connection.ping_pong(), settings, None));
     let mut draining = pin!(drain.draining());
@@ -137,7 +140,7 @@ where
             biased;
             accepted = connection.accept() => match accepted {
                 Some(Ok((request, respond))) => {
-                    if let Some(request) = admit(request, respond, &peer) {
+                    if let Some(request) = admit(request, respond, &peer, release) {
                         handlers.spawn(handler(request));
                     }
                 }
@@ -183,6 +186,7 @@ fn admit(
     request: Request<RecvStream>,
     mut respond: SendResponse<Bytes>,
     peer: &VerifiedPeer,
+    release: usize,
 ) -> Option<ConnectRequest> {
     let (parts, body) = request.into_parts();
     let authority = (parts.method == Method::CONNECT && !is_extended(&parts.extensions))
@@ -197,7 +201,7 @@ fn admit(
         return None;
     };
     let headers = ConnectHeaders::parse(&parts.headers);
-    Some(ConnectRequest { authority, headers, peer: peer.clone(), respond, body })
+    Some(ConnectRequest { authority, headers, peer: peer.clone(), respond, body, release })
 }
 
 /// Whether the CONNECT is for another protocol (RFC 8441).

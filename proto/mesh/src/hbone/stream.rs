@@ -13,9 +13,6 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use super::client::StreamPermit;
 use crate::net::{ByteStream, Chunks};
 
-/// Flow-control credit is given back in portions of this size: per read it would cost a lock and, at worst, a frame.
-/// A hundred streams holding back this much still leave most of a connection's window.
-const RELEASE: usize = 64 * 1024;
 /// Most that is copied at once for a writer that has no chunks of its own.
 const MAX_COPY: usize = 256 * 1024;
 
@@ -27,14 +24,16 @@ pub struct HboneStream {
     /// Received, but the reader had no room for it.
     leftover: Bytes,
     unreleased: usize,
+    /// As [`super::H2Settings::release`] has it.
+    release: usize,
     ended: bool,
     /// The client's count of streams on the connection.
     _permit: Option<StreamPermit>,
 }
 
 impl HboneStream {
-    pub(super) fn new(send: SendStream<Bytes>, recv: RecvStream, permit: Option<StreamPermit>) -> Self {
-        Self { send, recv, leftover: Bytes::new(), unreleased: 0, ended: false, _permit: permit }
+    pub(super) fn new(send: SendStream<Bytes>, recv: RecvStream, release: usize, permit: Option<StreamPermit>) -> Self {
+        Self { send, recv, leftover: Bytes::new(), unreleased: 0, release, ended: false, _permit: permit }
     }
 
     fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Bytes>> {
@@ -47,7 +46,7 @@ impl HboneStream {
                 Some(Ok(data)) if data.is_empty() => {}
                 Some(Ok(data)) => {
                     self.unreleased += data.len();
-                    if self.unreleased >= RELEASE {
+                    if self.unreleased >= self.release {
                         // Fails only when the stream is gone, which the next read reports.
                         let _ = self.recv.flow_control().release_capacity(self.unreleased);
                         self.unreleased = 0;

@@ -559,6 +559,24 @@ async fn a_client_that_breaks_off_before_its_tunnel_stands_is_known_to_have() {
 }
 
 #[tokio::test]
+async fn small_windows_do_not_stop_tunnels_for_good() {
+    let h2 = H2Settings { stream_window: 65_535, connection_window: 4 * 65_535, ..H2Settings::default() };
+    let world = world(h2.clone(), PoolSettings { h2, ..PoolSettings::default() }).await;
+    let mut tunnels = Vec::new();
+    // Each holds back less than its own window, all together more than the connection's.
+    for _ in 0..8 {
+        let mut tunnel = world.connect().await;
+        round_trip(&mut tunnel, &[1; 40_000]).await;
+        tunnels.push(tunnel);
+    }
+    assert_eq!(world.dialled(), 1);
+    // And this is more than one stream's.
+    for _ in 0..4 {
+        round_trip(&mut tunnels[0], &[2; 40_000]).await;
+    }
+}
+
+#[tokio::test]
 async fn both_ends_know_a_stream_by_the_same_name() {
     let ca = FileCa::generate("td", Duration::from_secs(3600), Clock::system()).unwrap();
     let (client, server) = (Arc::new(ca.sign(&id("client")).unwrap()), Arc::new(ca.sign(&id("server")).unwrap()));

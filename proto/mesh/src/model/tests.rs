@@ -97,6 +97,8 @@ fn malformed_references_are_refused() {
     let port = wire::Port { service_port: 65536, ..Default::default() };
     assert_eq!(refused_service(|s| s.ports = vec![port]), ModelError::Port { field: "service_port", value: 65536 });
     assert_eq!(refused_service(|s| s.hostname.clear()), ModelError::Empty("hostname"));
+    assert_eq!(refused_service(|s| s.hostname = "a/b".to_owned()), ModelError::Slash("hostname"));
+    assert_eq!(refused_service(|s| s.namespace = "a/b".to_owned()), ModelError::Slash("namespace"));
     assert_eq!(Resource::try_from(wire::Address::default()), Err(ModelError::Empty("type")));
 }
 

@@ -28,6 +28,9 @@ pub enum ModelError {
     NoDestination(&'static str),
     #[error("services: {0}")]
     ServiceName(#[from] ParseNameError),
+    /// Nothing could remove it by such a name.
+    #[error("{0} has a slash in it")]
+    Slash(&'static str),
 }
 
 /// Reads 4 or 16 bytes in network order; an IPv4-mapped IPv6 address becomes the IPv4 address it stands for, as on
@@ -226,6 +229,11 @@ impl TryFrom<wire::Service> for Service {
     type Error = ModelError;
 
     fn try_from(s: wire::Service) -> Result<Self, ModelError> {
+        for (field, value) in [("namespace", &s.namespace), ("hostname", &s.hostname)] {
+            if value.contains('/') {
+                return Err(ModelError::Slash(field));
+            }
+        }
         let (vips, cidr_vips) = vips(s.addresses)?;
         let weighted = |w: wire::WeightedWaypoint| {
             let destination = w.destination.ok_or(ModelError::NoDestination("weighted_waypoints"))?;

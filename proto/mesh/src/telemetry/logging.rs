@@ -307,8 +307,8 @@ impl Visit for JsonFields {
 }
 
 /// What `log` writes in that format, under that filter.
-#[cfg(test)]
-pub(super) fn capture(format: LogFormat, filter: &str, log: impl FnOnce()) -> String {
+#[cfg(any(test, fuzzing))]
+pub fn capture(format: LogFormat, filter: &str, log: impl FnOnce()) -> String {
     #[derive(Clone, Default)]
     struct Captured(Arc<Mutex<Vec<u8>>>);
 

@@ -1,0 +1,25 @@
+//! Doors for `crate::fuzzing`: a client that waits for its answer, and a tunnel without the TLS below it.
+
+use std::task::Context;
+
+use bytes::Bytes;
+use h2::{RecvStream, SendStream};
+
+use super::{H2Settings, HboneStream, Meanwhile, StreamName};
+
+/// The CONNECT has been sent.
+pub fn ask(meanwhile: &mut Meanwhile<'_>, stream: u32, body: &mut SendStream<Bytes>) {
+    meanwhile.asked(StreamName { session: [0; 32], stream }, body);
+}
+
+/// There is no answer yet.
+pub fn while_unanswered(meanwhile: &mut Meanwhile<'_>, cx: &mut Context<'_>, body: &mut SendStream<Bytes>) {
+    meanwhile.poll(cx, body);
+}
+
+/// The two halves of an HTTP/2 stream, of a connection with the smallest windows there are, as a tunnel.
+pub fn pipe(send: SendStream<Bytes>, recv: RecvStream) -> HboneStream {
+    let settings =
+        H2Settings { stream_window: 65_535, connection_window: 65_535, max_streams: 4, ..H2Settings::default() };
+    HboneStream::new(send, recv, settings.release(), None)
+}
