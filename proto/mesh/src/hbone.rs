@@ -5,10 +5,12 @@ use std::{fmt, io, net::SocketAddr, str::FromStr, sync::Arc, time::Duration};
 
 use crate::{telemetry::ResponseFlag, text::Text, tls::TlsError};
 
+mod allowance;
 mod client;
 mod early;
 mod headers;
 mod keepalive;
+mod outbox;
 mod pool;
 mod server;
 mod stream;

@@ -3,6 +3,7 @@
 use std::{
     io,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
 };
 
@@ -10,7 +11,7 @@ use bytes::{Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::client::StreamPermit;
+use super::{client::StreamPermit, outbox::Outbox};
 use crate::net::{ByteStream, Chunks};
 
 /// Flow-control credit is given back in portions of this size: per read it would cost a lock and, at worst, a frame.
@@ -28,13 +29,30 @@ pub struct HboneStream {
     leftover: Bytes,
     unreleased: usize,
     ended: bool,
+    /// What all streams of the connection have queued, where that is bounded.
+    outbox: Option<Arc<Outbox>>,
     /// The client's count of streams on the connection.
     _permit: Option<StreamPermit>,
 }
 
 impl HboneStream {
-    pub(super) fn new(send: SendStream<Bytes>, recv: RecvStream, permit: Option<StreamPermit>) -> Self {
-        Self { send, recv, leftover: Bytes::new(), unreleased: 0, ended: false, _permit: permit }
+    /// A client's.
+    pub(super) fn opened(send: SendStream<Bytes>, recv: RecvStream, permit: StreamPermit) -> Self {
+        Self::new(send, recv, None, Some(permit))
+    }
+
+    /// A server's.
+    pub(super) fn accepted(send: SendStream<Bytes>, recv: RecvStream, outbox: Arc<Outbox>) -> Self {
+        Self::new(send, recv, Some(outbox), None)
+    }
+
+    fn new(
+        send: SendStream<Bytes>,
+        recv: RecvStream,
+        outbox: Option<Arc<Outbox>>,
+        permit: Option<StreamPermit>,
+    ) -> Self {
+        Self { send, recv, leftover: Bytes::new(), unreleased: 0, ended: false, outbox, _permit: permit }
     }
 
     fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Bytes>> {
@@ -68,6 +86,13 @@ impl HboneStream {
 
     /// Room to send, at least one byte and at most `want`.
     fn poll_room(&mut self, cx: &mut Context<'_>, want: usize) -> Poll<io::Result<usize>> {
+        if let Some(outbox) = &self.outbox
+            && outbox.poll_room(cx).is_pending()
+            // A stream that is over has to learn so while it waits, too.
+            && self.send.poll_reset(cx).is_pending()
+        {
+            return Poll::Pending;
+        }
         self.send.reserve_capacity(want);
         loop {
             let room = self.send.capacity();
@@ -83,6 +108,9 @@ impl HboneStream {
     }
 
     fn send(&mut self, data: Bytes) -> io::Result<()> {
+        if let Some(outbox) = &self.outbox {
+            outbox.queued(data.len());
+        }
         self.send.send_data(data, false).map_err(to_io)
     }
 
