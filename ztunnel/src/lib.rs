@@ -21,6 +21,7 @@ pub mod dns;
 pub mod ending;
 pub mod explain;
 pub mod handover;
+pub mod handshakes;
 pub mod hearsay;
 pub mod inbound;
 pub mod join;

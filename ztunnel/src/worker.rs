@@ -24,6 +24,7 @@ use tokio::task::JoinSet;
 use crate::config::Config;
 use crate::ending::Ending;
 use crate::handover::seal;
+use crate::handshakes::Handshakes;
 use crate::hearsay::Hearsay;
 use crate::join::Joins;
 use crate::names::Names;
@@ -50,6 +51,7 @@ pub struct Shared {
     pub names: Names,
     pub joins: Arc<Joins>,
     pub hearsay: Arc<Hearsay>,
+    pub handshakes: Arc<Handshakes>,
 }
 
 impl Shared {
