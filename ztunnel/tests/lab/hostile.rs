@@ -268,6 +268,7 @@ fn who_breaks_or_overdoes_http2_is_cut_and_told_of_while_others_are_served() {
                 eventually("what they asked for is given up", || lab.lines_after(known, &[&source, CANCELLED]) > 0);
             }
             assert!(cost < CHEAP, "{name} cost {cost} bytes");
+            assert_eq!(lab.lines_after(known, &["\th2::"]), 0, "{name} wrote into the log");
         }
         // What was opened for them is closed.
         eventually("nothing is left of them", || lab.open_files() <= files + 8);
