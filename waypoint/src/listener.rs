@@ -13,7 +13,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use mesh::drain::DrainWatcher;
-use mesh::hbone::{self, ConnectRequest, H2Settings, HboneStream};
+use mesh::hbone::{self, ConnectRequest, H2Settings, HboneStream, ServeError};
 use mesh::identity::{CertificateManager, Identity};
 use mesh::model::{AppProtocol, NamespacedHostname, Service};
 use mesh::net::PeerAddr;
@@ -194,8 +194,12 @@ pub async fn connection(worker: Arc<Worker>, stream: TcpStream, peer: PeerAddr, 
     };
     let watch = drain.clone();
     let handler = move |request: ConnectRequest| tunnel(worker.clone(), request, watch.clone());
-    if let Err(error) = hbone::serve(stream, peer, H2Settings::default(), drain, handler).await {
-        tracing::debug!(%client, %error, "HBONE connection ended");
+    let identity = peer.identity().clone();
+    match hbone::serve(stream, peer, H2Settings::default(), drain, handler).await {
+        Ok(()) => {}
+        // Its tunnels tell of that.
+        Err(ServeError::Cut) => tracing::debug!(%client, %here, "HBONE connection cut"),
+        Err(error) => access::broken(Direction::Waypoint, client, &identity, here, error.flag(), &error),
     }
 }
 

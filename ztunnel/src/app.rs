@@ -111,6 +111,7 @@ pub fn run(mut config: Config, log: LogHandle) -> anyhow::Result<()> {
             joins: Arc::default(),
             hearsay: Arc::default(),
             demand,
+            handshakes: Arc::default(),
         };
         let workers = Arc::new(Workers::start(&shared).context("starting workers")?);
         let data = workers.runtimes().iter().enumerate().map(|(n, runtime)| (n.to_string(), runtime.clone()));

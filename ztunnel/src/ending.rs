@@ -49,6 +49,8 @@ pub enum Ending {
     Revoked,
     #[error("the proxy or the pod is going away")]
     Drained,
+    #[error("the client gave the tunnel up before it was answered")]
+    GivenUp,
     #[error("answering the tunnel request: {0}")]
     Answer(TunnelError),
     #[error(transparent)]
@@ -71,6 +73,7 @@ impl Ending {
             Self::Denied(_) | Self::DeniedLater => ResponseFlag::Deny,
             Self::Revoked => ResponseFlag::CertRevoked,
             Self::Drained => ResponseFlag::Drained,
+            Self::GivenUp => ResponseFlag::Cancelled,
             Self::Copy(_) => ResponseFlag::Reset,
         }
     }
@@ -93,6 +96,7 @@ impl Ending {
             | Self::Announce { .. }
             | Self::NoSource(_)
             | Self::Drained
+            | Self::GivenUp
             | Self::Answer(_)
             | Self::Copy(_) => StatusCode::SERVICE_UNAVAILABLE,
         }

@@ -5,7 +5,7 @@ pub(crate) mod proxy_protocol;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use mesh::hbone::{self, Baggage, ConnectRequest, HboneStream};
+use mesh::hbone::{self, Baggage, ConnectRequest, HboneStream, ServeError};
 use mesh::identity::Identity;
 use mesh::model::Workload;
 use mesh::policy::{self, Denial, Original, Permit, authorize};
@@ -13,6 +13,8 @@ use mesh::serve::CopyError;
 use mesh::store::Snapshot;
 use mesh::telemetry::ResponseFlag;
 use mesh::telemetry::access::{self, Connection, Direction, Failure, Security, TcpRecord, Via};
+use mesh::tls::{TlsError, TlsStream, VerifiedPeer};
+use thiserror::Error;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -28,28 +30,60 @@ pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, here: 
     if at.is_self_call(here) {
         return access::refused(Direction::Inbound, client, here, ResponseFlag::BadRequest, &SELF_CALL);
     }
-    let cert = async {
-        let local = at.local().await?;
-        at.certificate(&local).await
+    let handshake = at.shared.handshakes.begin(at.pod.cookie);
+    let accepted = tokio::select! {
+        biased;
+        accepted = Box::pin(accept(&at, stream, client)) => accepted,
+        // Told already.
+        () = handshake.displaced() => return,
     };
-    let cert = match cert.await {
-        Ok(cert) => cert,
-        Err(ending) => return access::refused(Direction::Inbound, client, here, ending.flag(), &ending),
-    };
-    let (tls, peer) = match Box::pin(mesh::tls::accept(&cert, stream, client)).await {
+    let (tls, peer) = match accepted {
         Ok(accepted) => accepted,
         Err(error) => return access::refused(Direction::Inbound, client, here, error.flag(), &error),
     };
-    drop(opening);
+    drop((handshake, opening));
     let drain = at.pod.drain.clone();
     let settings = h2_settings(&at.shared.config);
     let tunnels = {
         let at = at.clone();
         move |request| tunnel(at.clone(), request, here)
     };
-    if let Err(error) = Box::pin(hbone::serve(tls, peer, settings, drain, tunnels)).await {
-        tracing::debug!(%client, %here, %error, "HBONE connection ended");
+    let identity = peer.identity().clone();
+    match Box::pin(hbone::serve(tls, peer, settings, drain, tunnels)).await {
+        Ok(()) => {}
+        // Its tunnels tell of that.
+        Err(ServeError::Cut) => tracing::debug!(%client, %here, "HBONE connection cut"),
+        Err(error) => access::broken(Direction::Inbound, client, &identity, here, error.flag(), &error),
     }
+}
+
+/// Why a connection to port 15008 had no tunnel request in it.
+#[derive(Debug, Error)]
+enum NotAccepted {
+    #[error(transparent)]
+    Ours(#[from] Ending),
+    #[error(transparent)]
+    Theirs(#[from] TlsError),
+}
+
+impl NotAccepted {
+    fn flag(&self) -> ResponseFlag {
+        match self {
+            Self::Ours(ending) => ending.flag(),
+            Self::Theirs(error) => error.flag(),
+        }
+    }
+}
+
+/// The handshake, with the certificate of this pod.
+async fn accept(
+    at: &Place,
+    stream: TcpStream,
+    client: SocketAddr,
+) -> Result<(TlsStream<TcpStream>, VerifiedPeer), NotAccepted> {
+    let local = at.local().await?;
+    let cert = at.certificate(&local).await?;
+    Ok(mesh::tls::accept(&cert, stream, client).await?)
 }
 
 /// One tunnel request.
@@ -120,7 +154,7 @@ async fn forward(
     at: &Arc<Place>,
     local: &Local,
     opening: Opening,
-    (request, original): (ConnectRequest, Option<Original>),
+    (mut request, original): (ConnectRequest, Option<Original>),
     target: Target,
     record: &TcpRecord,
 ) -> Result<(), Ending> {
@@ -154,7 +188,13 @@ async fn forward(
         let _permit = decided?;
         at.dial_target(client.ip(), target).await
     };
-    let mut upstream = match connected.await {
+    let connected = tokio::select! {
+        biased;
+        connected = connected => connected,
+        // Or a client that asks and gives up, over and over, would have us dial without end.
+        () = request.given_up() => Err(Ending::GivenUp),
+    };
+    let mut upstream = match connected {
         Ok(upstream) => upstream,
         Err(ending) => {
             request.reject(ending.status());

@@ -24,6 +24,7 @@ pub mod explain;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod handover;
+pub mod handshakes;
 pub mod hearsay;
 pub mod inbound;
 pub mod join;

@@ -27,6 +27,7 @@ use tokio::task::JoinSet;
 use crate::config::Config;
 use crate::ending::Ending;
 use crate::handover::seal;
+use crate::handshakes::Handshakes;
 use crate::hearsay::Hearsay;
 use crate::join::Joins;
 use crate::names::Names;
@@ -59,6 +60,7 @@ pub struct Shared {
     pub hearsay: Arc<Hearsay>,
     /// `None` where the control plane sends all workloads and services.
     pub demand: Option<Demand>,
+    pub handshakes: Arc<Handshakes>,
 }
 
 impl Shared {

@@ -5,12 +5,14 @@ use std::{fmt, io, net::SocketAddr, str::FromStr, sync::Arc, time::Duration};
 
 use crate::{telemetry::ResponseFlag, text::Text, tls::TlsError};
 
+mod allowance;
 mod client;
 mod early;
 #[cfg(fuzzing)]
 pub(crate) mod fuzzing;
 mod headers;
 mod keepalive;
+mod outbox;
 mod pool;
 mod server;
 mod stream;

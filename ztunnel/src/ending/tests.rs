@@ -218,6 +218,7 @@ fn endings(rows: &mut Vec<Row>) {
         Ending::DeniedLater => Ending::DeniedLater, Deny, "no longer allows";
         Ending::Revoked => Ending::Revoked, CertRevoked, "the peer's certificate has been revoked";
         Ending::Drained => Ending::Drained, Drained, "going away";
+        Ending::GivenUp => Ending::GivenUp, Cancelled, "gave the tunnel up";
         Ending::Answer(_) => Ending::Answer(TunnelError::Unstable), Connect, "answering the tunnel request";
         Ending::Copy(_) => CopyError::Upstream(io::ErrorKind::StorageFull.into()).into(), Reset, "upstream: ";
     });

@@ -8,12 +8,13 @@ use std::collections::HashMap;
 use super::wire::Counted;
 
 /// The counters that are about connections. Only these are believed.
-const CARRIED: [&str; 5] = [
+const CARRIED: [&str; 6] = [
     "istio_tcp_connections_closed_total",
     "istio_tcp_connections_failed_total",
     "istio_tcp_received_bytes_total",
     "istio_tcp_sent_bytes_total",
     "mesh_connections_refused_total",
+    "mesh_hbone_connections_broken_total",
 ];
 /// Bytes as the metrics name them.
 const RECEIVED: &str = "istio_tcp_received_bytes_total";

@@ -5,6 +5,8 @@
 
 #![forbid(unsafe_code)]
 
+mod foreign;
+mod hostile;
 mod life;
 mod networks;
 mod operators;

@@ -2,12 +2,8 @@
 //! one on to a pod of its own network.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Stdio;
-use std::time::Duration;
-
-use mesh::clock::Clock;
-use mesh::identity::{FileCa, Identity};
 
 use crate::support::*;
 
@@ -19,8 +15,7 @@ const THERE: &str = "10.97.0.10";
 const NAMES: &str = "name: api, namespace: shop, hostname: api.shop.svc, ports: {80: 8080}";
 
 fn envoy() -> PathBuf {
-    let tools = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("cargo's target directory").join("tools");
-    tools.join("envoy/bin/envoy")
+    tool("envoy/bin/envoy")
 }
 
 /// The client's network knows of the other one its gateway, and one workload that stands for all behind the service.
@@ -58,12 +53,8 @@ enrolments: [{{uid: {lab}-b1, name: b1, namespace: shop, serviceAccount: b1, add
 
 /// Starts the gateway: a tunnel for the service's name, and no other, leads to `to`.
 fn start_gateway(lab: &mut Lab, to: &str) {
+    lab.certify("gw");
     let dir = lab.dir.path();
-    let ca = FileCa::open(dir, Duration::from_secs(3600), Clock::system()).expect("the lab's");
-    let identity = Identity::new("cluster.local", "shop", "gw").expect("a name");
-    let (chain, key) = ca.sign_pem(&identity).expect("a certificate");
-    fs::write(dir.join("gw.pem"), chain).expect("written");
-    fs::write(dir.join("gw.key"), key).expect("written");
     let config = format!(
         r#"
 static_resources:

@@ -14,6 +14,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ebpf_loader::Capture;
+use mesh::clock::Clock;
+use mesh::identity::{FileCa, Identity};
 use nix::sched::{CloneFlags, setns};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
 
@@ -168,6 +170,16 @@ impl Lab {
         fs::write(self.dir.path().join("ca-key.pem"), key.serialize_pem()).expect("written");
     }
 
+    /// A certificate of the lab's authority for somebody who is no ztunnel, as `NAME.pem` and `NAME.key`.
+    pub fn certify(&self, name: &str) {
+        let dir = self.dir.path();
+        let ca = FileCa::open(dir, Duration::from_secs(3600), Clock::system()).expect("the lab's");
+        let identity = Identity::new("cluster.local", "shop", name).expect("a name");
+        let (chain, key) = ca.sign_pem(&identity).expect("a certificate");
+        fs::write(dir.join(format!("{name}.pem")), chain).expect("written");
+        fs::write(dir.join(format!("{name}.key")), key).expect("written");
+    }
+
     /// Writes what `node`'s ztunnel knows, in one step as an editor would.
     pub fn configure(&self, node: char, mesh: &Mesh<'_>) {
         let mut text = String::from("workloads:\n");
@@ -272,8 +284,13 @@ impl Lab {
 
     /// A connection from `pod` that stays open.
     pub fn hold(&self, pod: &str, address: &str) -> Held {
+        self.hold_at(pod, address, APP_PORT)
+    }
+
+    /// The same to another port.
+    pub fn hold_at(&self, pod: &str, address: &str, port: u16) -> Held {
         let script = format!(
-            "exec 3<>/dev/tcp/{address}/{APP_PORT}
+            "exec 3<>/dev/tcp/{address}/{port}
              while read -r line; do echo \"$line\" >&3; read -r -t 10 answer <&3; echo \"$answer\"; done"
         );
         let mut command = self.in_pod(pod, &script);
@@ -373,6 +390,12 @@ fn reap(root: &Path) {
             take_down(&name, &entry.path());
         }
     }
+}
+
+/// A program that `cargo xtask setup` has put aside.
+pub fn tool(program: &str) -> PathBuf {
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("cargo's target directory");
+    target.join("tools").join(program)
 }
 
 /// Runs `work` on a thread inside a namespace.
@@ -478,4 +501,9 @@ pub fn possible(more: &[&str]) -> bool {
     assert!(std::env::var("LAB").as_deref() != Ok("required"), "LAB=required, but {why}");
     eprintln!("SKIPPED: {why}");
     false
+}
+
+/// A script that plays a peer.
+pub fn peer_script(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/lab/peers").join(name)
 }

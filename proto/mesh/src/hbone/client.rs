@@ -143,7 +143,7 @@ impl Opener {
         if parts.status != StatusCode::OK {
             return Err(OpenError::Final(TunnelError::Status(parts.status)));
         }
-        let stream = HboneStream::new(body, recv, settings.h2.release(), Some(permit));
+        let stream = HboneStream::opened(body, recv, settings.h2.release(), permit);
         Ok(Tunnel { stream, peer: self.peer.clone(), response: ConnectHeaders::parse(&parts.headers) })
     }
 

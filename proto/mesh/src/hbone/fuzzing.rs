@@ -21,5 +21,5 @@ pub fn while_unanswered(meanwhile: &mut Meanwhile<'_>, cx: &mut Context<'_>, bod
 pub fn pipe(send: SendStream<Bytes>, recv: RecvStream) -> HboneStream {
     let settings =
         H2Settings { stream_window: 65_535, connection_window: 65_535, max_streams: 4, ..H2Settings::default() };
-    HboneStream::new(send, recv, settings.release(), None)
+    HboneStream::new(send, recv, settings.release())
 }

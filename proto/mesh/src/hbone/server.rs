@@ -1,6 +1,11 @@
 //! The accepting side: one authenticated connection, any number of CONNECTs.
 
-use std::{future::Future, pin::pin, time::Duration};
+use std::{
+    future::{Future, poll_fn},
+    pin::pin,
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use h2::{Reason, RecvStream, server::SendResponse};
@@ -11,7 +16,10 @@ use tokio::{
 };
 
 use super::{
-    Authority, Baggage, ConnectHeaders, H2Settings, HboneStream, SEND_BUFFER, StreamName, TunnelError, keepalive,
+    Authority, Baggage, ConnectHeaders, H2Settings, HboneStream, SEND_BUFFER, StreamName, TunnelError,
+    allowance::{Allowance, Rationed},
+    keepalive,
+    outbox::Outbox,
 };
 use crate::{
     drain::DrainWatcher,
@@ -39,8 +47,12 @@ pub enum ServeError {
     HandshakeTimeout,
     #[error("http/2: {0}")]
     Connection(#[source] h2::Error),
+    #[error("http/2: flood: more frames that move nothing than any use has")]
+    Flood,
     #[error("the peer answers no PING")]
     PeerGone,
+    #[error("the peer's certificate has been revoked")]
+    Revoked,
     #[error("cut at the drain deadline")]
     Cut,
 }
@@ -49,11 +61,31 @@ impl ServeError {
     pub fn flag(&self) -> ResponseFlag {
         match self {
             Self::Handshake(_) | Self::HandshakeTimeout => ResponseFlag::H2HandshakeFailure,
-            Self::Connection(_) => ResponseFlag::Reset,
+            Self::Connection(error) => broken_flag(error),
+            Self::Flood => ResponseFlag::Overload,
             Self::PeerGone => ResponseFlag::Timeout,
+            Self::Revoked => ResponseFlag::CertRevoked,
             Self::Cut => ResponseFlag::Drained,
         }
     }
+}
+
+/// Who broke the connection: a peer that breaks the rules of HTTP/2, or overdoes them, is told apart from a broken path.
+fn broken_flag(error: &h2::Error) -> ResponseFlag {
+    match error.reason() {
+        Some(Reason::ENHANCE_YOUR_CALM) if error.is_library() => ResponseFlag::Overload,
+        Some(_) if error.is_library() => ResponseFlag::BadRequest,
+        _ => ResponseFlag::Reset,
+    }
+}
+
+/// What the streams of a connection share.
+#[derive(Clone)]
+struct Terms {
+    /// As [`H2Settings::release`] has it.
+    release: usize,
+    allowance: Arc<Allowance>,
+    outbox: Arc<Outbox>,
 }
 
 /// A well-formed CONNECT that waits for an answer. Dropping it resets the stream.
@@ -63,8 +95,7 @@ pub struct ConnectRequest {
     pub peer: VerifiedPeer,
     respond: SendResponse<Bytes>,
     body: RecvStream,
-    /// Of its stream to be.
-    release: usize,
+    terms: Terms,
 }
 
 impl ConnectRequest {
@@ -74,7 +105,8 @@ impl ConnectRequest {
         let headers = ConnectHeaders { baggage: baggage.cloned(), ..ConnectHeaders::default() };
         headers.write(response.headers_mut());
         let send = self.respond.send_response(response, false).map_err(TunnelError::Stream)?;
-        Ok(HboneStream::new(send, self.body, self.release, None))
+        self.terms.allowance.answered();
+        Ok(HboneStream::accepted(send, self.body, self.terms.release, self.terms.outbox))
     }
 
     /// The stream it came on.
@@ -82,22 +114,31 @@ impl ConnectRequest {
         StreamName { session: self.peer.session(), stream: self.respond.stream_id().as_u32() }
     }
 
+    /// Resolves once the client has given the request up: what is done for it is done for nobody.
+    pub async fn given_up(&mut self) {
+        // An error is the end of the connection.
+        let _ = poll_fn(|cx| self.respond.poll_reset(cx)).await;
+    }
+
     /// Says that nothing was done, so that the peer tries again on another connection.
     pub fn send_away(mut self) {
         self.respond.send_reset(Reason::REFUSED_STREAM);
+        self.terms.allowance.answered();
     }
 
     /// Answers `status` and nothing else.
     pub fn reject(mut self, status: StatusCode) {
-        refuse(&mut self.respond, status);
+        if refuse(&mut self.respond, status).is_ok() {
+            self.terms.allowance.answered();
+        }
     }
 }
 
-fn refuse(respond: &mut SendResponse<Bytes>, status: StatusCode) {
+/// Fails only when the peer has given the stream up, and then nobody wants the answer.
+fn refuse(respond: &mut SendResponse<Bytes>, status: StatusCode) -> Result<(), h2::Error> {
     let mut response = Response::new(());
     *response.status_mut() = status;
-    // Fails only when the peer has given the stream up, and then nobody wants the answer.
-    let _ = respond.send_response(response, true);
+    respond.send_response(response, true).map(drop)
 }
 
 /// Serves one connection to its end: hands each CONNECT to `handler`, whose futures run as tasks that end no later than
@@ -122,16 +163,19 @@ where
         .max_header_list_size(MAX_HEADER_LIST)
         .max_concurrent_streams(settings.max_streams)
         .max_concurrent_reset_streams(RESET_STREAMS)
+        .max_pending_accept_reset_streams(settings.max_streams as usize)
         .max_local_error_reset_streams(Some(RESETS))
         .max_send_buffer_size(SEND_BUFFER);
+    let terms = Terms { release: settings.release(), allowance: Arc::default(), outbox: Arc::default() };
+    let stream = Rationed::new(stream, terms.allowance.clone(), terms.outbox.clone());
     let handshake = Box::pin(tokio::time::timeout(HANDSHAKE_TIMEOUT, builder.handshake(stream)));
     let mut connection = handshake.await.map_err(|_| ServeError::HandshakeTimeout)?.map_err(ServeError::Handshake)?;
 
-    let release = settings.release();
     let mut handlers = JoinSet::new();
     let mut peer_gone = pin!(keepalive::peer_gone(connection.ping_pong(), settings, None));
     let mut draining = pin!(drain.draining());
     let mut cut = pin!(drain.cut());
+    let mut exhausted = pin!(terms.allowance.exhausted());
     let mut told = false;
     let outcome = loop {
         // Nothing is lost by a branch not taken: all of them outlive the round, and `accept` is cancel safe. The
@@ -140,10 +184,11 @@ where
             biased;
             accepted = connection.accept() => match accepted {
                 Some(Ok((request, respond))) => {
-                    if let Some(request) = admit(request, respond, &peer, release) {
+                    if let Some(request) = admit(request, respond, &peer, &terms) {
                         handlers.spawn(handler(request));
                     }
                 }
+                Some(Err(_)) if peer.is_revoked() => break Err(ServeError::Revoked),
                 Some(Err(error)) => break closed(error),
                 None => break Ok(()),
             },
@@ -155,19 +200,21 @@ where
             }
             () = &mut cut, if told => break Err(ServeError::Cut),
             () = &mut peer_gone => break Err(ServeError::PeerGone),
+            () = &mut exhausted => break Err(ServeError::Flood),
         }
     };
     match outcome {
         // The handlers' streams are over; they may have a last word to write elsewhere.
-        Ok(()) | Err(ServeError::Connection(_)) => {
+        Ok(()) | Err(ServeError::Connection(_) | ServeError::Revoked) => {
             tokio::select! {
                 () = async { while handlers.join_next().await.is_some() {} } => {}
                 () = &mut cut => {}
             }
         }
-        Err(_) => {
+        Err(ref error) => {
             handlers.shutdown().await;
-            connection.abrupt_shutdown(Reason::NO_ERROR);
+            let flood = matches!(error, ServeError::Flood);
+            connection.abrupt_shutdown(if flood { Reason::ENHANCE_YOUR_CALM } else { Reason::NO_ERROR });
             let goodbye = async { while let Some(Ok(_)) = connection.accept().await {} };
             let _ = tokio::time::timeout(GOODBYE_TIMEOUT, goodbye).await;
         }
@@ -186,7 +233,7 @@ fn admit(
     request: Request<RecvStream>,
     mut respond: SendResponse<Bytes>,
     peer: &VerifiedPeer,
-    release: usize,
+    terms: &Terms,
 ) -> Option<ConnectRequest> {
     let (parts, body) = request.into_parts();
     let authority = (parts.method == Method::CONNECT && !is_extended(&parts.extensions))
@@ -197,11 +244,11 @@ fn admit(
         // Not all of it: the peer chooses the length.
         let error = format!("not a CONNECT to host:port: {:.20} {:.200}", parts.method.as_str(), parts.uri.to_string());
         access::refused_request(peer.addr(), peer.identity(), ResponseFlag::BadRequest, &error);
-        refuse(&mut respond, StatusCode::BAD_REQUEST);
+        let _ = refuse(&mut respond, StatusCode::BAD_REQUEST);
         return None;
     };
     let headers = ConnectHeaders::parse(&parts.headers);
-    Some(ConnectRequest { authority, headers, peer: peer.clone(), respond, body, release })
+    Some(ConnectRequest { authority, headers, peer: peer.clone(), respond, body, terms: terms.clone() })
 }
 
 /// Whether the CONNECT is for another protocol (RFC 8441).

@@ -3,6 +3,7 @@
 use std::{
     io,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
 };
 
@@ -10,7 +11,7 @@ use bytes::{Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::client::StreamPermit;
+use super::{client::StreamPermit, outbox::Outbox};
 use crate::net::{ByteStream, Chunks};
 
 /// Most that is copied at once for a writer that has no chunks of its own.
@@ -27,13 +28,26 @@ pub struct HboneStream {
     /// As [`super::H2Settings::release`] has it.
     release: usize,
     ended: bool,
+    /// What all streams of the connection have queued, where that is bounded.
+    outbox: Option<Arc<Outbox>>,
     /// The client's count of streams on the connection.
     _permit: Option<StreamPermit>,
 }
 
 impl HboneStream {
-    pub(super) fn new(send: SendStream<Bytes>, recv: RecvStream, release: usize, permit: Option<StreamPermit>) -> Self {
-        Self { send, recv, leftover: Bytes::new(), unreleased: 0, release, ended: false, _permit: permit }
+    /// A client's.
+    pub(super) fn opened(send: SendStream<Bytes>, recv: RecvStream, release: usize, permit: StreamPermit) -> Self {
+        Self { _permit: Some(permit), ..Self::new(send, recv, release) }
+    }
+
+    /// A server's.
+    pub(super) fn accepted(send: SendStream<Bytes>, recv: RecvStream, release: usize, outbox: Arc<Outbox>) -> Self {
+        Self { outbox: Some(outbox), ..Self::new(send, recv, release) }
+    }
+
+    /// One that nothing bounds or counts.
+    pub(super) fn new(send: SendStream<Bytes>, recv: RecvStream, release: usize) -> Self {
+        Self { send, recv, leftover: Bytes::new(), unreleased: 0, release, ended: false, outbox: None, _permit: None }
     }
 
     fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Bytes>> {
@@ -67,6 +81,13 @@ impl HboneStream {
 
     /// Room to send, at least one byte and at most `want`.
     fn poll_room(&mut self, cx: &mut Context<'_>, want: usize) -> Poll<io::Result<usize>> {
+        if let Some(outbox) = &self.outbox
+            && outbox.poll_room(cx).is_pending()
+            // A stream that is over has to learn so while it waits, too.
+            && self.send.poll_reset(cx).is_pending()
+        {
+            return Poll::Pending;
+        }
         self.send.reserve_capacity(want);
         loop {
             let room = self.send.capacity();
@@ -82,6 +103,9 @@ impl HboneStream {
     }
 
     fn send(&mut self, data: Bytes) -> io::Result<()> {
+        if let Some(outbox) = &self.outbox {
+            outbox.queued(data.len());
+        }
         self.send.send_data(data, false).map_err(to_io)
     }
 

@@ -23,6 +23,7 @@ use crate::{
     tls,
 };
 
+mod hostile;
 mod pool;
 
 const PATIENCE: Duration = Duration::from_secs(20);

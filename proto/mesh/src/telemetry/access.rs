@@ -256,8 +256,7 @@ impl Drop for TcpRecord {
 /// Notes a request in an authenticated connection that asks for no destination at all, as [`refused`] does.
 pub fn refused_request(source: SocketAddr, identity: &dyn Display, flag: ResponseFlag, error: &dyn Display) {
     let direction = Direction::Inbound;
-    counter!("mesh_connections_refused_total", "reporter" => direction.reporter(), "response_flags" => flag.as_str())
-        .increment(1);
+    count_refused(direction, flag);
     tracing::event!(
         target: "access", tracing::Level::WARN,
         src.addr = %source,
@@ -269,6 +268,36 @@ pub fn refused_request(source: SocketAddr, identity: &dyn Display, flag: Respons
     );
 }
 
+/// Notes an HBONE connection that ended badly, in the log and in `mesh_hbone_connections_broken_total`. Its tunnels have
+/// records of their own, and it may have had none.
+pub fn broken(
+    direction: Direction,
+    source: SocketAddr,
+    identity: &dyn Display,
+    destination: SocketAddr,
+    flag: ResponseFlag,
+    error: &dyn Display,
+) {
+    counter!("mesh_hbone_connections_broken_total", "reporter" => direction.reporter(), "response_flags" => flag.as_str())
+        .increment(1);
+    tracing::event!(
+        target: "access", tracing::Level::WARN,
+        src.addr = %source,
+        src.identity = identity.to_string(),
+        dst.addr = %destination,
+        direction = direction.as_str(),
+        error = error.to_string(),
+        response_flags = flag.as_str(),
+        "HBONE connection failed"
+    );
+}
+
+/// Counts as [`refused`] does, without a line: of connections so many that lines would be one more harm.
+pub fn count_refused(direction: Direction, flag: ResponseFlag) {
+    counter!("mesh_connections_refused_total", "reporter" => direction.reporter(), "response_flags" => flag.as_str())
+        .increment(1);
+}
+
 /// Notes a connection that was refused before anything is known that could label it, in the log and in
 /// `mesh_connections_refused_total`.
 pub fn refused(
@@ -278,8 +307,7 @@ pub fn refused(
     flag: ResponseFlag,
     error: &dyn Display,
 ) {
-    counter!("mesh_connections_refused_total", "reporter" => direction.reporter(), "response_flags" => flag.as_str())
-        .increment(1);
+    count_refused(direction, flag);
     tracing::event!(
         target: "access", tracing::Level::WARN,
         src.addr = %source,

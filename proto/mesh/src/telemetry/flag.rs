@@ -32,8 +32,10 @@ pub enum ResponseFlag {
     Reset,
     /// Cut at the drain deadline.
     Drained,
-    /// Given up by us before it had an outcome.
+    /// Given up before it had an outcome, by us or by whoever asked.
     Cancelled,
+    /// Cut, or not taken on, for the sake of the others: a flood of frames or of handshakes.
+    Overload,
     /// The peer asked for something that makes no sense.
     BadRequest,
     /// The peer answered the CONNECT with an error.
@@ -58,6 +60,7 @@ impl ResponseFlag {
             Self::Reset => "RESET",
             Self::Drained => "DRAINED",
             Self::Cancelled => "CANCELLED",
+            Self::Overload => "OVERLOAD",
             Self::BadRequest => "BAD_REQUEST",
             Self::UpstreamRejected => "UPSTREAM_REJECTED",
         }

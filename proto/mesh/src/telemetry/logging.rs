@@ -11,11 +11,12 @@ use std::{
 use serde_json::{Map, Value};
 use time::{OffsetDateTime, format_description::BorrowedFormatItem, macros::format_description};
 use tracing::{
-    Event, Subscriber,
+    Event, Metadata, Subscriber,
     field::{Field, Visit},
 };
 use tracing_subscriber::{
     EnvFilter, Layer, Registry,
+    filter::{FilterExt, filter_fn},
     fmt::{FmtContext, FormatEvent, FormatFields, format::Writer},
     layer::SubscriberExt,
     registry::LookupSpan,
@@ -164,6 +165,11 @@ fn parse_filter(filter: &str) -> Result<EnvFilter, LogError> {
     EnvFilter::builder().parse(filter).map_err(|e| LogError(format!("log filter {filter:?}: {e}")))
 }
 
+/// h2 warns of what peers do, frame by frame: that is for a peer to fill our log with. What comes of it we tell ourselves.
+fn is_ours_to_tell(metadata: &Metadata<'_>) -> bool {
+    !(metadata.target().starts_with("h2::") && *metadata.level() == tracing::Level::WARN)
+}
+
 /// Starts logging to standard output. Called once, by `main`.
 pub fn init_logging(filter: &str, format: LogFormat) -> Result<LogHandle, LogError> {
     let (filter_layer, handle) = reload::Layer::new(parse_filter(filter)?);
@@ -171,7 +177,7 @@ pub fn init_logging(filter: &str, format: LogFormat) -> Result<LogHandle, LogErr
     let writer = output.clone();
     let lines = tracing_subscriber::fmt::layer().event_format(Lines(format)).with_writer(move || writer.clone());
     tracing_subscriber::registry()
-        .with(lines.with_filter(filter_layer))
+        .with(lines.with_filter(filter_layer.and(filter_fn(is_ours_to_tell))))
         .try_init()
         .map_err(|e| LogError(format!("logging is already set up: {e}")))?;
     Ok(LogHandle { initial: filter.into(), filter: handle, format, output })

@@ -1,0 +1,137 @@
+//! Clients that keep to HTTP/2 and mean no good, frame by frame.
+
+use tokio::sync::mpsc;
+
+use super::*;
+
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+const HEADERS: u8 = 1;
+const RST_STREAM: u8 = 3;
+const SETTINGS: u8 = 4;
+const PING: u8 = 6;
+const GOAWAY: u8 = 7;
+const END_HEADERS: u8 = 4;
+const ENHANCE_YOUR_CALM: u32 = 11;
+
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let [_, length @ ..] = u32::try_from(payload.len()).unwrap().to_be_bytes();
+    [&length[..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
+}
+
+/// A CONNECT, in HPACK without compression.
+fn connect(stream: u32, authority: &str) -> Vec<u8> {
+    let mut block = vec![0x02, 7];
+    block.extend(b"CONNECT");
+    block.extend([0x01, u8::try_from(authority.len()).unwrap()]);
+    block.extend(authority.as_bytes());
+    frame(HEADERS, END_HEADERS, stream, &block)
+}
+
+/// The code of the GOAWAY among these frames.
+fn goaway(mut bytes: &[u8]) -> Option<u32> {
+    while let [a, b, c, kind, _, _, _, _, _, rest @ ..] = bytes {
+        let length = u32::from_be_bytes([0, *a, *b, *c]) as usize;
+        if *kind == GOAWAY {
+            return Some(u32::from_be_bytes(rest[4..8].try_into().unwrap()));
+        }
+        bytes = rest.get(length..)?;
+    }
+    None
+}
+
+/// A server whose handler is `handler`, and a client that may write to it whatever it wants.
+async fn between<F: Future<Output = ()> + Send + 'static>(
+    handler: impl Fn(ConnectRequest) -> F + Send + 'static,
+) -> (tls::TlsStream<tokio::io::DuplexStream>, JoinHandle<Result<(), ServeError>>) {
+    let ca = FileCa::generate("td", Duration::from_secs(3600), Clock::system()).unwrap();
+    let (near, far) = tokio::io::duplex(1 << 16);
+    let (client, server) = (ca.sign(&id("client")).unwrap(), ca.sign(&id("server")).unwrap());
+    let addr = "10.0.0.9:15008".parse().unwrap();
+    let serving = tokio::spawn(async move {
+        let (_trigger, watcher) = drain::channel();
+        let (stream, peer) = tls::accept(&server, far, addr).await.unwrap();
+        serve(stream, peer, H2Settings::default(), watcher, handler).await
+    });
+    let (mut stream, _) = tls::connect(&client, &[id("server")], near, addr).await.unwrap();
+    stream.write_all(PREFACE).await.unwrap();
+    stream.write_all(&frame(SETTINGS, 0, 0, &[])).await.unwrap();
+    (stream, serving)
+}
+
+#[tokio::test]
+async fn a_flood_of_frames_that_move_nothing_is_cut_and_told_why() {
+    let (stream, serving) = between(echo).await;
+    let (mut read, mut write) = tokio::io::split(stream);
+    let flooding = tokio::spawn(async move {
+        let pings = frame(PING, 0, 0, &[7; 8]).repeat(100);
+        for _ in 0..1000 {
+            if write.write_all(&pings).await.is_err() {
+                break;
+            }
+        }
+        // Until the other side has hung up.
+        write
+    });
+    let mut heard = Vec::new();
+    let _ = within(read.read_to_end(&mut heard)).await;
+    assert_eq!(goaway(&heard), Some(ENHANCE_YOUR_CALM));
+    let error = within(serving).await.unwrap().expect_err("cut");
+    assert!(matches!(error, ServeError::Flood), "{error}");
+    assert_eq!(error.flag(), ResponseFlag::Overload);
+    drop(within(flooding).await.unwrap());
+}
+
+#[tokio::test]
+async fn streams_that_are_given_up_unanswered_exhaust_the_allowance_and_answered_ones_do_not() {
+    // One after the other, so that h2's own limit on what was never accepted has no part in it.
+    let (answers, mut answered) = mpsc::channel(1);
+    let handler = move |request: ConnectRequest| {
+        let answers = answers.clone();
+        async move {
+            let mut request = request;
+            let refused = matches!(&request.authority, Authority::Host { host, .. } if &**host == "no");
+            if refused {
+                request.reject(StatusCode::UNAUTHORIZED);
+            } else {
+                request.given_up().await;
+            }
+            let _ = answers.send(()).await;
+        }
+    };
+    let (stream, mut serving) = between(handler).await;
+    let (mut read, mut write) = tokio::io::split(stream);
+    let hearing = tokio::spawn(async move {
+        let mut heard = Vec::new();
+        let _ = read.read_to_end(&mut heard).await;
+        heard
+    });
+    let mut next = 1;
+    let mut streams = move || {
+        next += 2;
+        (next, frame(RST_STREAM, 0, next, &8u32.to_be_bytes()))
+    };
+    // Refused, and reset by a client that wants nothing else of the stream: an answer earns more than that costs.
+    for _ in 0..12_000 {
+        let (stream, reset) = streams();
+        write.write_all(&connect(stream, "no:80")).await.unwrap();
+        within(answered.recv()).await.unwrap();
+        write.write_all(&reset).await.unwrap();
+    }
+    let mut given_up = 0;
+    loop {
+        let (stream, reset) = streams();
+        if write.write_all(&[connect(stream, "maybe:80"), reset].concat()).await.is_err() {
+            break;
+        }
+        tokio::select! {
+            _ = answered.recv() => given_up += 1,
+            error = &mut serving => {
+                assert!(matches!(error.unwrap(), Err(ServeError::Flood)));
+                break;
+            }
+            () = tokio::time::sleep(PATIENCE) => panic!("neither given up nor cut"),
+        }
+        assert!(given_up < 30_000, "nobody stops it");
+    }
+    assert_eq!(goaway(&within(hearing).await.unwrap()), Some(ENHANCE_YOUR_CALM));
+}
