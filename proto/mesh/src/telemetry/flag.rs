@@ -38,6 +38,8 @@ pub enum ResponseFlag {
     BadRequest,
     /// The peer answered the CONNECT with an error.
     UpstreamRejected,
+    /// We have no descriptor, port or memory left for another connection.
+    Exhausted,
 }
 
 impl ResponseFlag {
@@ -60,6 +62,7 @@ impl ResponseFlag {
             Self::Cancelled => "CANCELLED",
             Self::BadRequest => "BAD_REQUEST",
             Self::UpstreamRejected => "UPSTREAM_REJECTED",
+            Self::Exhausted => "EXHAUSTED",
         }
     }
 }
