@@ -43,6 +43,12 @@ const UNPACKED: &[(&str, &str, &[&str])] = &[
 const RUNTIME: (&str, &str, &[&str]) =
     ("containerd", "containerd/usr/lib/cni/ptp", &["containerd", "runc", "containernetworking-plugins"]);
 
+/// For tests alone: what sets another clock before a process, and what has a link's packets whole when they are on the wire.
+const FAULTS: &[(&str, &str, &[&str])] = &[
+    ("faketime", "faketime/usr/share/doc/libfaketime", &["libfaketime"]),
+    ("ethtool", "ethtool/sbin/ethtool", &["ethtool"]),
+];
+
 /// What calls CNI plugins as runtimes do: the last version that Debian's Go can build. Debian has no package of it.
 const CNITOOL: &str = "github.com/containernetworking/cni/cnitool@v1.1.2";
 /// What builds it where there is no Go: 80 MB to load, and nothing stays.
@@ -78,6 +84,9 @@ pub fn run_for_tests(workspace: &Workspace) -> Result<()> {
     run(workspace)?;
     let (apt, tools) = (Apt::default(), workspace.target.join("tools"));
     unpacked(&apt, &tools, &RUNTIME)?;
+    for package in FAULTS {
+        unpacked(&apt, &tools, package)?;
+    }
     python_package(&tools, "envoy", ENVOY)?;
     cnitool(&apt, &tools)
 }
