@@ -85,7 +85,6 @@ impl Clocks<'_> {
             ("FAKETIME_TIMESTAMP_FILE", file),
             ("FAKETIME_NO_CACHE", yes()),
             ("FAKETIME_DONT_FAKE_MONOTONIC", yes()),
-            ("FAKETIME_DISABLE_SHM", yes()),
             ("NO_FAKE_STAT", yes()),
             ("SECRET_TTL", "3600s".to_owned()),
         ])

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
@@ -35,6 +35,7 @@ pub struct Mesh {
     pub places: Places,
     ztunnels: BTreeMap<&'static str, Process>,
     started: u32,
+    pids: Vec<u32>,
     _servers: Vec<Process>,
     pub lab: Lab,
 }
@@ -66,7 +67,17 @@ impl Mesh {
             let file = lab.scratch("mesh")?.join(format!("{node}.yaml"));
             local::write_file(&file, &local::mesh_file("faults", &members, &[pod]))?;
         }
-        Ok(Some(Self { client, far, plain, places, ztunnels: BTreeMap::new(), started: 0, _servers: servers, lab }))
+        Ok(Some(Self {
+            client,
+            far,
+            plain,
+            places,
+            ztunnels: BTreeMap::new(),
+            started: 0,
+            pids: Vec::new(),
+            _servers: servers,
+            lab,
+        }))
     }
 
     /// As [`Mesh::prepare`], with a ztunnel on each node.
@@ -84,6 +95,7 @@ impl Mesh {
         let at = self.lab.node(node);
         let name = format!("ztunnel-{node}-{}", self.started);
         let mut process = local::start_ztunnel(at, &name, &program, &file, &ca, PORTS)?;
+        self.pids.push(process.pid());
         wait::until(&format!("the ztunnel of {node}"), SETTLE, || {
             if !process.running() {
                 return Ok(Err(anyhow::anyhow!("it has ended:\n{}", process.output())));
@@ -165,6 +177,18 @@ impl Mesh {
             ensure!(answered, "refused after {took:?}");
             Ok(())
         })
+    }
+}
+
+impl Drop for Mesh {
+    fn drop(&mut self) {
+        // What libfaketime shares between a process and its children, and leaves when the process is killed.
+        for pid in &self.pids {
+            for name in [format!("faketime_shm_{pid}"), format!("sem.faketime_sem_{pid}")] {
+                // Only a process with another clock has them.
+                let _ = fs::remove_file(Path::new("/dev/shm").join(name));
+            }
+        }
     }
 }
 
