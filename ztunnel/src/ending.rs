@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use http::StatusCode;
 use mesh::hbone::TunnelError;
 use mesh::identity::{IdentityError, IdentityParseError};
+use mesh::net::is_exhausted;
 use mesh::policy::Denial;
 use mesh::serve::CopyError;
 use mesh::telemetry::ResponseFlag;
@@ -63,6 +64,7 @@ impl Ending {
         match self {
             Self::NoRoute(e) => e.flag(),
             Self::BadTarget(_) => ResponseFlag::BadRequest,
+            Self::Connect { source, .. } if is_exhausted(source) => ResponseFlag::Exhausted,
             Self::UnknownWorkload(_)
             | Self::Connect { .. }
             | Self::ConnectTimeout { .. }

@@ -533,13 +533,12 @@ where
 {
     tracked.established();
     let cut = tokio::select! {
-        done = copy_bidirectional(&mut down, &mut up, bytes) => {
+        done = copy_bidirectional(&mut down, &mut up, bytes) => match done {
             // The TLS connection of a revoked peer breaks at the same time, and that may be seen first.
-            if !tracked.is_peer_revoked() {
-                return done.map(drop).map_err(Ending::from);
-            }
-            Ending::Revoked
-        }
+            _ if tracked.is_peer_revoked() => Ending::Revoked,
+            Ok(_) => return Ok(()),
+            Err(error) => error.into(),
+        },
         () = tracked.denied() => if tracked.is_peer_revoked() { Ending::Revoked } else { Ending::DeniedLater },
         () = pod.drain.cut() => Ending::Drained,
     };

@@ -20,8 +20,10 @@ use super::authority::{Authority, Subject};
 
 /// Validity of the serving certificate; renewed at half of it.
 const TTL: Duration = Duration::from_secs(24 * 3600);
-/// After a renewal that did not work.
-const RETRY: Duration = Duration::from_secs(60);
+/// The clock is looked at again this often, because it may jump; also the pause after a renewal that did not work.
+const LOOK: Duration = Duration::from_secs(30);
+/// A clock that goes back by less needs no new certificate: it is dated back by two minutes.
+const BACK: Duration = Duration::from_secs(60);
 
 /// The names clients may know this control plane by in `namespace`.
 pub fn dns_names(namespace: &str, custom_host: Option<&str>) -> Vec<String> {
@@ -37,7 +39,21 @@ pub struct ServingCertificate {
     authority: Arc<Authority>,
     names: Vec<String>,
     clock: Clock,
-    current: ArcSwap<CertifiedKey>,
+    current: ArcSwap<Serving>,
+}
+
+/// A certificate, and the times by which it serves.
+struct Serving {
+    key: Arc<CertifiedKey>,
+    signed: OffsetDateTime,
+    renew: OffsetDateTime,
+}
+
+impl Serving {
+    /// Its half-life is over, or the clock has gone back to when it was not valid yet.
+    fn is_due(&self, now: OffsetDateTime) -> bool {
+        self.renew <= now || now + BACK < self.signed
+    }
 }
 
 impl ServingCertificate {
@@ -46,7 +62,7 @@ impl ServingCertificate {
     /// # Errors
     /// The authority cannot sign.
     pub fn new(authority: Arc<Authority>, names: Vec<String>, clock: Clock) -> anyhow::Result<Arc<Self>> {
-        let (first, _) = sign(&authority, &names, clock.now().into())?;
+        let first = sign(&authority, &names, clock.now().into())?;
         Ok(Arc::new(Self { authority, names, clock, current: ArcSwap::from_pointee(first) }))
     }
 
@@ -67,27 +83,26 @@ impl ServingCertificate {
 
     /// Renews at half life until drained.
     pub async fn renew(self: Arc<Self>, drain: DrainWatcher) {
-        let mut wait = TTL / 2;
         loop {
             tokio::select! {
-                () = tokio::time::sleep(wait) => {}
+                () = tokio::time::sleep(LOOK) => {}
                 () = drain.draining() => return,
             }
-            wait = self.renew_now().unwrap_or_else(|error| {
+            if let Err(error) = self.renew_if_due() {
                 tracing::error!(error = format!("{error:#}"), "the serving certificate could not be renewed");
-                RETRY
-            });
+            }
         }
     }
 
-    /// Signs and installs a new certificate; returns how long until the next is due.
-    fn renew_now(&self) -> anyhow::Result<Duration> {
+    /// Signs and installs a new certificate if it is time for one.
+    fn renew_if_due(&self) -> anyhow::Result<()> {
         let now = OffsetDateTime::from(self.clock.now());
-        let (next, not_after) = sign(&self.authority, &self.names, now)?;
-        self.current.store(Arc::new(next));
-        tracing::info!(%not_after, "serving certificate renewed");
-        // Shorter than TTL / 2 only in the last day of the CA's own life.
-        Ok(Duration::try_from((not_after - now) / 2).unwrap_or(RETRY).max(RETRY))
+        if self.current.load().is_due(now) {
+            let next = sign(&self.authority, &self.names, now)?;
+            tracing::info!(renew_at = %next.renew, "serving certificate renewed");
+            self.current.store(Arc::new(next));
+        }
+        Ok(())
     }
 }
 
@@ -99,15 +114,11 @@ impl fmt::Debug for ServingCertificate {
 
 impl ResolvesServerCert for ServingCertificate {
     fn resolve(&self, _hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        Some(self.current.load_full())
+        Some(self.current.load().key.clone())
     }
 }
 
-fn sign(
-    authority: &Authority,
-    names: &[String],
-    now: OffsetDateTime,
-) -> anyhow::Result<(CertifiedKey, OffsetDateTime)> {
+fn sign(authority: &Authority, names: &[String], now: OffsetDateTime) -> anyhow::Result<Serving> {
     let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
     let issued = authority.issue(&key, &Subject::Dns(names), TTL, now).context("signing the serving certificate")?;
     let chain = std::iter::once(&issued.leaf)
@@ -116,7 +127,9 @@ fn sign(
         .collect::<Result<Vec<_>, _>>()?;
     let key = PrivateKeyDer::try_from(key.serialize_der()).map_err(anyhow::Error::msg)?;
     let key = rustls::crypto::aws_lc_rs::sign::any_supported_type(&key)?;
-    Ok((CertifiedKey::new(chain, key), issued.not_after))
+    // At least a look lies between two, also in the last day of the CA's own life.
+    let half = Duration::try_from((issued.not_after - now) / 2).unwrap_or_default();
+    Ok(Serving { key: Arc::new(CertifiedKey::new(chain, key)), signed: now, renew: now + half.max(LOOK) })
 }
 
 #[cfg(test)]
@@ -136,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn renewal_installs_a_later_certificate_due_at_half_life() {
+    fn renewed_at_half_life_and_when_the_clock_jumps() {
         let start = SystemTime::now();
         let passed = Arc::new(AtomicU64::new(0));
         let clock = Clock::with({
@@ -146,11 +159,17 @@ mod tests {
         let material = Authority::self_signed("cluster.local", start.into()).unwrap();
         let authority = Arc::new(Authority::from_material(&material).unwrap());
         let serving = ServingCertificate::new(authority, dns_names("istio-system", None), clock).unwrap();
-        let end =
-            |key: &CertifiedKey| X509Certificate::from_der(&key.cert[0]).unwrap().1.validity().not_after.timestamp();
-        let before = end(&serving.current.load());
-        passed.store(3600, Ordering::Relaxed);
-        assert_eq!(serving.renew_now().unwrap(), TTL / 2);
-        assert_eq!(end(&serving.current.load()) - before, 3600);
+        let end = || {
+            let current = serving.current.load();
+            X509Certificate::from_der(&current.key.cert[0]).unwrap().1.validity().not_after.timestamp()
+        };
+        let first = end();
+        // Seconds since the start, and the seconds that the certificate ends after the first.
+        let half = TTL.as_secs() / 2;
+        for (now, later) in [(3600, 0), (half, half), (half - 30, half), (7200, 7200), (half, 7200)] {
+            passed.store(now, Ordering::Relaxed);
+            serving.renew_if_due().unwrap();
+            assert_eq!(end() - first, i64::try_from(later).unwrap(), "at {now}");
+        }
     }
 }

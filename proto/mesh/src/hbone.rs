@@ -3,7 +3,7 @@
 
 use std::{fmt, io, net::SocketAddr, str::FromStr, sync::Arc, time::Duration};
 
-use crate::{telemetry::ResponseFlag, text::Text, tls::TlsError};
+use crate::{net::is_exhausted, telemetry::ResponseFlag, text::Text, tls::TlsError};
 
 mod allowance;
 mod client;
@@ -157,6 +157,7 @@ pub enum TunnelError {
 impl TunnelError {
     pub fn flag(&self) -> ResponseFlag {
         match self {
+            Self::Connect(error) if is_exhausted(error) => ResponseFlag::Exhausted,
             Self::Connect(_) | Self::Stream(_) | Self::Unstable => ResponseFlag::Connect,
             Self::ConnectTimeout => ResponseFlag::NetworkPolicy,
             Self::Tls(error) => error.flag(),

@@ -55,6 +55,13 @@ pub fn is_hang_up(kind: io::ErrorKind) -> bool {
     matches!(kind, BrokenPipe | ConnectionAborted | ConnectionReset | NotConnected | UnexpectedEof)
 }
 
+/// Whether an error says that this machine or process has nothing left for another socket.
+pub fn is_exhausted(error: &io::Error) -> bool {
+    use nix::errno::Errno::{self, EADDRNOTAVAIL, EMFILE, ENFILE, ENOBUFS, ENOMEM};
+    let number = error.raw_os_error().map(Errno::from_raw);
+    matches!(number, Some(EMFILE | ENFILE | ENOBUFS | ENOMEM | EADDRNOTAVAIL))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

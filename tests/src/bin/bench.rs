@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use mesh_tests::bench::{Options, capture, l4, load, relay, serve, sink};
-use mesh_tests::load::{client, many, soak};
+use mesh_tests::load::{client, endure, many, soak};
 
 /// Measures the mesh side by side with plain TCP and with peers.
 #[derive(Parser)]
@@ -24,6 +24,8 @@ enum Suite {
     Pods(many::Options),
     /// Everything that must not lose a connection, under load: not a measurement, a test that takes its time
     Soak(soak::Options),
+    /// Everything at once for half an hour: load, changes, short certificates. Nothing may fail, and no memory grow
+    Endure(endure::Options),
     /// The client end of a soak
     #[command(hide = true)]
     SoakClient(client::Options),
@@ -52,6 +54,7 @@ fn main() -> ExitCode {
         Suite::Dial(options) => sink::dial(&options),
         Suite::Pods(options) => many::run(&options),
         Suite::Soak(options) => soak::run(&options),
+        Suite::Endure(options) => endure::run(&options),
         Suite::SoakClient(options) => client::run(&options),
         Suite::Serve => serve::run(),
         Suite::Relay(options) => relay::run(&options),

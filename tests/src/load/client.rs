@@ -1,4 +1,5 @@
-//! The end that opens connections: a closed loop at a steady rate, and long-lived connections that each say something once a second.
+//! The end that opens connections: a closed loop at a steady rate, long-lived connections that each say something once a second,
+//! and transfers that are compared byte for byte with what comes back.
 //!
 //! Half of the long-lived connections stay from beginning to end, the others are replaced in turn, so that at any moment some are
 //! older and some younger than whatever is done to the mesh. Replaced or not, one that ends by itself is lost.
@@ -19,13 +20,15 @@ use tokio::time::{Instant as Moment, sleep, sleep_until, timeout};
 
 use super::{Failure, OPEN, Phase, SECRET, Tally, now_ms};
 
-/// Longest that one step may take before it counts as failed.
-const PATIENCE: Duration = Duration::from_secs(10);
 /// How many connections of the closed loop may be under way at once.
 const WORKERS: u32 = 32;
 const HEARTBEAT: Duration = Duration::from_secs(1);
+/// Between two transfers of one worker.
+const BREATH: Duration = Duration::from_millis(500);
 /// Before a long-lived connection that could not be opened, or was lost, is tried again.
 const AGAIN: Duration = Duration::from_millis(200);
+/// How long all long-lived connections may take to open.
+const OPENING: Duration = Duration::from_secs(60);
 /// Failures that are told one by one.
 const TOLD: usize = 20_000;
 /// Said on standard output once all long-lived connections are there.
@@ -44,6 +47,12 @@ pub struct Flow {
 pub enum Visible {
     Never,
     May,
+}
+
+impl Flow {
+    fn marker(&self) -> &'static str {
+        if self.visible == Visible::May { OPEN } else { SECRET }
+    }
 }
 
 impl FromStr for Flow {
@@ -82,9 +91,60 @@ pub struct Options {
     /// Seconds that every second long-lived connection lives
     #[arg(long, default_value_t = 15)]
     pub life: u64,
+    /// Transfers under way
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=100))]
+    pub bulk: u32,
+    /// KiB that each of them sends and gets back
+    #[arg(long, default_value_t = 1024)]
+    pub bulk_kib: usize,
+    /// Longest that one step may take before it counts as failed, in seconds
+    #[arg(long, default_value_t = 10)]
+    pub patience: u64,
+    /// New connections may be refused, which is counted apart
+    #[arg(long)]
+    pub refusable: bool,
     /// The end, where SIGTERM does not come before
     #[arg(long, default_value_t = 300)]
     pub secs: u64,
+}
+
+/// How much is asked of the mesh.
+#[derive(Clone, Copy, Debug)]
+pub struct Amount {
+    /// New connections per second of all clients.
+    pub rate: u32,
+    /// Long-lived connections of all clients.
+    pub long: u32,
+    /// Transfers under way, of each client, and KiB of each.
+    pub bulk: u32,
+    pub bulk_kib: usize,
+    /// Longest that one step may take.
+    pub patience: Duration,
+    /// Clients that nobody ends end by themselves.
+    pub at_most: Duration,
+}
+
+impl Amount {
+    /// New connections and long-lived ones, as most want it.
+    pub fn of(rate: u32, long: u32) -> Self {
+        let patience = Duration::from_secs(10);
+        Self { rate, long, bulk: 0, bulk_kib: 1024, patience, at_most: Duration::from_secs(300) }
+    }
+
+    /// The arguments of a client that takes these shares in percent of new and of long-lived connections.
+    pub fn arguments(&self, flows: &[Flow], new: u32, long: u32) -> Vec<String> {
+        let mut words: Vec<String> = flows.iter().flat_map(|flow| ["--flow".to_owned(), flow.to_string()]).collect();
+        let options = [
+            ("--rate", u64::from(self.rate * new / 100)),
+            ("--long", u64::from(self.long * long / 100)),
+            ("--bulk", u64::from(self.bulk)),
+            ("--bulk-kib", self.bulk_kib as u64),
+            ("--patience", self.patience.as_secs()),
+            ("--secs", self.at_most.as_secs()),
+        ];
+        words.extend(options.iter().flat_map(|(name, value)| [(*name).to_owned(), value.to_string()]));
+        words
+    }
 }
 
 /// Runs until SIGTERM and prints the tally as one line of JSON.
@@ -102,6 +162,7 @@ pub fn run(options: &Options) -> Result<()> {
 #[derive(Clone)]
 struct Shared {
     tally: Arc<Mutex<Tally>>,
+    patience: Duration,
     stop: watch::Receiver<bool>,
     /// How many of the long-lived connections have been open once.
     open: watch::Sender<u32>,
@@ -125,7 +186,8 @@ impl Shared {
 async fn drive(options: &Options) -> Result<Tally> {
     let mut terminate = signal(SignalKind::terminate())?;
     let (stopping, stop) = watch::channel(false);
-    let shared = Shared { tally: Arc::default(), stop, open: watch::Sender::new(0) };
+    let patience = Duration::from_secs(options.patience);
+    let shared = Shared { tally: Arc::default(), patience, stop, open: watch::Sender::new(0) };
     let mut tasks = JoinSet::new();
     for n in 0..options.long {
         tasks.spawn(keep(shared.clone(), flow(options, n), n, options.clone()));
@@ -133,7 +195,7 @@ async fn drive(options: &Options) -> Result<Tally> {
     let mut opened = shared.open.subscribe();
     tokio::select! {
         all = opened.wait_for(|open| *open >= options.long) => { all?; }
-        () = sleep(Duration::from_secs(60)) => bail!("only {} of {} long-lived connections came up: {:?}",
+        () = sleep(OPENING.max(patience * 2)) => bail!("only {} of {} long-lived connections came up: {:?}",
             *shared.open.borrow(), options.long, Tally::by_kind(&shared.tally().losses)),
         _ = terminate.recv() => bail!("ended before all connections were open"),
     }
@@ -141,6 +203,9 @@ async fn drive(options: &Options) -> Result<Tally> {
     let started = Instant::now();
     for n in 0..WORKERS.min(options.rate) {
         tasks.spawn(renew(shared.clone(), n, options.clone()));
+    }
+    for n in 0..options.bulk {
+        tasks.spawn(transfers(shared.clone(), n, options.clone()));
     }
     tokio::select! {
         _ = terminate.recv() => {}
@@ -177,7 +242,7 @@ async fn renew(shared: Shared, worker: u32, options: Options) {
         count += workers + 1;
         let (begun, began) = (now_ms(), Instant::now());
         shared.tally().opened += 1;
-        let outcome = once(&flow, count).await;
+        let outcome = once(&flow, count, shared.patience).await;
         let mut tally = shared.tally();
         tally.slowest_ms = tally.slowest_ms.max(u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX));
         match outcome {
@@ -185,12 +250,92 @@ async fn renew(shared: Shared, worker: u32, options: Options) {
                 tally.ok += 1;
                 *tally.flows.entry(flow.name).or_default() += 1;
             }
+            Err(trouble) if options.refusable && is_refusal(&trouble) => tally.refused += 1,
             Err(trouble) => {
                 tally.failed += 1;
                 tell(&mut tally.failures, &flow, begun, trouble);
             }
         }
     }
+}
+
+/// What a proxy does that may not connect: not silence, and not other bytes.
+fn is_refusal((_, error): &Trouble) -> bool {
+    ["ECONNRESET", "ECONNREFUSED", "EPIPE", "EOF"].contains(&error.as_str())
+}
+
+/// One after the other, each a connection of its own.
+async fn transfers(shared: Shared, worker: u32, options: Options) {
+    let mut count = worker;
+    while !shared.is_stopped() {
+        let flow = flow(&options, count);
+        count += options.bulk.max(1);
+        let begun = now_ms();
+        shared.tally().opened += 1;
+        let outcome = transfer(&flow, options.bulk_kib << 10, u64::from(count), shared.patience).await;
+        count_transfer(&mut shared.tally(), &flow, begun, outcome);
+        tokio::select! {
+            () = sleep(BREATH) => {}
+            () = shared.stopped() => {}
+        }
+    }
+}
+
+fn count_transfer(tally: &mut Tally, flow: &Flow, begun: u64, outcome: Result<(), Trouble>) {
+    match outcome {
+        Ok(()) => {
+            tally.ok += 1;
+            *tally.flows.entry(format!("{}-bulk", flow.name)).or_default() += 1;
+        }
+        Err(trouble) => {
+            tally.failed += 1;
+            tell(&mut tally.failures, flow, begun, trouble);
+        }
+    }
+}
+
+/// Sends and receives at the same time; what comes back must be what was sent, to the last byte and no further.
+async fn transfer(flow: &Flow, length: usize, seed: u64, patience: Duration) -> Result<(), Trouble> {
+    let said = content(flow, length, seed);
+    let mut stream = open(flow, patience).await?;
+    let (mut from, mut to) = stream.split();
+    let send = async {
+        for part in said.chunks(64 << 10) {
+            step(Phase::Send, patience, to.write_all(part)).await?;
+        }
+        step(Phase::Send, patience, to.shutdown()).await
+    };
+    let receive = async {
+        let (mut heard, mut buffer) = (0, vec![0; 64 << 10]);
+        loop {
+            let read = step(Phase::Receive, patience, from.read(&mut buffer)).await?;
+            if read == 0 {
+                let whole = heard == said.len();
+                return if whole { Ok(()) } else { Err((Phase::Receive, "EOF".to_owned())) };
+            }
+            if said.get(heard..heard + read) != Some(&buffer[..read]) {
+                return Err((Phase::Receive, "changed".to_owned()));
+            }
+            heard += read;
+        }
+    };
+    tokio::try_join!(send, receive).map(drop)
+}
+
+/// Bytes that do not repeat, so that a piece that is lost or comes twice shows; the marker of the flow comes first.
+fn content(flow: &Flow, length: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(2) + 1;
+    let mut bytes = Vec::with_capacity(length + 8);
+    bytes.extend_from_slice(flow.marker().as_bytes());
+    while bytes.len() < length {
+        // Xorshift: any will do.
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend_from_slice(&state.to_le_bytes());
+    }
+    bytes.truncate(length);
+    bytes
 }
 
 /// A phase and what went wrong in it.
@@ -203,38 +348,41 @@ fn tell(list: &mut Vec<Failure>, flow: &Flow, begun_ms: u64, (phase, error): Tro
 }
 
 /// Connect, say something, hear it back, close, see the other side close.
-async fn once(flow: &Flow, count: u32) -> Result<(), Trouble> {
-    let mut stream = open(flow).await?;
-    exchange(&mut stream, flow, count).await?;
-    close(&mut stream).await
+async fn once(flow: &Flow, count: u32, patience: Duration) -> Result<(), Trouble> {
+    let mut stream = open(flow, patience).await?;
+    exchange(&mut stream, flow, count, patience).await?;
+    close(&mut stream, patience).await
 }
 
-async fn open(flow: &Flow) -> Result<TcpStream, Trouble> {
-    let stream = step(Phase::Connect, TcpStream::connect(flow.to)).await?;
+async fn open(flow: &Flow, patience: Duration) -> Result<TcpStream, Trouble> {
+    let stream = step(Phase::Connect, patience, TcpStream::connect(flow.to)).await?;
     // Without it the load is slower, not wrong.
     let _ = stream.set_nodelay(true);
     Ok(stream)
 }
 
-async fn exchange(stream: &mut TcpStream, flow: &Flow, count: u32) -> Result<(), Trouble> {
-    let marker = if flow.visible == Visible::May { OPEN } else { SECRET };
-    let said = format!("{marker} {count:010} 0123456789abcdef");
-    step(Phase::Send, stream.write_all(said.as_bytes())).await?;
+async fn exchange(stream: &mut TcpStream, flow: &Flow, count: u32, patience: Duration) -> Result<(), Trouble> {
+    let said = format!("{} {count:010} 0123456789abcdef", flow.marker());
+    step(Phase::Send, patience, stream.write_all(said.as_bytes())).await?;
     let mut heard = vec![0; said.len()];
-    step(Phase::Receive, stream.read_exact(&mut heard)).await?;
+    step(Phase::Receive, patience, stream.read_exact(&mut heard)).await?;
     if heard == said.as_bytes() { Ok(()) } else { Err((Phase::Receive, "changed".to_owned())) }
 }
 
-async fn close(stream: &mut TcpStream) -> Result<(), Trouble> {
-    step(Phase::Close, stream.shutdown()).await?;
-    match step(Phase::Close, stream.read(&mut [0; 16])).await? {
+async fn close(stream: &mut TcpStream, patience: Duration) -> Result<(), Trouble> {
+    step(Phase::Close, patience, stream.shutdown()).await?;
+    match step(Phase::Close, patience, stream.read(&mut [0; 16])).await? {
         0 => Ok(()),
         _ => Err((Phase::Close, "changed".to_owned())),
     }
 }
 
-async fn step<T>(phase: Phase, work: impl Future<Output = std::io::Result<T>>) -> Result<T, Trouble> {
-    match timeout(PATIENCE, work).await {
+async fn step<T>(
+    phase: Phase,
+    patience: Duration,
+    work: impl Future<Output = std::io::Result<T>>,
+) -> Result<T, Trouble> {
+    match timeout(patience, work).await {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(error)) => Err((phase, named(&error))),
         Err(_) => Err((phase, "timeout".to_owned())),
@@ -260,7 +408,7 @@ async fn keep(shared: Shared, flow: Flow, n: u32, options: Options) {
     let mut counted = false;
     while !shared.is_stopped() {
         let begun = now_ms();
-        let mut stream = match open(&flow).await {
+        let mut stream = match open(&flow, shared.patience).await {
             Ok(stream) => stream,
             Err(trouble) => {
                 never_open(&shared, &flow, begun, trouble);
@@ -271,7 +419,7 @@ async fn keep(shared: Shared, flow: Flow, n: u32, options: Options) {
         shared.tally().long_opened += 1;
         let end = (!stays).then(|| Moment::now() + first_life.take().unwrap_or(life));
         match beat(&shared, &mut stream, &flow, end, &mut counted).await {
-            Ok(Ended::ByPlan) => match close(&mut stream).await {
+            Ok(Ended::ByPlan) => match close(&mut stream, shared.patience).await {
                 Ok(()) => shared.tally().long_ended += 1,
                 Err(trouble) => lose(&shared, &flow, trouble),
             },
@@ -315,7 +463,7 @@ async fn beat(
     let mut count = 0;
     loop {
         let stopped = shared.is_stopped();
-        exchange(stream, flow, count).await?;
+        exchange(stream, flow, count, shared.patience).await?;
         count += 1;
         shared.tally().heartbeats += 1;
         if !std::mem::replace(counted, true) {
@@ -370,7 +518,8 @@ mod tests {
 
     fn options(to: SocketAddr, rate: u32, long: u32) -> Options {
         let flow = Flow { name: "f".into(), to, visible: Visible::Never };
-        Options { flows: vec![flow], rate, long, life: 1, secs: 1 }
+        let (bulk, bulk_kib, patience, refusable) = (0, 64, 10, false);
+        Options { flows: vec![flow], rate, long, life: 1, bulk, bulk_kib, patience, refusable, secs: 1 }
     }
 
     #[tokio::test]
@@ -389,6 +538,24 @@ mod tests {
         let tally = drive(&options(server(|n| n <= 2 || n % 2 == 0).await, 50, 2)).await.unwrap();
         assert!(tally.adds_up() && tally.failed > 5 && tally.ok > 5, "{tally:?}");
         assert!(tally.failures.iter().all(|failure| failure.phase == Phase::Receive && failure.error == "EOF"));
+    }
+
+    #[tokio::test]
+    async fn what_may_be_refused_is_counted_apart() {
+        let refusable = Options { refusable: true, ..options(server(|n| n % 2 == 0).await, 50, 0) };
+        let tally = drive(&refusable).await.unwrap();
+        assert!(tally.adds_up() && tally.refused > 5 && tally.ok > 5 && tally.failed == 0, "{tally:?}");
+    }
+
+    #[tokio::test]
+    async fn a_transfer_is_compared_to_the_last_byte() {
+        let flow = Flow { name: "f".into(), to: server(|n| n != 2).await, visible: Visible::Never };
+        let patience = Duration::from_secs(10);
+        assert_eq!(transfer(&flow, 300_000, 7, patience).await, Ok(()));
+        // The second one is dropped.
+        assert!(transfer(&flow, 300_000, 7, patience).await.is_err());
+        let (one, other) = (content(&flow, 100, 1), content(&flow, 100, 2));
+        assert!(one.len() == 100 && one.starts_with(SECRET.as_bytes()) && one != other);
     }
 
     #[test]

@@ -10,9 +10,9 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::client::{Flow, READY, Visible};
+use super::client::{Amount, READY, Visible};
 use super::soak::Restart;
-use super::stage::{Amount, Pods, shares};
+use super::stage::{Pods, shares};
 use super::{Tally, now_ms};
 use crate::bench::serve;
 use crate::cluster::state::Pod;
@@ -25,6 +25,8 @@ use crate::{demo, local, sys, wait};
 pub type Cast = (&'static str, &'static [&'static str]);
 /// All pods of the soak.
 pub const ALL: Cast = ("tests/soak/pods.yaml", &["client", "near", "far", "outside", "plain"]);
+/// One more on the second node, which is closed from time to time.
+pub const GUARDED: Cast = ("tests/soak/guarded.yaml", &["guarded"]);
 /// Only the server on the second node.
 pub const FAR: Cast = ("tests/soak/far.yaml", &["far"]);
 
@@ -55,14 +57,28 @@ impl Cluster {
         let session = Session::start(id, places)?;
         demo::install_with(&session, file)?;
         let cluster = Self { session, runs: 0, versions: 0 };
-        for name in *names {
-            let pod = wait::until(&format!("pod {name}"), SETTLE, || cluster.session.pod(name))?;
+        cluster.wait_serving(names)?;
+        Ok(cluster)
+    }
+
+    /// Adds pods to those that are there.
+    ///
+    /// # Errors
+    /// When they do not come up.
+    pub fn add(&self, (file, names): &Cast) -> Result<()> {
+        self.kubectl(&["apply", "-f", file])?;
+        self.wait_serving(names)
+    }
+
+    fn wait_serving(&self, names: &[&str]) -> Result<()> {
+        for name in names {
+            let pod = wait::until(&format!("pod {name}"), SETTLE, || self.session.pod(name))?;
             sys::sysctl(&pod.netns, &super::TIME_WAIT_REUSED)?;
             wait::until_true("a server to listen", SETTLE, || {
                 crate::raw::listening(&pod.netns, serve::HTTP).unwrap_or(false)
             })?;
         }
-        Ok(cluster)
+        Ok(())
     }
 
     /// Runs `kubectl`; a refusal is an error.
@@ -147,8 +163,16 @@ impl Cluster {
     /// # Errors
     /// When the rollout does not end.
     pub fn let_drain(&self, generations: u32) -> Result<()> {
-        let setting = format!("DRAINING_GENERATIONS={generations}");
-        self.kubectl(&["-n", "istio-system", "set", "env", "daemonset/ztunnel", &setting])?;
+        self.set(&[&format!("DRAINING_GENERATIONS={generations}")])
+    }
+
+    /// Has the ztunnels run with other settings, `NAME=VALUE` each.
+    ///
+    /// # Errors
+    /// When the rollout does not end.
+    pub fn set(&self, settings: &[&str]) -> Result<()> {
+        let command = ["-n", "istio-system", "set", "env", "daemonset/ztunnel"];
+        self.kubectl(&[&command, settings].concat())?;
         self.rolled_out()
     }
 
@@ -211,7 +235,6 @@ impl Cluster {
     /// # Errors
     /// When a client does not get that far.
     pub fn start_load(&mut self, amount: Amount, secret: Visible) -> Result<Load> {
-        self.runs += 1;
         let address = |name: &str| Ok::<_, anyhow::Error>(self.session.pod(name)?.addresses);
         let pods = Pods {
             client: address("soak/client")?,
@@ -219,13 +242,21 @@ impl Cluster {
             far: address("soak/far")?,
             plain: address("outside/plain")?,
         };
+        let clients = shares(&pods, secret).map(|(pod, flows, new, long)| (pod, amount.arguments(&flows, new, long)));
+        self.start_clients(&clients)
+    }
+
+    /// Starts clients in pods, each with its arguments, and waits until their long-lived connections are open.
+    ///
+    /// # Errors
+    /// When a client does not get that far.
+    pub fn start_clients(&mut self, clients: &[(&str, Vec<String>)]) -> Result<Load> {
+        self.runs += 1;
         let mut load = Load { clients: Vec::new() };
-        for (pod, flows, new_share, long_share) in shares(&pods, secret) {
+        for (pod, arguments) in clients {
             let log = self.session.record.logs().join(format!("load-{pod}-{}.log", self.runs));
             let mut argv = local::unlimited(&["bench", "soak-client"]);
-            argv.extend(flows.iter().flat_map(|flow: &Flow| ["--flow".to_owned(), flow.to_string()]));
-            argv.extend(["--rate".to_owned(), (amount.rate * new_share / 100).to_string()]);
-            argv.extend(["--long".to_owned(), (amount.long * long_share / 100).to_string()]);
+            argv.extend_from_slice(arguments);
             let words: Vec<&str> = argv.iter().map(String::as_str).collect();
             let output = File::create(&log)?;
             let mut command = self.session.exec(pod, &words)?;

@@ -9,9 +9,11 @@
 //! - [`watch`] looks at the wire meanwhile: nothing readable, nothing around the mesh
 //! - [`many`] is the opposite of load: many pods that do nothing
 //! - [`soak`] is what is done to the mesh under load, and what must hold
+//! - [`endure`] is everything at once, for as long as one likes
 
 pub mod client;
 pub mod cluster;
+pub mod endure;
 pub mod many;
 pub mod soak;
 pub mod stage;
@@ -61,10 +63,11 @@ pub enum Phase {
 pub struct Tally {
     /// Seconds from the moment all long-lived connections were there to the end.
     pub seconds: f64,
-    /// New connections: opened, and each of them good or failed.
+    /// New connections: opened, and each of them good or failed, or refused where that is what may happen.
     pub opened: u64,
     pub ok: u64,
     pub failed: u64,
+    pub refused: u64,
     pub slowest_ms: u64,
     /// Long-lived connections: opened; then lost, ended by plan, or alive at the end.
     pub long_opened: u64,
@@ -87,6 +90,7 @@ impl Tally {
         self.opened += other.opened;
         self.ok += other.ok;
         self.failed += other.failed;
+        self.refused += other.refused;
         self.slowest_ms = self.slowest_ms.max(other.slowest_ms);
         self.long_opened += other.long_opened;
         self.long_lost += other.long_lost;
@@ -119,7 +123,8 @@ impl Tally {
 
     /// Whether every connection is accounted for.
     pub fn adds_up(&self) -> bool {
-        self.opened == self.ok + self.failed && self.long_opened == self.long_lost + self.long_ended + self.long_alive
+        self.opened == self.ok + self.failed + self.refused
+            && self.long_opened == self.long_lost + self.long_ended + self.long_alive
     }
 
     /// What failed, counted by flow, phase and error: a line for each.

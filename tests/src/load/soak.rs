@@ -7,9 +7,9 @@ use anyhow::{Context, Result, anyhow, ensure};
 use clap::{Args, ValueEnum};
 use nix::sys::signal::Signal;
 
-use super::client::Visible;
+use super::client::{Amount, Visible};
 use super::cluster::{self, Cluster};
-use super::stage::{Amount, Load, Stage, Ztunnel};
+use super::stage::{Load, Stage, Ztunnel};
 use super::watch::{Seen, Watch};
 use super::{Tally, now_ms};
 use crate::local::GRACE;
@@ -224,7 +224,7 @@ fn with_files(places: &Places, id: &str, act: Act, scale: &Scale) -> Result<Verd
     let ztunnel = places.binaries.join("ztunnel");
     let mut stage = Stage::up(id, &places.binaries.join("bench"))?;
     stage.start_both(&ztunnel)?;
-    let mut load = stage.start_load(Amount { rate: scale.rate, long: scale.long })?;
+    let mut load = stage.start_load(Amount::of(scale.rate, scale.long))?;
     let nodes = stage.lab().nodes().iter().map(|node| node.net.netns.clone()).collect::<Vec<_>>();
     let watch = Watch::start(&nodes.iter().collect::<Vec<_>>(), &stage.mesh_addresses())?;
     let times = scale.times.unwrap_or(act.times());
@@ -268,7 +268,7 @@ fn with_cluster(places: &Places, id: &str, act: Act, scale: &Scale) -> Result<Ve
     if act != Act::Enrol {
         cluster.enrol()?;
     }
-    let mut load = cluster.start_load(Amount { rate: scale.rate, long: scale.long }, within)?;
+    let mut load = cluster.start_load(Amount::of(scale.rate, scale.long), within)?;
     let prefix = &cluster.session.record.netns_prefix;
     let nodes = NODES.map(|node| Netns { name: format!("{prefix}{node}") });
     let watch = Watch::start(&nodes.each_ref(), &cluster.mesh_addresses()?)?;

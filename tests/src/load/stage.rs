@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
 
-use super::client::{Flow, READY, Visible};
+use super::client::{Amount, Flow, READY, Visible};
 use super::{Tally, now_ms};
 use crate::bench::serve;
 use crate::local::{self, unlimited};
@@ -28,15 +28,6 @@ use crate::{sys, wait};
 const NAMESPACE: &str = "soak";
 /// Longest that a ztunnel may take to be ready on a crowded machine.
 const UP: Duration = Duration::from_secs(30);
-
-/// How much is asked of the mesh.
-#[derive(Clone, Copy, Debug)]
-pub struct Amount {
-    /// New connections per second of all clients.
-    pub rate: u32,
-    /// Long-lived connections of all clients.
-    pub long: u32,
-}
 
 /// Addresses of the pods that are talked to.
 #[derive(Clone, Debug)]
@@ -201,9 +192,7 @@ impl Stage {
             let pod = [&self.client, &self.outside, &self.far].into_iter().find(|pod| pod.name == name);
             let pod = pod.context("a client's pod")?;
             let mut argv = unlimited(&[&self.program.display().to_string(), "soak-client"]);
-            argv.extend(flows.iter().flat_map(|flow| ["--flow".to_owned(), flow.to_string()]));
-            argv.extend(["--rate".to_owned(), (amount.rate * new_share / 100).to_string()]);
-            argv.extend(["--long".to_owned(), (amount.long * long_share / 100).to_string()]);
+            argv.extend(amount.arguments(&flows, new_share, long_share));
             clients.push(pod.spawn(&format!("client-{}-{}", pod.name, self.runs), &words(&argv), &[])?);
         }
         let mut load = Load { clients };

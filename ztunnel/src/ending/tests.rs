@@ -209,7 +209,7 @@ fn endings(rows: &mut Vec<Row>) {
         Ending::BadIdentity { .. } => Ending::BadIdentity { workload: workload(), source: parse() }, IdentityError, "not of the form";
         Ending::Identity(_) => IdentityError::Malformed("z".into()).into(), IdentityError, "certificate: z";
         Ending::Tunnel { .. } => tunnel(TunnelError::Status(StatusCode::GONE)), UpstreamRejected, "410";
-        Ending::Connect { .. } => Ending::Connect { to: addr(), source: io() }, Connect, "connecting to 10.0.0.1:80: connection refused";
+        Ending::Connect { .. } => Ending::Connect { to: addr(), source: no_descriptor() }, Exhausted, "connecting to 10.0.0.1:80: Too many open files";
         Ending::ConnectTimeout { .. } => Ending::ConnectTimeout { to: addr(), seconds: 10 }, Connect, "no answer within 10 s";
         Ending::Beyond { .. } => Ending::Beyond { gateway: addr(), source: TunnelError::ResponseTimeout }, Timeout, "through gateway 10.0.0.1:80";
         Ending::Announce { .. } => Ending::Announce { to: addr(), source: io() }, Connect, "telling the application's proxy";
@@ -242,6 +242,20 @@ fn every_ending_has_its_flag_and_a_text_of_its_own() {
     }
 }
 
+fn no_descriptor() -> io::Error {
+    nix::errno::Errno::EMFILE.into()
+}
+
+/// Whose fault it is that there is no connection.
+#[test]
+fn what_we_have_no_descriptor_for_is_told_apart_from_what_was_refused() {
+    let flags = |error: fn() -> io::Error| {
+        [Ending::Connect { to: addr(), source: error() }.flag(), TunnelError::Connect(error()).flag()]
+    };
+    assert_eq!(flags(no_descriptor), [ResponseFlag::Exhausted; 2]);
+    assert_eq!(flags(io), [ResponseFlag::Connect; 2]);
+}
+
 /// Where Istio has a name for it, the flag is that name.
 #[test]
 fn flags_of_istio_keep_their_names() {
@@ -265,6 +279,7 @@ fn flags_of_istio_keep_their_names() {
     let documented = [
         "BAD_REQUEST",
         "DRAINED",
+        "EXHAUSTED",
         "NO_HEALTHY_UPSTREAM",
         "RESET",
         "TIMEOUT",

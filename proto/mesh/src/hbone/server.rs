@@ -211,6 +211,14 @@ where
                 () = &mut cut => {}
             }
         }
+        // Nobody is there to say goodbye to. Streams break with the connection, and their handlers may say so.
+        Err(ServeError::PeerGone) => {
+            drop(connection);
+            let last_words = async { while handlers.join_next().await.is_some() {} };
+            if tokio::time::timeout(GOODBYE_TIMEOUT, last_words).await.is_err() {
+                handlers.shutdown().await;
+            }
+        }
         Err(ref error) => {
             handlers.shutdown().await;
             let flood = matches!(error, ServeError::Flood);

@@ -72,6 +72,8 @@ impl HboneStream {
                     return Poll::Ready(match error.reason() {
                         // How peers close a stream whose rest they do not care for.
                         Some(Reason::NO_ERROR | Reason::CANCEL) => Ok(Bytes::new()),
+                        // The connection below went, and with it who knows how much: no end that a peer meant.
+                        _ if error.is_io() => Err(io::Error::other(format!("the tunnel's connection broke: {error}"))),
                         _ => Err(to_io(error)),
                     });
                 }

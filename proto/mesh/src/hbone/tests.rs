@@ -725,6 +725,28 @@ async fn double_hbone_nests() {
     within(accepting).await.unwrap().expect("the only stream ended, and with it the connection");
 }
 
+/// A transfer that was cut short must not look like a whole one.
+#[tokio::test]
+async fn a_connection_that_goes_away_breaks_its_tunnels_and_does_not_end_them() {
+    let world = default_world().await;
+    let (near, far) = tokio::io::duplex(1 << 16);
+    let (server, cert) = (world.ca.sign(&id("server")).unwrap(), world.ca.sign(&id("client")).unwrap());
+    let (_trigger, watcher) = drain::channel();
+    let addr = world.addr;
+    let accepting = tokio::spawn(async move {
+        let (stream, peer) = tls::accept(&server, far, addr).await.unwrap();
+        serve(stream, peer, H2Settings::default(), watcher, echo).await
+    });
+    let (settings, headers) = (PoolSettings::default(), ConnectHeaders::default());
+    let authority = "api:80".parse().unwrap();
+    let mut tunnel =
+        within(connect_once(near, &cert, &[id("server")], addr, &settings, &authority, &headers)).await.unwrap();
+    round_trip(&mut tunnel, b"before").await;
+    accepting.abort();
+    let error = within(tunnel.stream.read_u8()).await.expect_err("cut");
+    assert!(!crate::net::is_hang_up(error.kind()), "an error and no ordinary end: {error}");
+}
+
 #[tokio::test]
 async fn a_revoked_peer_loses_its_tunnels_and_its_place_in_the_pool() {
     use crate::identity::{HandshakeRules, KeyExchange, Revocations};

@@ -138,11 +138,6 @@ impl WorkloadCertificate {
         self.not_after
     }
 
-    /// When to fetch the next: half of the lifetime leaves the other half for a control plane that is down.
-    pub fn refresh_at(&self) -> SystemTime {
-        self.not_before + self.not_after.duration_since(self.not_before).unwrap_or_default() / 2
-    }
-
     pub fn is_expired(&self, now: SystemTime) -> bool {
         now >= self.not_after
     }

@@ -14,7 +14,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use rand::Rng;
@@ -41,10 +41,12 @@ const FIRST_PAUSE: std::ops::Range<f64> = 0.5..1.0;
 const MAX_PAUSE: f64 = 150.0;
 const JITTER: std::ops::Range<f64> = 0.8..1.2;
 /// An impatient caller brings the next attempt forward to this long after the last, and a certificate that arrives with
-/// its half-life behind it is not replaced sooner.
+/// next to nothing left is not replaced sooner.
 const MIN_PAUSE: Duration = Duration::from_secs(1);
 /// The wall clock is looked at again at least this often, because it may jump.
-const MAX_SLEEP: Duration = Duration::from_secs(60);
+const MAX_SLEEP: Duration = Duration::from_secs(10);
+/// A clock that goes back by less needs no new certificates: authorities date them back by two minutes.
+const BACK: Duration = Duration::from_secs(60);
 
 /// Who needs an identity; whoever has a connection waiting goes first.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -74,6 +76,10 @@ struct Entries {
 
 struct Entry {
     certificate: Option<Arc<WorkloadCertificate>>,
+    /// By the wall clock: when the certificate came, and when half of what it had left then is over. The other half is
+    /// for a control plane that is down.
+    fetched: SystemTime,
+    renew: SystemTime,
     /// Of the last attempt.
     failure: Option<IdentityError>,
     /// Failures since the last success.
@@ -231,8 +237,9 @@ impl Shared {
         match outcome {
             Ok(certificate) => {
                 tracing::debug!(%identity, serial = certificate.serial(), "certificate fetched");
-                let until_refresh = certificate.refresh_at().duration_since(wall).unwrap_or_default();
-                entry.due = now + until_refresh.max(MIN_PAUSE);
+                let half = certificate.not_after().duration_since(wall).unwrap_or_default() / 2;
+                (entry.fetched, entry.renew) = (wall, wall + half);
+                entry.due = now + half.max(MIN_PAUSE);
                 entry.certificate = Some(certificate);
                 entry.failure = None;
                 entry.failures = 0;
@@ -270,6 +277,8 @@ impl Entries {
     fn want(&mut self, identity: Identity, urgency: Urgency) -> &mut Entry {
         let entry = self.by_identity.entry(identity).or_insert_with(|| Entry {
             certificate: None,
+            fetched: SystemTime::UNIX_EPOCH,
+            renew: SystemTime::UNIX_EPOCH,
             failure: None,
             failures: 0,
             first_pause: rand::rng().random_range(FIRST_PAUSE),
@@ -289,10 +298,12 @@ impl Entry {
         self.certificate.as_ref().filter(|certificate| !certificate.is_expired(clock.now())).cloned()
     }
 
-    /// The wall clock has passed the half-life although the timer has not.
-    fn overdue(&self, wall: std::time::SystemTime) -> bool {
+    /// The wall clock has passed the half-life although the timer has not, or has gone back to when the certificate was
+    /// not valid yet: its peers, whose clocks went back too, would refuse it.
+    fn overdue(&self, wall: SystemTime) -> bool {
         let rested = self.finished.is_none_or(|finished| finished.elapsed() >= MIN_PAUSE);
-        self.failures == 0 && rested && self.certificate.as_ref().is_some_and(|c| c.refresh_at() <= wall)
+        let jumped = self.renew <= wall || wall + BACK < self.fetched;
+        self.failures == 0 && rested && self.certificate.is_some() && jumped
     }
 
     fn expired(&self, identity: &Identity) -> IdentityError {

@@ -1,10 +1,17 @@
 //! One accept loop for every listener.
 
-use std::{future::Future, io, net::SocketAddr, time::Duration};
+use std::{
+    future::Future,
+    io,
+    net::SocketAddr,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
 use tokio::{
     net::{TcpListener, TcpStream},
     task::JoinSet,
+    time::Instant,
 };
 
 use crate::{
@@ -14,6 +21,9 @@ use crate::{
 
 /// When the process has no file descriptors left, asking again at once would only burn the CPU that frees some.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
+
+/// How often the log tells that nothing can be accepted: of all loops together, as they fail together.
+const TOLD_EVERY: Duration = Duration::from_secs(10);
 
 /// Connections taken off the queue of a listener that is about to close: as long as the longest queue.
 const LAST_ACCEPTS: usize = 65_536;
@@ -92,14 +102,46 @@ async fn pause_after(error: &io::Error) {
     if crate::net::is_hang_up(error.kind()) {
         return;
     }
-    tracing::warn!(%error, "accepting a connection");
+    metrics::counter!("mesh_accept_failures_total").increment(1);
+    if let Some(attempts) = FAILURES.lock().unwrap_or_else(PoisonError::into_inner).tell(Instant::now()) {
+        tracing::warn!(%error, attempts, "connections cannot be accepted, and wait");
+    }
     tokio::time::sleep(EXHAUSTED_PAUSE).await;
+}
+
+/// Failures of the whole process.
+static FAILURES: Mutex<Failures> = Mutex::new(Failures { told: None, untold: 0 });
+
+struct Failures {
+    told: Option<Instant>,
+    untold: u64,
+}
+
+impl Failures {
+    /// Counts one, and returns how many there were since the last time if it is time to say so.
+    fn tell(&mut self, now: Instant) -> Option<u64> {
+        self.untold += 1;
+        if self.told.is_some_and(|told| now < told + TOLD_EVERY) {
+            return None;
+        }
+        self.told = Some(now);
+        Some(std::mem::take(&mut self.untold))
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::drain;
+
+    #[test]
+    fn failures_are_told_once_in_a_while_with_their_number() {
+        let mut failures = Failures { told: None, untold: 0 };
+        let start = Instant::now();
+        let said: Vec<_> = (0..25).map(|second| failures.tell(start + Duration::from_secs(second))).collect();
+        let told: Vec<_> = said.iter().enumerate().filter_map(|(second, n)| Some((second, (*n)?))).collect();
+        assert_eq!(told, [(0, 1), (10, 10), (20, 10)]);
+    }
 
     #[tokio::test]
     async fn what_is_queued_when_the_drain_begins_is_served() {

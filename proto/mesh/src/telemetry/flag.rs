@@ -40,6 +40,8 @@ pub enum ResponseFlag {
     BadRequest,
     /// The peer answered the CONNECT with an error.
     UpstreamRejected,
+    /// We have no descriptor, port or memory left for another connection.
+    Exhausted,
 }
 
 impl ResponseFlag {
@@ -63,6 +65,7 @@ impl ResponseFlag {
             Self::Overload => "OVERLOAD",
             Self::BadRequest => "BAD_REQUEST",
             Self::UpstreamRejected => "UPSTREAM_REJECTED",
+            Self::Exhausted => "EXHAUSTED",
         }
     }
 }

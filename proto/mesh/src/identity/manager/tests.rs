@@ -1,7 +1,7 @@
 use std::{
     sync::{
         Mutex,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering},
     },
     time::{Duration, SystemTime},
 };
@@ -42,12 +42,26 @@ impl CertificateSource for Authority {
 struct World {
     authority: Arc<Authority>,
     manager: CertificateManager,
+    /// Seconds that the wall clock is away from where the runtime's time would have it.
+    offset: Arc<AtomicI64>,
     _trigger: drain::DrainTrigger,
 }
 
 fn world() -> World {
-    let clock = Clock::from_runtime(SystemTime::now());
-    let ca = FileCa::generate("td", TTL, clock.clone()).unwrap();
+    world_of(TTL)
+}
+
+fn world_of(ttl: Duration) -> World {
+    let (steady, offset) = (Clock::from_runtime(SystemTime::now()), Arc::new(AtomicI64::new(0)));
+    let clock = Clock::with({
+        let offset = offset.clone();
+        move || {
+            let seconds = offset.load(Ordering::Relaxed);
+            let distance = Duration::from_secs(seconds.unsigned_abs());
+            if seconds < 0 { steady.now() - distance } else { steady.now() + distance }
+        }
+    });
+    let ca = FileCa::generate("td", ttl, clock.clone()).unwrap();
     let authority = Arc::new(Authority {
         ca,
         asked: AtomicUsize::new(0),
@@ -60,7 +74,7 @@ fn world() -> World {
     let (trigger, watcher) = drain::channel();
     // Ends when the trigger is dropped at the end of the test.
     tokio::spawn(rotation.run(watcher));
-    World { authority, manager, _trigger: trigger }
+    World { authority, manager, offset, _trigger: trigger }
 }
 
 impl World {
@@ -99,6 +113,42 @@ async fn renews_at_half_life_and_not_before() {
     tokio::time::sleep(Duration::from_secs(600)).await;
     assert_eq!(world.asked(), 2);
     assert_ne!(world.manager.get_cached(&id).unwrap().serial(), first.serial());
+}
+
+/// Authorities date certificates back by two minutes: by its dates a certificate of one minute is past its half-life at once.
+#[tokio::test(start_paused = true)]
+async fn a_certificate_of_a_minute_is_renewed_every_half_minute() {
+    let world = world_of(Duration::from_secs(60));
+    world.manager.get(&identity("a")).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(25)).await;
+    assert_eq!(world.asked(), 1);
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    assert_eq!(world.asked(), 2);
+    tokio::time::sleep(Duration::from_secs(300)).await;
+    assert!((11..=13).contains(&world.asked()), "{} in five minutes", world.asked());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_clock_that_jumps_has_what_is_not_valid_any_more_or_not_yet_replaced_at_once() {
+    let world = world_of(Duration::from_secs(3600));
+    let id = identity("a");
+    let first = world.manager.get(&id).await.unwrap();
+    world.offset.store(7200, Ordering::Relaxed);
+    assert!(world.manager.get_cached(&id).is_none(), "it has expired");
+    let second = world.manager.get(&id).await.expect("nobody waits for a timer");
+    assert_ne!(second.serial(), first.serial());
+
+    world.offset.store(0, Ordering::Relaxed);
+    tokio::time::sleep(MAX_SLEEP + MIN_PAUSE).await;
+    let third = world.manager.get_cached(&id).expect("there is one");
+    assert_ne!(third.serial(), second.serial(), "peers would not take a certificate of the future");
+    assert_eq!(world.asked(), 3);
+    tokio::time::sleep(MAX_SLEEP * 20).await;
+    assert_eq!(world.asked(), 3, "once is enough");
+
+    world.offset.store(-30, Ordering::Relaxed);
+    tokio::time::sleep(MAX_SLEEP * 2).await;
+    assert_eq!(world.asked(), 3, "what authorities allow for needs nothing");
 }
 
 #[tokio::test(start_paused = true)]
