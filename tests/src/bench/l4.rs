@@ -329,7 +329,7 @@ fn scales(wanted: &Wanted<'_>, places: &Places, interrupt: &Interrupt, failures:
         if ![rest, peak, ready].iter().any(|name| wanted.has(name)) {
             continue;
         }
-        let known = match scale::measure(&places.target.join("release/ztunnel"), workloads, interrupt) {
+        let known = match scale::measure(&places.binaries.join("ztunnel"), workloads, interrupt) {
             Ok(known) => known,
             Err(error) => {
                 interrupt.check()?;
