@@ -5,6 +5,7 @@
 //! how resources arrive or how they are looked up.
 
 mod describe;
+mod memberships;
 mod wire;
 
 #[cfg(test)]
@@ -22,7 +23,8 @@ use serde::{Deserialize, Serialize, Serializer};
 
 use crate::identity::{Identity, IdentityParseError};
 
-pub use wire::{ModelError, ip_from_bytes};
+pub use memberships::Memberships;
+pub use wire::{ModelError, Shared, ip_from_bytes};
 
 /// The port HBONE listens on unless a resource says otherwise.
 pub const HBONE_PORT: u16 = 15008;
@@ -393,16 +395,13 @@ pub struct Workload {
     #[serde(skip_serializing_if = "Locality::is_empty")]
     pub locality: Locality,
     /// The services this workload is an endpoint of, with its ports for each.
-    #[serde(skip_serializing_if = "BTreeMap::is_empty", serialize_with = "keys")]
-    pub services: BTreeMap<NamespacedHostname, EndpointPorts>,
+    #[serde(skip_serializing_if = "Memberships::is_empty", serialize_with = "keys")]
+    pub services: Memberships,
     /// Share of new connections relative to other endpoints; 0 = none.
     pub capacity: u32,
 }
 
-fn keys<S: Serializer>(
-    services: &BTreeMap<NamespacedHostname, EndpointPorts>,
-    serializer: S,
-) -> Result<S::Ok, S::Error> {
+fn keys<S: Serializer>(services: &Memberships, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_seq(services.keys())
 }
 
@@ -433,7 +432,7 @@ impl Default for Workload {
             status: HealthStatus::Healthy,
             cluster_id: default_text(&CLUSTER_ID, DEFAULT_CLUSTER_ID),
             locality: Locality::default(),
-            services: BTreeMap::new(),
+            services: Memberships::default(),
             capacity: 1,
         }
     }

@@ -18,7 +18,7 @@ use super::interrupt::Interrupt;
 use super::load::{OPEN, Outcome};
 use super::report::{Better, Budget, Machine, Report, Round, Row};
 use super::usage::Spent;
-use super::{Options, proof, report, usage};
+use super::{Options, proof, report, scale, usage};
 use crate::places::Places;
 
 /// What is counted in a test.
@@ -64,6 +64,12 @@ const TESTS: &[Test] = &[
 
 const RSS_IDLE: &str = "rss_idle";
 const RSS_PER_CONNECTION: &str = "rss_per_idle_connection";
+/// Workloads that a ztunnel is told of, and the rows about it: at rest, peak ÷ rest, seconds until it is ready.
+const SCALES: &[(usize, &str, &str, &str)] = &[
+    (3, "rss_3", "rss_peak_3", "ready_3"),
+    (10_000, "rss_10k", "rss_peak_10k", "ready_10k"),
+    (100_000, "rss_100k", "rss_peak_100k", "ready_100k"),
+];
 /// Idle connections that are there before, so that what comes once (pools, caches) is not shared out.
 const IDLE_BEFORE: u32 = 100;
 const IDLE: u32 = 2000;
@@ -94,6 +100,10 @@ const BUDGETS: &[(&str, &str, Option<Limit>, Option<Limit>)] = &[
 ];
 /// MiB with three workloads.
 const RSS_IDLE_LIMIT: Limit = (12.0, 8.0);
+/// MiB with a hundred thousand, its peak ÷ that, and seconds.
+const RSS_100K_LIMIT: Limit = (90.0, 60.0);
+const PEAK_LIMIT: Limit = (1.3, 1.15);
+const READY_100K_LIMIT: Limit = (0.6, 0.3);
 /// KiB in each proxy.
 const RSS_PER_CONNECTION_LIMIT: Limit = (4.0, 2.5);
 
@@ -113,8 +123,12 @@ pub fn run(options: &Options) -> Result<()> {
     let interrupt = Interrupt::install()?;
     pin(&options.cpus)?;
     println!("clients, servers and proxies share cores {:?}; TCP uses reno everywhere", options.cpus);
-    let mut arenas = bring_up(options, &places, &interrupt)?;
     let mut failures = Vec::new();
+    let scales = scales(&wanted, &places, &interrupt, &mut failures)?;
+    if !scales.is_empty() && wanted.only_scales() {
+        return finish(options, &places, started, scales, &failures);
+    }
+    let mut arenas = bring_up(options, &places, &interrupt)?;
     // Memory first: later the allocator holds what was used before.
     let mut memory = Vec::new();
     if wanted.has(RSS_IDLE) {
@@ -136,7 +150,12 @@ pub fn run(options: &Options) -> Result<()> {
         }
     }
     rows.extend(memory);
+    rows.extend(scales);
     drop(arenas);
+    finish(options, &places, started, rows, &failures)
+}
+
+fn finish(options: &Options, places: &Places, started: String, rows: Vec<Row>, failures: &[String]) -> Result<()> {
     let machine = Machine::here(options.cpus.len())?;
     let commit = report::commit(&places.workspace);
     let report = Report { suite: "l4", commit, machine, started, rounds: options.rounds, rows };
@@ -155,10 +174,15 @@ struct Wanted<'a>(&'a [String]);
 
 impl<'a> Wanted<'a> {
     fn new(only: &'a [String]) -> Result<Self> {
-        let known: Vec<&str> = TESTS.iter().map(|test| test.name).chain([RSS_IDLE, RSS_PER_CONNECTION]).collect();
+        let known: Vec<&str> =
+            TESTS.iter().map(|test| test.name).chain([RSS_IDLE, RSS_PER_CONNECTION]).chain(names_of_scales()).collect();
         let unknown: Vec<&str> = only.iter().map(String::as_str).filter(|name| !known.contains(name)).collect();
         ensure!(unknown.is_empty(), "no such test: {}; there are: {}", unknown.join(", "), known.join(" "));
         Ok(Self(only))
+    }
+
+    fn only_scales(&self) -> bool {
+        !self.0.is_empty() && self.0.iter().all(|wanted| names_of_scales().any(|name| name == wanted))
     }
 
     fn has(&self, name: &str) -> bool {
@@ -295,6 +319,42 @@ fn rss_idle(arenas: &[Arena]) -> Result<Row> {
         values.insert(name.clone(), kib.into_iter().max().unwrap_or_default() as f64 / 1024.0);
     }
     Ok(memory_row(RSS_IDLE, "mib", values, RSS_IDLE_LIMIT))
+}
+
+fn names_of_scales() -> impl Iterator<Item = &'static str> {
+    SCALES.iter().flat_map(|(_, rest, peak, ready)| [*rest, *peak, *ready])
+}
+
+/// What our ztunnel needs to know meshes of several sizes, each with one of its own that has carried nothing.
+fn scales(wanted: &Wanted<'_>, places: &Places, interrupt: &Interrupt, failures: &mut Vec<String>) -> Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    for (workloads, rest, peak, ready) in SCALES.iter().copied() {
+        if ![rest, peak, ready].iter().any(|name| wanted.has(name)) {
+            continue;
+        }
+        let known = match scale::measure(&places.binaries.join("ztunnel"), workloads, interrupt) {
+            Ok(known) => known,
+            Err(error) => {
+                interrupt.check()?;
+                failures.push(format!("{workloads} workloads: {error:#}"));
+                continue;
+            }
+        };
+        let (rest_limit, ready_limit) = match workloads {
+            3 => (Some(RSS_IDLE_LIMIT), None),
+            100_000 => (Some(RSS_100K_LIMIT), Some(READY_100K_LIMIT)),
+            _ => (None, None),
+        };
+        let row = |test, metric, value, limit: Option<Limit>| {
+            let budget = limit.map(|(must, aim)| Budget { against: "absolute".to_owned(), must, aim });
+            let values = BTreeMap::from([("ours".to_owned(), value)]);
+            Row::new(test, metric, Better::Lower, &[Round { calm: true, values }], budget)
+        };
+        rows.push(row(rest, "mib", known.rest_mib, rest_limit));
+        rows.push(row(peak, "over_rest", known.peak_mib / known.rest_mib, Some(PEAK_LIMIT)));
+        rows.push(row(ready, "s", known.ready_s, ready_limit));
+    }
+    Ok(rows)
 }
 
 /// What idle connections cost each contestant that has proxies.

@@ -9,6 +9,7 @@
 //! - [`usage`] reads CPU, context switches and memory from the kernel
 //! - [`proof`] shows once per run that a contestant carries bytes, unchanged and unreadable
 //! - [`l4`] is the suite: which tests, which budgets, in which order
+//! - [`scale`] is its part about meshes of many workloads, without traffic
 //! - [`capture`] is another: the way into a proxy, without one; its two ends are in [`sink`]
 //! - [`relay`] is a contestant that only copies: what two user-space hops cost whatever they do
 //! - [`report`] makes medians, JSON and the table
@@ -21,6 +22,7 @@ pub mod load;
 pub mod proof;
 pub mod relay;
 pub mod report;
+pub mod scale;
 pub mod serve;
 pub mod sink;
 pub mod usage;

@@ -220,7 +220,7 @@ fn a_canonical_service_wins_where_none_is_the_clients_own() {
         api.ports = BTreeMap::from([(80, ServicePort { target_port: target, app_protocol: Default::default() })]);
         let pod = workload(namespace, &format!("10.0.1.{target}"));
         let port = EndpointPort { service_port: 80, target_port: target, app_protocol: Default::default() };
-        let pod = Workload { services: BTreeMap::from([(api.key(), [port].into_iter().collect())]), ..pod };
+        let pod = Workload { services: [(api.key(), [port].into_iter().collect())].into(), ..pod };
         (api, pod)
     };
     let ((a, a_pod), (b, b_pod), (c, c_pod)) = (of("a", false, 1), of("b", true, 2), of("c", false, 3));

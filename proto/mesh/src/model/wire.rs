@@ -1,6 +1,7 @@
 //! From the wire types to the model, once. What cannot be understood is refused as a whole, naming the field: a proxy
 //! that guesses routes traffic where nobody meant it to go.
 
+use std::collections::HashSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -8,6 +9,7 @@ use ipnet::IpNet;
 use mesh_proto::workload as wire;
 
 use super::*;
+use crate::text::Texts;
 
 /// Why a resource was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -274,6 +276,56 @@ impl TryFrom<wire::Service> for Service {
                 Ok(wire::Visibility::Public) | Err(_) => Visibility::Public,
             },
         })
+    }
+}
+
+/// What many resources of one delivery have in common, kept once.
+#[derive(Debug, Default)]
+pub struct Shared {
+    texts: Texts,
+    ports: HashSet<EndpointPorts>,
+}
+
+impl Resource {
+    /// Lets go of texts and port lists of its own for equal ones of others. Names of its own are left alone.
+    pub fn share(&mut self, shared: &mut Shared) {
+        match self {
+            Self::Workload(workload) => workload.share(shared),
+            Self::Service(service) => {
+                shared.texts.share(&mut service.namespace);
+                shared.texts.share(&mut service.hostname);
+            }
+        }
+    }
+}
+
+impl Workload {
+    fn share(&mut self, shared: &mut Shared) {
+        let Locality { region, zone, subzone } = &mut self.locality;
+        let own = [
+            &mut self.namespace,
+            &mut self.trust_domain,
+            &mut self.service_account,
+            &mut self.network,
+            &mut self.workload_name,
+            &mut self.canonical_name,
+            &mut self.canonical_revision,
+            &mut self.node,
+            &mut self.cluster_id,
+            region,
+            zone,
+            subzone,
+        ];
+        own.into_iter().chain(&mut self.authorization_policies).for_each(|text| shared.texts.share(text));
+        for (service, ports) in self.services.each_mut() {
+            shared.texts.share(&mut service.namespace);
+            shared.texts.share(&mut service.hostname);
+            match shared.ports.get(ports) {
+                Some(known) => *ports = known.clone(),
+                None => drop(shared.ports.insert(ports.clone())),
+            }
+        }
+        self.addresses.shrink_to_fit();
     }
 }
 

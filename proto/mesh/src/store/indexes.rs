@@ -83,7 +83,7 @@ impl Indexes {
         if let Some(name) = own_name(&workload) {
             put_in_bucket(&mut self.by_name, name, workload.clone(), |w| w.uid.clone());
         }
-        for (service, ports) in &workload.services {
+        for (service, ports) in workload.services.iter() {
             let endpoint = Endpoint { workload: workload.clone(), ports: ports.clone() };
             self.endpoints.entry(service.clone()).or_default().insert(workload.uid.clone(), endpoint);
         }

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use mesh_proto::{security, workload};
 use prost::Message;
 
-use crate::model::Resource;
+use crate::model::{Resource, Shared};
 use crate::policy::Policy;
 use crate::store::{Store, Update};
 
@@ -76,21 +76,40 @@ pub fn typed_handler<M: Message + Default + 'static>(
 
 /// Feeds workloads and services into `store`.
 pub fn address_handler(store: Arc<Store>) -> Arc<dyn ResourceHandler> {
-    typed_handler(workload::ADDRESS_TYPE, move |updated: Vec<(String, workload::Address)>, removed| {
-        let (mut update, mut rejected) = (Update::new(), Vec::new());
+    Arc::new(Addresses(store))
+}
+
+struct Addresses(Arc<Store>);
+
+impl ResourceHandler for Addresses {
+    fn type_url(&self) -> &'static str {
+        workload::ADDRESS_TYPE
+    }
+
+    /// One by one: a hundred thousand of them are never there in two forms at once.
+    fn apply(&self, updated: Vec<(String, String, Bytes)>, removed: Vec<String>) -> Vec<Rejected> {
+        let (mut update, mut rejected, mut shared) = (Update::new(), Vec::new(), Shared::default());
         for name in removed {
             update.push_remove_address(name);
         }
-        for (name, address) in updated {
-            match Resource::try_from(address) {
-                Ok(resource) if resource.name() == name => update.push_resource(resource),
-                Ok(resource) => rejected.push(Rejected::new(name, format_args!("content is {}", resource.name()))),
-                Err(error) => rejected.push(Rejected::new(name, error)),
+        for (name, _, value) in updated {
+            match read_address(&name, value) {
+                Ok(mut resource) => {
+                    resource.share(&mut shared);
+                    update.push_resource(resource);
+                }
+                Err(reason) => rejected.push(Rejected { name, reason }),
             }
         }
-        store.apply(update);
+        self.0.apply(update);
         rejected
-    })
+    }
+}
+
+fn read_address(name: &str, value: Bytes) -> Result<Resource, String> {
+    let address = workload::Address::decode(value).map_err(|error| error.to_string())?;
+    let resource = Resource::try_from(address).map_err(|error| error.to_string())?;
+    if resource.name() == name { Ok(resource) } else { Err(format!("content is {}", resource.name())) }
 }
 
 /// Feeds L4 policies into `store`. One that cannot be understood is rejected *and* put there as a closed door: whatever
