@@ -278,6 +278,7 @@ fn flags_of_istio_keep_their_names() {
     let ours: Vec<&str> = used.into_iter().filter(|name| !istio.contains(name)).collect();
     let documented = [
         "BAD_REQUEST",
+        "CANCELLED",
         "DRAINED",
         "EXHAUSTED",
         "NO_HEALTHY_UPSTREAM",

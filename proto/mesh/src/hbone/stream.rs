@@ -162,6 +162,12 @@ impl ByteStream for HboneStream {
     fn poll_end(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         Poll::Ready(self.end())
     }
+
+    /// RFC 9113, section 8.5. What is queued is dropped, which is why a reset is not passed on this way: a peer's last
+    /// words may be among it.
+    fn abort(&mut self) {
+        self.send.send_reset(Reason::CONNECT_ERROR);
+    }
 }
 
 impl AsyncRead for HboneStream {

@@ -1,4 +1,5 @@
 use std::{
+    io,
     net::IpAddr,
     sync::{
         Arc,
@@ -89,7 +90,12 @@ async fn echo(request: ConnectRequest) {
     }
     assert_eq!(request.peer.identity(), &id("client"));
     let baggage = Baggage { service: Some("echo".into()), ..Baggage::default() };
-    let Ok(stream) = request.accept(Some(&baggage)) else { return };
+    let cut = matches!(&request.authority, Authority::Host { host, .. } if &**host == "cut");
+    let Ok(mut stream) = request.accept(Some(&baggage)) else { return };
+    if cut {
+        let _ = stream.read_u8().await;
+        return crate::net::ByteStream::abort(&mut stream);
+    }
     let (mut read, mut write) = tokio::io::split(stream);
     // Ends with the client's direction; the answer to that is the end of ours.
     if tokio::io::copy(&mut read, &mut write).await.is_ok() {
@@ -236,6 +242,17 @@ async fn sixty_four_mebibytes_come_back_unchanged() {
     };
     let ((), read) = within(async { tokio::join!(writing, reading) }).await;
     assert_eq!(read, SIZE);
+}
+
+#[tokio::test]
+async fn a_tunnel_that_is_cut_does_not_look_as_if_it_had_ended() {
+    let world = default_world().await;
+    let mut cut = within(world.connect_to("cut:80")).await.unwrap().stream;
+    cut.write_all(b"x").await.unwrap();
+    let mut rest = Vec::new();
+    let error = within(cut.read_to_end(&mut rest)).await.unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "{error}");
+    round_trip(&mut world.connect().await, b"the others go on").await;
 }
 
 #[tokio::test]

@@ -33,6 +33,10 @@ pub trait ByteStream: Unpin + Send {
     /// Makes the coming drop a reset, so that the other side cannot take what it has for all there was.
     fn abort(&mut self) {}
 
+    /// The bytes came from where there was a reset, and their reader has to see one too. As [`abort`](Self::abort) where
+    /// that takes nothing back of what was written.
+    fn pass_reset_on(&mut self) {}
+
     /// The socket, where it is nothing else.
     fn socket(&self) -> Option<&TcpStream> {
         None
@@ -59,6 +63,10 @@ impl<S: ByteStream> ByteStream for &mut S {
 
     fn abort(&mut self) {
         (**self).abort();
+    }
+
+    fn pass_reset_on(&mut self) {
+        (**self).pass_reset_on();
     }
 
     fn socket(&self) -> Option<&TcpStream> {
@@ -207,6 +215,10 @@ macro_rules! byte_stream_over_socket {
             fn abort(&mut self) {
                 // Without it the close is an orderly one; there is nothing better to do then.
                 let _ = socket2::SockRef::from(&*self).set_linger(Some(std::time::Duration::ZERO));
+            }
+
+            fn pass_reset_on(&mut self) {
+                self.abort();
             }
 
             fn socket(&self) -> Option<&TcpStream> {

@@ -137,10 +137,19 @@ pub async fn copy_bidirectional<A: ByteStream, B: ByteStream, C: Count>(
         }
     })
     .await;
+    match &ended {
+        Err(CopyError::Downstream(error)) if is_reset(error) => upstream.pass_reset_on(),
+        Err(CopyError::Upstream(error)) if is_reset(error) => downstream.pass_reset_on(),
+        _ => {}
+    }
     match ended {
         Err(error @ (CopyError::Downstream(_) | CopyError::Upstream(_))) if !hung_up(&error) => Err(error),
         _ => Ok(Transferred { received: up.carried, sent: down.carried }),
     }
+}
+
+fn is_reset(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::ConnectionReset
 }
 
 fn hung_up(error: &CopyError) -> bool {

@@ -100,7 +100,7 @@ async fn what_follows_urgent_data_is_carried_on() {
 }
 
 #[tokio::test]
-async fn a_reset_ends_the_copy_and_is_no_error() {
+async fn a_reset_ends_the_copy_is_passed_on_and_is_no_error() {
     let (client, downstream) = pair().await;
     let (upstream, mut server) = pair().await;
     let counts = ByteCounts::default();
@@ -109,7 +109,8 @@ async fn a_reset_ends_the_copy_and_is_no_error() {
     let outcome = within(copy_bidirectional(downstream, upstream, &counts)).await;
     assert_eq!(outcome.unwrap(), Transferred::default());
     let mut rest = Vec::new();
-    within(server.read_to_end(&mut rest)).await.unwrap();
+    let error = within(server.read_to_end(&mut rest)).await.unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
 }
 
 /// A server that has answered and hung up without reading the question.
