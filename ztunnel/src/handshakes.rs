@@ -1,9 +1,11 @@
 //! Handshakes under way at port 15008. Whoever can reach a pod can begin one without being anybody, and each holds a
 //! descriptor and some memory until it has proved who it is or its time is up. So there are only so many, for a pod and
-//! for the node; one too many takes the place of the one that has taken longest. A client that means it needs
-//! milliseconds and is not among those.
+//! for the node. One too many takes a place of the address that has most of them, and there of the one that has taken
+//! longest: who floods us displaces itself, however slow the others are.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::cmp::Reverse;
+use std::collections::{BTreeSet, HashMap};
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -27,17 +29,33 @@ pub struct Handshakes(Mutex<UnderWay>);
 #[derive(Default)]
 struct UnderWay {
     next: u64,
-    /// The numbers grow, so the first is the oldest.
-    all: BTreeMap<u64, (NetnsCookie, Arc<Notify>)>,
-    of_pod: HashMap<NetnsCookie, BTreeSet<u64>>,
+    total: usize,
+    of_pod: HashMap<NetnsCookie, OfPod>,
+    displaced: HashMap<u64, Arc<Notify>>,
     told: Option<Instant>,
     untold: u64,
+}
+
+/// Those with one pod.
+#[derive(Default)]
+struct OfPod {
+    total: usize,
+    /// The numbers grow, so the first is the oldest.
+    of_source: HashMap<IpAddr, BTreeSet<u64>>,
+}
+
+/// Where one is counted.
+#[derive(Clone, Copy)]
+struct Seat {
+    pod: NetnsCookie,
+    source: IpAddr,
+    id: u64,
 }
 
 /// One that is under way, until dropped.
 pub struct Handshake {
     of: Arc<Handshakes>,
-    id: u64,
+    seat: Seat,
     displaced: Arc<Notify>,
 }
 
@@ -46,50 +64,72 @@ impl Handshakes {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// One more for that pod. Where there are too many the oldest goes.
+    /// One more of that client for that pod. Where there are too many one goes.
     #[must_use]
-    pub fn begin(self: &Arc<Self>, pod: NetnsCookie) -> Handshake {
+    pub fn begin(self: &Arc<Self>, pod: NetnsCookie, source: IpAddr) -> Handshake {
         let displaced = Arc::new(Notify::new());
         let mut under_way = self.lock();
-        let id = under_way.next;
+        let seat = Seat { pod, source, id: under_way.next };
         under_way.next += 1;
-        under_way.all.insert(id, (pod, displaced.clone()));
+        under_way.total += 1;
+        under_way.displaced.insert(seat.id, displaced.clone());
         let own = under_way.of_pod.entry(pod).or_default();
-        own.insert(id);
-        let oldest = if own.len() > PER_POD {
-            own.first().copied()
-        } else if under_way.all.len() > PER_NODE {
-            under_way.all.first_key_value().map(|(id, _)| *id)
+        own.total += 1;
+        own.of_source.entry(source).or_default().insert(seat.id);
+        let victim = if own.total > PER_POD {
+            own.crowded().map(|(_, (source, id))| Seat { pod, source, id })
+        } else if under_way.total > PER_NODE {
+            let crowds = under_way.of_pod.iter().filter_map(|(pod, own)| Some((*pod, own.crowded()?)));
+            crowds.max_by_key(|(_, (size, _))| *size).map(|(pod, (_, (source, id)))| Seat { pod, source, id })
         } else {
             None
         };
-        if let Some(oldest) = oldest {
-            under_way.displace(oldest);
+        if let Some(victim) = victim {
+            under_way.displace(victim);
         }
-        Handshake { of: self.clone(), id, displaced }
+        Handshake { of: self.clone(), seat, displaced }
+    }
+}
+
+impl OfPod {
+    /// The oldest of the source that has most, and how many those are; of several such the one that begins first.
+    fn crowded(&self) -> Option<((usize, Reverse<u64>), (IpAddr, u64))> {
+        let of = |(source, ids): (&IpAddr, &BTreeSet<u64>)| {
+            let oldest = *ids.first()?;
+            Some(((ids.len(), Reverse(oldest)), (*source, oldest)))
+        };
+        self.of_source.iter().filter_map(of).max_by_key(|(size, _)| *size)
     }
 }
 
 impl UnderWay {
-    fn take(&mut self, id: u64) -> Option<Arc<Notify>> {
-        let (pod, displaced) = self.all.remove(&id)?;
-        if let Some(own) = self.of_pod.get_mut(&pod) {
-            own.remove(&id);
-            if own.is_empty() {
-                self.of_pod.remove(&pod);
+    fn take(&mut self, seat: Seat) -> Option<Arc<Notify>> {
+        let displaced = self.displaced.remove(&seat.id)?;
+        self.total -= 1;
+        if let Some(own) = self.of_pod.get_mut(&seat.pod) {
+            own.total -= 1;
+            if let Some(ids) = own.of_source.get_mut(&seat.source) {
+                ids.remove(&seat.id);
+                if ids.is_empty() {
+                    own.of_source.remove(&seat.source);
+                }
+            }
+            if own.total == 0 {
+                self.of_pod.remove(&seat.pod);
             }
         }
         Some(displaced)
     }
 
-    fn displace(&mut self, id: u64) {
-        let Some(displaced) = self.take(id) else { return };
+    fn displace(&mut self, seat: Seat) {
+        let Some(displaced) = self.take(seat) else { return };
         displaced.notify_one();
         access::count_refused(Direction::Inbound, ResponseFlag::Overload);
         self.untold += 1;
         if self.told.is_none_or(|told| told.elapsed() >= TELL_EVERY) {
             let displaced = std::mem::take(&mut self.untold);
-            tracing::warn!(displaced, "more handshakes than there may be at once: the oldest made room");
+            let most = seat.source;
+            tracing::warn!(displaced, %most, "more handshakes than there may be at once: the oldest made room");
             self.told = Some(Instant::now());
         }
     }
@@ -104,12 +144,14 @@ impl Handshake {
 
 impl Drop for Handshake {
     fn drop(&mut self) {
-        self.of.lock().take(self.id);
+        self.of.lock().take(self.seat);
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use futures_util::FutureExt;
 
     use super::*;
@@ -118,29 +160,42 @@ mod tests {
         handshake.displaced().now_or_never().is_some()
     }
 
+    const CLIENT: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1));
+    const FOE: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 2));
+
     #[test]
-    fn the_oldest_of_a_pod_makes_room_and_other_pods_keep_theirs() {
+    fn who_has_most_at_a_pod_makes_room_and_the_others_keep_theirs() {
         let handshakes = Arc::<Handshakes>::default();
         let [flooded, other] = [NetnsCookie(1), NetnsCookie(2)];
-        let bystander = handshakes.begin(other);
-        let flood: Vec<_> = (0..PER_POD + 2).map(|_| handshakes.begin(flooded)).collect();
+        let bystanders = [handshakes.begin(other, FOE), handshakes.begin(flooded, CLIENT)];
+        let flood: Vec<_> = (0..=PER_POD).map(|_| handshakes.begin(flooded, FOE)).collect();
         let gone: Vec<_> = flood.iter().map(is_displaced).collect();
-        assert_eq!(gone, [vec![true; 2], vec![false; PER_POD]].concat());
-        assert!(!is_displaced(&bystander));
+        assert_eq!(gone, [vec![true; 2], vec![false; PER_POD - 1]].concat());
+        assert!(!bystanders.iter().any(is_displaced));
         drop(flood);
-        drop(bystander);
-        assert!(handshakes.lock().all.is_empty() && handshakes.lock().of_pod.is_empty());
+        drop(bystanders);
+        let left = handshakes.lock();
+        assert!(left.total == 0 && left.of_pod.is_empty() && left.displaced.is_empty());
     }
 
     #[test]
-    fn the_oldest_of_the_node_makes_room() {
+    fn of_as_many_sources_as_handshakes_the_oldest_makes_room() {
+        let handshakes = Arc::<Handshakes>::default();
+        let source = |n| IpAddr::from(Ipv4Addr::from_bits(0x0a00_0000 + n));
+        let all: Vec<_> = (0..=PER_POD as u32).map(|n| handshakes.begin(NetnsCookie(1), source(n))).collect();
+        let (first, rest) = all.split_first().expect("there are some");
+        assert!(is_displaced(first) && !rest.iter().any(is_displaced));
+    }
+
+    #[test]
+    fn who_has_most_on_the_node_makes_room() {
         let handshakes = Arc::<Handshakes>::default();
         let pods = (PER_NODE / PER_POD) as u64;
-        let all: Vec<_> = (0..=PER_NODE as u64).map(|n| handshakes.begin(NetnsCookie(n % pods))).collect();
-        let (first, rest) = all.split_first().expect("there are some");
-        // One more than its pod may have, which is also one more than the node.
-        assert!(is_displaced(first) && !rest.iter().any(is_displaced));
-        let stranger = handshakes.begin(NetnsCookie(pods));
-        assert!(is_displaced(&rest[0]) && !is_displaced(&stranger));
+        let bystander = handshakes.begin(NetnsCookie(pods), CLIENT);
+        let all: Vec<_> = (1..PER_NODE as u64).map(|n| handshakes.begin(NetnsCookie(n % pods), FOE)).collect();
+        let stranger = handshakes.begin(NetnsCookie(pods + 1), CLIENT);
+        // Its pod has as many as the others but one, and begins first.
+        assert!(is_displaced(&all[0]) && !all[1..].iter().any(is_displaced));
+        assert!(!is_displaced(&bystander) && !is_displaced(&stranger));
     }
 }

@@ -30,7 +30,7 @@ pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, here: 
     if at.is_self_call(here) {
         return access::refused(Direction::Inbound, client, here, ResponseFlag::BadRequest, &SELF_CALL);
     }
-    let handshake = at.shared.handshakes.begin(at.pod.cookie);
+    let handshake = at.shared.handshakes.begin(at.pod.cookie, client.ip());
     let accepted = tokio::select! {
         biased;
         accepted = Box::pin(accept(&at, stream, client)) => accepted,
