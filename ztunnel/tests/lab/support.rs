@@ -8,7 +8,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -84,9 +84,10 @@ pub fn within(patience: Duration, what: &str, mut check: impl FnMut() -> bool) {
 
 impl Lab {
     pub fn up(pods: &'static [Pod]) -> Self {
-        /// Tells labs of one test program apart.
-        static NEXT: AtomicU8 = AtomicU8::new(b'a');
-        let mark = char::from(NEXT.fetch_add(1, Ordering::Relaxed));
+        /// Tell labs of one test program apart: one letter each, as `reap` expects.
+        const MARKS: &[u8] = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ";
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        let mark = char::from(MARKS[NEXT.fetch_add(1, Ordering::Relaxed)]);
         let unified = Path::new("/sys/fs/cgroup/unified");
         let root = if unified.exists() { unified } else { Path::new("/sys/fs/cgroup") };
         reap(root);
