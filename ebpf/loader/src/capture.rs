@@ -24,8 +24,8 @@ use tracing::{debug, info};
 use crate::{
     Counters, LoadError, NetnsCookie, OBJECT, Phase, PodCapture, Prefix, cookie_of, has_programs,
     kernel::{
-        self, check_capabilities, give_back_memory, keep_heaps_small, link_info, open_pin, program_by_id, program_maps,
-        program_tag, update_link,
+        self, check_capabilities, give_back_memory, link_info, open_pin, program_by_id, program_maps, program_tag,
+        update_link,
     },
     maps::{self, Maps},
     pins::{Layout, Pins, check_cgroup2, unpin},
@@ -68,7 +68,6 @@ impl Capture {
         }
         check_capabilities()?;
         check_cgroup2(cgroup_root)?;
-        keep_heaps_small();
         let pins = Pins::create(bpffs_dir)?;
         maps::check_layout(&pins)?;
         let mut object = load_object(&pins)?;

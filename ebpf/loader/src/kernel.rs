@@ -239,23 +239,6 @@ pub(crate) fn attach_sk_lookup(program: BorrowedFd<'_>, netns: BorrowedFd<'_>) -
     attributes.call_for_fd(BPF_LINK_CREATE)
 }
 
-/// Holds the C library to its thresholds. By itself it raises them to the largest piece it has ever seen freed, which is
-/// the kernel's type information, and then each thread keeps up to twice as much after a burst.
-pub(crate) fn keep_heaps_small() {
-    #[cfg(target_env = "gnu")]
-    {
-        /// Bytes from which on memory of its own is mapped for one request.
-        const MMAP_THRESHOLD: libc::c_int = 4 << 20;
-        /// Bytes of free memory that a thread's heap keeps at its end: what a transfer takes and lets go in turns.
-        const TRIM_THRESHOLD: libc::c_int = 1 << 20;
-        // SAFETY: takes no pointer and may be called at any time from any thread.
-        unsafe {
-            libc::mallopt(libc::M_MMAP_THRESHOLD, MMAP_THRESHOLD);
-            libc::mallopt(libc::M_TRIM_THRESHOLD, TRIM_THRESHOLD);
-        }
-    }
-}
-
 /// Returns what the allocator keeps of memory that is free. Reading the kernel's type information takes a hundred
 /// times what stays of it, and the C library would keep that for good.
 pub(crate) fn give_back_memory() {
