@@ -52,6 +52,9 @@ struct Seat {
     id: u64,
 }
 
+/// Of a crowd: first by how many there are, then by who began first.
+type Size = (usize, Reverse<u64>);
+
 /// One that is under way, until dropped.
 pub struct Handshake {
     of: Arc<Handshakes>,
@@ -93,7 +96,7 @@ impl Handshakes {
 
 impl OfPod {
     /// The oldest of the source that has most, and how many those are; of several such the one that begins first.
-    fn crowded(&self) -> Option<((usize, Reverse<u64>), (IpAddr, u64))> {
+    fn crowded(&self) -> Option<(Size, (IpAddr, u64))> {
         let of = |(source, ids): (&IpAddr, &BTreeSet<u64>)| {
             let oldest = *ids.first()?;
             Some(((ids.len(), Reverse(oldest)), (*source, oldest)))

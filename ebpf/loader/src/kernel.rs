@@ -239,9 +239,9 @@ pub(crate) fn attach_sk_lookup(program: BorrowedFd<'_>, netns: BorrowedFd<'_>) -
     attributes.call_for_fd(BPF_LINK_CREATE)
 }
 
-/// Returns what the allocator keeps of memory that is free. Reading the kernel's type information takes a hundred
-/// times what stays of it, and the C library would keep that for good.
-pub(crate) fn give_back_memory() {
+/// Returns what the allocator keeps of memory that is free: to be called after a burst. The loader does so itself after
+/// reading the kernel's type information, which takes a hundred times what stays of it.
+pub fn give_back_memory() {
     #[cfg(target_env = "gnu")]
     // SAFETY: takes no pointer and may be called at any time from any thread.
     unsafe {

@@ -24,6 +24,7 @@ use tokio_util::task::TaskTracker;
 
 use super::enrolment::{Desired, Enrolment};
 use super::find::{Finder, Found, Process};
+use super::heap::Heap;
 use super::host::Host;
 use super::keep::{Keeper, Keeping};
 use super::netns::{Family, Netns};
@@ -207,6 +208,7 @@ impl Manager {
         let mut upkeep = tokio::time::interval(UPKEEP);
         upkeep.set_missed_tick_behavior(MissedTickBehavior::Delay);
         upkeep.reset();
+        let mut heap = Heap::new();
         loop {
             let desired = self.deps.desired.borrow_and_update().clone();
             self.take(desired.pods).await;
@@ -238,7 +240,10 @@ impl Manager {
                     self.retry = (self.retry * 2).min(LONGEST_RETRY);
                 }
                 Ok(()) = world.changed(), if partly => {}
-                _ = upkeep.tick() => self.look_after().await,
+                _ = upkeep.tick() => {
+                    heap.look();
+                    self.look_after().await;
+                }
                 Some(_) = self.releasing.join_next() => {}
                 Some(left) = self.leaving.join_next() => {
                     if let Ok(pod) = left {

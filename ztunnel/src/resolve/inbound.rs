@@ -196,7 +196,7 @@ pub fn inbound_service<'a>(
         return world.service(key);
     }
     let leads_here = |key: &&NamespacedHostname| {
-        local.services.get(*key).is_some_and(|ports| ports.iter().any(|p| p.target_port == port))
+        local.services.get(key).is_some_and(|ports| ports.iter().any(|p| p.target_port == port))
     };
     let mut services = local.services.keys().filter(leads_here);
     match (services.next(), services.next()) {
