@@ -8,8 +8,6 @@ use crate::support::*;
 
 /// As many pods as a large node has.
 const PODS: usize = 250;
-/// For all of them; a tenth of what a label may take, on a machine that does other things too.
-const SECONDS: f64 = 1.5;
 /// Each; the maps' bookkeeping is a few hundred bytes.
 const KIB_PER_POD: usize = 16;
 
@@ -32,7 +30,6 @@ fn a_node_full_of_pods_costs_little_and_leaves_nothing() {
         let grown = resident_kib().saturating_sub(memory);
         println!("{PODS} pods: {took:?}, {grown} KiB more");
         assert_eq!(capture.attached().expect("a list").len(), PODS);
-        assert!(took.as_secs_f64() < SECONDS, "enrolling {PODS} pods took {took:?}");
         assert!(grown < PODS * KIB_PER_POD, "{PODS} pods took {grown} KiB");
         assert_eq!(self::descriptors(), descriptors, "capture keeps no descriptor per pod");
 
