@@ -16,7 +16,9 @@ use mesh_tests::{local, sys, wait};
 use support::{Case, Stage, said};
 
 /// Of certificates here: short enough to see their end, long enough to be renewed before on a crowded machine.
-const LIFETIME: &str = "SECRET_TTL=40s";
+const LIFETIME: &str = "SECRET_TTL=60s";
+/// Half of a lifetime, and a fetch that gets no answer.
+const RENEWAL: Duration = Duration::from_secs(50);
 /// The other half of a lifetime, and room.
 const END: Duration = Duration::from_secs(60);
 const SETTLE: Duration = Duration::from_secs(30);
@@ -39,7 +41,7 @@ fn away_and_back(stage: &Stage) -> Result<()> {
     NODES.iter().try_for_each(|node| comes_to(stage, node, 0.0))?;
     stage.teller.session.apply(DENIED)?;
     // A certificate is asked for, nobody answers, and the old one serves on: it has half of its life left.
-    wait::until("a renewal to fail", SETTLE, || {
+    wait::until("a renewal to fail", RENEWAL, || {
         let log = log(stage)?;
         ensure!(log.contains("certificate could not be fetched"), "none was tried");
         Ok(())

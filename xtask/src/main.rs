@@ -56,7 +56,7 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         options: Vec<String>,
     },
-    /// What CI runs: lint, generated files are current, all tests, fuzzing for two minutes each
+    /// What CI runs: lint, generated files are current, all tests
     Ci,
     /// Formatting, clippy, layers
     Lint,
@@ -230,15 +230,10 @@ fn test(workspace: &Workspace, options: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// For each target in CI: enough to notice what is new. Who changes a parser runs its target longer.
-const FUZZ_SECONDS: u64 = 120;
-
 fn ci(workspace: &Workspace) -> Result<()> {
     setup::run(workspace)?;
     lint(workspace)?;
     Steps::new()
         .run("generated files are current", &mut workspace.cargo(&["test", "--locked", "--package", "mesh-proto"]))?;
-    test(workspace, &[])?;
-    setup::run_for_fuzzing()?;
-    fuzz::run(workspace, FUZZ_SECONDS, &[])
+    test(workspace, &[])
 }
