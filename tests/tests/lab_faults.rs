@@ -94,8 +94,8 @@ impl Clocks<'_> {
         Ok(self.0.lab.scratch("clocks")?.join(node))
     }
 
-    fn set(&self, nodes: &[&str], seconds: i64) -> Result<()> {
-        for node in nodes {
+    fn set(&self, seconds: i64) -> Result<()> {
+        for node in NODES {
             let file = self.file(node)?;
             let next = file.with_extension("next");
             fs::write(&next, format!("{seconds:+}\n"))?;
@@ -109,7 +109,7 @@ impl Clocks<'_> {
 #[test]
 fn clocks_that_jump_by_two_hours_end_no_connection_and_new_ones_come_back() -> Result<()> {
     let Some(mut mesh) = Mesh::prepare("clock")? else { return Ok(()) };
-    Clocks(&mesh).set(&NODES, 0)?;
+    Clocks(&mesh).set(0)?;
     for node in NODES {
         let settings = Clocks::settings(&mesh, node)?;
         mesh.start(node, &settings)?;
@@ -118,13 +118,13 @@ fn clocks_that_jump_by_two_hours_end_no_connection_and_new_ones_come_back() -> R
     let far = mesh.far.net.ipv4.into();
     let beat = mesh.beat(far)?;
 
-    clocks.set(&NODES, TWO_HOURS)?;
+    clocks.set(TWO_HOURS)?;
     wait::until("ztunnel to see its clock", SETTLE, || seen(mesh, TWO_HOURS))?;
     let (answered, took) = mesh.call(far)?;
     ensure!(answered, "two hours ahead a new connection was refused after {took:?}");
     lives(&beat)?;
 
-    clocks.set(&NODES, -TWO_HOURS)?;
+    clocks.set(-TWO_HOURS)?;
     wait::until("ztunnel to see its clock", SETTLE, || seen(mesh, -TWO_HOURS))?;
     mesh.comes_to_work(far).context("two hours back")?;
     lives(&beat)
