@@ -8,13 +8,15 @@ ended the connection; the first that does not hold is an exception.
 """
 
 import socket
-import ssl
 import sys
 
 import h2.config
 import h2.connection
 import h2.events as events
 import h2.settings
+
+sys.dont_write_bytecode = True
+from certified import context as certified  # noqa: E402
 
 ADDRESS, AUTHORITY, CERTIFICATES, NAME = sys.argv[1:5]
 HOST, PORT = ADDRESS.rsplit(":", 1)
@@ -23,12 +25,7 @@ CONNECT = [(":method", "CONNECT"), (":authority", AUTHORITY)]
 
 class Client:
     def __init__(self):
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname = False
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.load_verify_locations(f"{CERTIFICATES}/ca-cert.pem")
-        context.load_cert_chain(f"{CERTIFICATES}/{NAME}.pem", f"{CERTIFICATES}/{NAME}.key")
-        context.set_alpn_protocols(["h2"])
+        context = certified(CERTIFICATES, NAME)
         raw = socket.create_connection((HOST, int(PORT)), timeout=20)
         self.tls = context.wrap_socket(raw)
         assert self.tls.selected_alpn_protocol() == "h2"

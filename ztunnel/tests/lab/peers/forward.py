@@ -8,19 +8,16 @@ Says "ready" once it listens. An end travels on as an end, a reset as a reset.
 import asyncio
 import contextlib
 import socket
-import ssl
 import struct
 import sys
+
+sys.dont_write_bytecode = True
+from certified import context as certified  # noqa: E402
 
 LISTEN, ADDRESS, CERTIFICATES, NAME = sys.argv[1:5]
 HOST, PORT = ADDRESS.rsplit(":", 1)
 
-context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-context.check_hostname = False
-context.minimum_version = ssl.TLSVersion.TLSv1_3
-context.load_verify_locations(f"{CERTIFICATES}/ca-cert.pem")
-context.load_cert_chain(f"{CERTIFICATES}/{NAME}.pem", f"{CERTIFICATES}/{NAME}.key")
-context.set_alpn_protocols(["h2"])
+context = certified(CERTIFICATES, NAME)
 
 
 async def copy(reader, writer):

@@ -18,6 +18,9 @@ import sys
 import threading
 import time
 
+sys.dont_write_bytecode = True
+from certified import context as certified  # noqa: E402
+
 ATTACK, ADDRESS, AUTHORITY, CERTIFICATES = sys.argv[1:5]
 HOST, PORT = ADDRESS.rsplit(":", 1)
 PATIENCE = 45
@@ -69,13 +72,7 @@ def reset(stream):
 
 
 def tls():
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_verify_locations(f"{CERTIFICATES}/ca-cert.pem")
-    context.load_cert_chain(f"{CERTIFICATES}/foe.pem", f"{CERTIFICATES}/foe.key")
-    context.set_alpn_protocols(["h2"])
-    return context
+    return certified(CERTIFICATES, "foe")
 
 
 def dial(small=False):
