@@ -24,6 +24,10 @@ use crate::sys;
 const PLAIN: &str = "plain";
 const OURS: &str = "ours";
 const REDIRECT: &str = "redirect";
+/// Plain once more, in another pod: what differs between it and plain is what this machine cannot tell apart.
+const AGAIN: &str = "plain2";
+/// Contestants take turns this often in each round: what disturbs for a second then disturbs all alike.
+const TURNS: u32 = 6;
 /// Beyond its own time a client may take this long.
 const OVERTIME: Duration = Duration::from_secs(20);
 
@@ -95,18 +99,20 @@ pub fn run(options: &Options) -> Result<()> {
     let places = Places::find()?;
     let interrupt = Interrupt::install()?;
     let lab = Lab::up("bench-capture")?;
-    let contestants = [plain(&lab, sinking)?, ours(&lab, sinking)?, redirect(&lab, sinking)?];
-    println!("client on core {dialling}, sink on core {sinking}; rounds of {} s", options.secs);
+    let contestants =
+        [plain(&lab, PLAIN, sinking)?, ours(&lab, sinking)?, redirect(&lab, sinking)?, plain(&lab, AGAIN, sinking)?];
+    println!("client on core {dialling}, sink on core {sinking}; rounds of {} s in {TURNS} turns", options.secs);
+    let secs = options.secs / f64::from(TURNS);
     let mut rows = Vec::new();
     for test in TESTS.iter().filter(|test| options.only.is_empty() || options.only.iter().any(|o| o == test.name)) {
         let mut rounds: Vec<(bool, BTreeMap<&str, Timed>)> = Vec::new();
-        for round in 0..options.rounds as usize {
+        for round in 0..(options.rounds * TURNS) as usize {
             let mut calm = true;
             let mut figures = BTreeMap::new();
             for turn in 0..contestants.len() {
                 let contestant = &contestants[(turn + round) % contestants.len()];
                 let before = Sample::take(&lab.record.cgroup, &[])?;
-                let timed = contestant.time(test, options.secs, dialling, &interrupt)?;
+                let timed = contestant.time(test, secs, dialling, &interrupt)?;
                 calm &= Sample::take(&lab.record.cgroup, &[])?.since(&before).calm();
                 figures.insert(contestant.name, timed);
             }
@@ -149,14 +155,10 @@ fn rows_of(test: &Test, rounds: &[(bool, BTreeMap<&str, Timed>)]) -> Vec<Row> {
     rows
 }
 
-fn plain(lab: &Lab, cpu: usize) -> Result<Contestant> {
-    contestant(
-        lab,
-        PLAIN,
-        SocketAddr::from((Ipv4Addr::LOCALHOST, PORT)),
-        &["direct", "--cpu", &cpu.to_string()],
-        |_| Ok(()),
-    )
+fn plain(lab: &Lab, name: &'static str, cpu: usize) -> Result<Contestant> {
+    contestant(lab, name, SocketAddr::from((Ipv4Addr::LOCALHOST, PORT)), &["direct", "--cpu", &cpu.to_string()], |_| {
+        Ok(())
+    })
 }
 
 /// Our programs and maps; rules and routes as a ztunnel sets them (`ztunnel/src/node/routing.rs`).

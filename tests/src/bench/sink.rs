@@ -16,6 +16,8 @@ use clap::{Args, ValueEnum};
 use ebpf_loader::{Capture, Phase, PodCapture, Slot};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CpuSet, sched_setaffinity};
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::RcvBufForce;
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
@@ -34,6 +36,9 @@ const ECHO: u8 = b'e';
 const SWALLOW: u8 = b's';
 const RESET: u8 = b'r';
 const READ_AHEAD: usize = 256 << 10;
+/// What each end of a connection may hold, for all contestants alike. Left to itself the kernel finds the receiver's size from how
+/// its first round trips went, and then keeps to it: a connection is faster or slower by half for chance alone.
+const WINDOW: usize = 1 << 20;
 /// How long a side of a connection that is timed tries again before it sleeps.
 const AWAKE: Duration = Duration::from_millis(5);
 /// Between two connections that are timed: the sink's core is still taking the last one down when its reset arrives, and in
@@ -116,7 +121,7 @@ pub fn sink(options: &SinkOptions) -> Result<Infallible> {
     pin(options.cpu)?;
     // What captures has to live as long as connections are taken.
     let (listener, _capture) = match options.way {
-        Way::Direct => (TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT))?, None),
+        Way::Direct => (listen(Ipv4Addr::UNSPECIFIED, PORT, false)?, None),
         Way::Ours => {
             let (listener, capture) = captured(options)?;
             (listener, Some(capture))
@@ -137,17 +142,25 @@ fn captured(options: &SinkOptions) -> Result<(TcpListener, Capture)> {
     let pod = options.pod.context("--pod is needed")?;
     let (bpffs, cgroup) =
         (options.bpffs.as_ref().context("--bpffs is needed")?, options.cgroup.as_ref().context("--cgroup is needed")?);
-    let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
-    socket.set_ip_transparent_v4(true)?;
-    socket.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into())?;
-    socket.listen(4096)?;
+    let listener = listen(Ipv4Addr::LOCALHOST, 0, true)?;
     let capture = Capture::open(bpffs, cgroup)?;
     let netns = File::open("/proc/self/ns/net")?;
     let cookie = capture.attach_netns(netns.as_fd())?;
-    capture.set_listener(cookie, Slot::Out4, socket.as_fd())?;
+    capture.set_listener(cookie, Slot::Out4, listener.as_fd())?;
     let wanted = PodCapture { addresses: vec![IpAddr::V4(pod)], ..PodCapture::default() };
     capture.enrol(cookie, &wanted, Phase::Captured)?;
-    Ok((socket.into(), capture))
+    Ok((listener, capture))
+}
+
+/// A listener like every other contestant's, whose connections have the fixed [`WINDOW`].
+fn listen(address: Ipv4Addr, port: u16, transparent: bool) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_ip_transparent_v4(transparent)?;
+    socket.set_reuse_address(true)?;
+    setsockopt(&socket, RcvBufForce, &WINDOW).map_err(io::Error::from)?;
+    socket.bind(&SocketAddr::from((address, port)).into())?;
+    socket.listen(4096)?;
+    Ok(socket.into())
 }
 
 /// Tries again what would block, and sleeps only when nothing comes for a while: to wake the other side's core takes longer than what
@@ -242,6 +255,8 @@ pub fn dial(options: &DialOptions) -> Result<()> {
 fn open(to: SocketAddr, deed: u8) -> Result<TcpStream> {
     let mut stream = TcpStream::connect(to).with_context(|| format!("connecting to {to}"))?;
     stream.set_nodelay(true)?;
+    // Without the right to more the kernel's limit holds, for all alike.
+    SockRef::from(&stream).set_send_buffer_size(WINDOW)?;
     stream.write_all(&[deed])?;
     Ok(stream)
 }
