@@ -164,9 +164,14 @@ impl Mesh {
 
     /// One new connection of the client: whether it was answered, and how long that took.
     pub fn call(&self, to: IpAddr) -> Result<(bool, Duration)> {
+        Self::call_from(&self.client, to)
+    }
+
+    /// The same from another pod.
+    pub fn call_from(pod: &Pod, to: IpAddr) -> Result<(bool, Duration)> {
         let (to, port) = (to.to_string(), serve::ECHO.to_string());
         let began = Instant::now();
-        let output = self.client.run(&["bash", "-c", ONCE, &to, &port])?;
+        let output = pod.run(&["bash", "-c", ONCE, &to, &port])?;
         Ok((String::from_utf8_lossy(&output.stdout).trim() == "hello", began.elapsed()))
     }
 

@@ -36,7 +36,7 @@ const OVERLOAD: &str = "response_flags=\"OVERLOAD\"";
 const CANCELLED: &str = "response_flags=\"CANCELLED\"";
 const BAD_REQUEST: &str = "response_flags=\"BAD_REQUEST\"";
 
-const CUT: [Attack; 21] = [
+const CUT: [Attack; 22] = [
     Attack { name: "rapid_reset", ends: CALM, trace: OVERLOAD },
     Attack { name: "slow_reset", ends: CALM, trace: OVERLOAD },
     Attack { name: "continuation_flood", ends: CALM, trace: OVERLOAD },
@@ -51,6 +51,7 @@ const CUT: [Attack; 21] = [
     Attack { name: "get_flood", ends: CALM, trace: OVERLOAD },
     Attack { name: "too_many_streams", ends: CALM, trace: OVERLOAD },
     Attack { name: "header_bomb", ends: CALM, trace: OVERLOAD },
+    Attack { name: "header_list", ends: CALM, trace: OVERLOAD },
     Attack { name: "settings_unacknowledged", ends: CALM, trace: OVERLOAD },
     Attack { name: "window_overflow", ends: &["goaway 3", "reset", "closed"], trace: BAD_REQUEST },
     Attack { name: "oversized_frame", ends: &["goaway 6", "reset", "closed"], trace: BAD_REQUEST },
@@ -273,7 +274,7 @@ fn who_breaks_or_overdoes_http2_is_cut_and_told_of_while_others_are_served() {
         eventually("nothing is left of them", || lab.open_files() <= files + 8);
     });
     let broken = |flag: &str| lab.metric('b', &["mesh_hbone_connections_broken_total", "destination", flag]);
-    assert!(broken(OVERLOAD) >= Some(14.0) && broken(BAD_REQUEST) >= Some(3.0));
+    assert!(broken(OVERLOAD) >= Some(15.0) && broken(BAD_REQUEST) >= Some(3.0));
     assert!(!lab.log('b').contains("panicked"), "{}", lab.log('b'));
 }
 

@@ -16,6 +16,7 @@ use std::{
     time::Duration,
 };
 
+use h2::Reason;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::Notify,
@@ -38,12 +39,17 @@ const BYTES_PER_FRAME: u32 = 1024;
 const PREFACE: usize = 24;
 const HEADER: usize = 9;
 const DATA: u8 = 0;
+const GOAWAY: u8 = 7;
+/// The last stream and the reason (RFC 9113, section 6.8).
+const GOAWAY_HEAD: usize = 8;
 
 /// What the handlers and the loop of one connection know of its allowance.
 #[derive(Default)]
 pub(super) struct Allowance {
     answered: AtomicU32,
     exhausted: Notify,
+    /// The reason of our last GOAWAY, heard or not; zero is NO_ERROR.
+    goaway: AtomicU32,
 }
 
 impl Allowance {
@@ -55,6 +61,13 @@ impl Allowance {
     /// Resolves once the client has sent more than it is allowed to.
     pub(super) async fn exhausted(&self) {
         self.exhausted.notified().await;
+    }
+
+    /// Why we have given the connection up, where the client is to blame. h2 forgets it when the client hangs up before it
+    /// has heard.
+    pub(super) fn gave_up(&self) -> Option<Reason> {
+        let reason = Reason::from(self.goaway.load(Ordering::Relaxed));
+        (reason != Reason::NO_ERROR).then_some(reason)
     }
 }
 
@@ -101,6 +114,9 @@ impl<S> Rationed<S> {
     fn has_sent(&mut self, bytes: &[u8]) {
         let seen = self.sent.read(bytes);
         self.left.earn(seen.earned);
+        if let Some(reason) = seen.goaway {
+            self.shared.goaway.store(reason, Ordering::Relaxed);
+        }
     }
 }
 
@@ -144,19 +160,23 @@ impl Budget {
 struct Seen {
     costly: u32,
     earned: u32,
+    /// The reason of the last GOAWAY.
+    goaway: Option<u32>,
 }
 
 /// Finds the frame headers in one direction of a connection, which comes in any pieces.
 struct Frames {
     /// Bytes until the next header.
     skip: usize,
-    header: [u8; HEADER],
+    head: [u8; HEADER + GOAWAY_HEAD],
     have: usize,
+    /// As much of a frame has to be seen: its header, and what begins a GOAWAY.
+    need: usize,
 }
 
 impl Frames {
     fn after(skip: usize) -> Self {
-        Self { skip, header: [0; HEADER], have: 0 }
+        Self { skip, head: [0; HEADER + GOAWAY_HEAD], have: 0, need: HEADER }
     }
 
     fn read(&mut self, mut bytes: &[u8]) -> Seen {
@@ -168,21 +188,29 @@ impl Frames {
                 bytes = &bytes[skipped..];
                 continue;
             }
-            let (taken, rest) = bytes.split_at(bytes.len().min(HEADER - self.have));
-            self.header[self.have..][..taken.len()].copy_from_slice(taken);
+            let (taken, rest) = bytes.split_at(bytes.len().min(self.need - self.have));
+            self.head[self.have..][..taken.len()].copy_from_slice(taken);
             self.have += taken.len();
             bytes = rest;
-            if self.have == HEADER {
-                let [a, b, c, kind, ..] = self.header;
-                let length = u32::from_be_bytes([0, a, b, c]);
-                if kind == DATA && length > 0 {
-                    seen.earned = seen.earned.saturating_add(PER_DATA + length / BYTES_PER_FRAME);
-                } else {
-                    seen.costly = seen.costly.saturating_add(1);
-                }
-                self.have = 0;
-                self.skip = length as usize;
+            if self.have < self.need {
+                continue;
             }
+            let [a, b, c, kind, .., d, e, f, g] = self.head;
+            let length = u32::from_be_bytes([0, a, b, c]);
+            if self.need > HEADER {
+                seen.goaway = Some(u32::from_be_bytes([d, e, f, g]));
+            } else if kind == DATA && length > 0 {
+                seen.earned = seen.earned.saturating_add(PER_DATA + length / BYTES_PER_FRAME);
+            } else {
+                seen.costly = seen.costly.saturating_add(1);
+                if kind == GOAWAY && length as usize >= GOAWAY_HEAD {
+                    self.need = HEADER + GOAWAY_HEAD;
+                    continue;
+                }
+            }
+            self.skip = length as usize - (self.need - HEADER);
+            self.have = 0;
+            self.need = HEADER;
         }
         seen
     }
@@ -204,8 +232,11 @@ impl<S: AsyncRead + Unpin> AsyncRead for Rationed<S> {
 impl<S: AsyncWrite + Unpin> AsyncWrite for Rationed<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(cx, data);
-        if let Poll::Ready(Ok(bytes)) = written {
-            self.has_sent(&data[..bytes]);
+        match &written {
+            Poll::Ready(Ok(bytes)) => self.has_sent(&data[..*bytes]),
+            // What it was to say is still wanted.
+            Poll::Ready(Err(_)) => self.has_sent(data),
+            Poll::Pending => {}
         }
         written
     }
@@ -228,12 +259,15 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Rationed<S> {
         data: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write_vectored(cx, data);
-        if let Poll::Ready(Ok(mut bytes)) = written {
-            for piece in data {
-                let piece = &piece[..bytes.min(piece.len())];
-                self.has_sent(piece);
-                bytes -= piece.len();
-            }
+        let mut bytes = match &written {
+            Poll::Ready(Ok(bytes)) => *bytes,
+            Poll::Ready(Err(_)) => usize::MAX,
+            Poll::Pending => 0,
+        };
+        for piece in data {
+            let piece = &piece[..bytes.min(piece.len())];
+            self.has_sent(piece);
+            bytes -= piece.len();
         }
         written
     }
@@ -260,11 +294,16 @@ mod tests {
         for (kind, length) in [(4, 0), (6, 8), (DATA, 200), (DATA, 0), (99, 3)] {
             bytes.extend(frame(kind, length));
         }
+        // A GOAWAY says why, a cut one nothing.
+        bytes.extend([0, 0, 10, GOAWAY, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 11, b'h', b'i']);
+        bytes.extend(frame(GOAWAY, 7));
+        bytes.extend(frame(6, 8));
         for size in 1..bytes.len() {
             let mut frames = Frames::after(PREFACE);
             let pieces: Vec<Seen> = bytes.chunks(size).map(|piece| frames.read(piece)).collect();
             let sum = |what: fn(&Seen) -> u32| pieces.iter().map(what).sum::<u32>();
-            assert_eq!((sum(|seen| seen.costly), sum(|seen| seen.earned)), (4, PER_DATA), "in pieces of {size}");
+            assert_eq!((sum(|seen| seen.costly), sum(|seen| seen.earned)), (7, PER_DATA), "in pieces of {size}");
+            assert_eq!(pieces.iter().filter_map(|seen| seen.goaway).collect::<Vec<_>>(), [11], "in pieces of {size}");
         }
     }
 

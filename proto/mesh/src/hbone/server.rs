@@ -47,6 +47,9 @@ pub enum ServeError {
     HandshakeTimeout,
     #[error("http/2: {0}")]
     Connection(#[source] h2::Error),
+    /// The peer did not wait to hear it.
+    #[error("http/2: given up by us: {0}")]
+    GivenUp(Reason),
     #[error("http/2: flood: more frames that move nothing than any use has")]
     Flood,
     #[error("the peer answers no PING")]
@@ -61,7 +64,9 @@ impl ServeError {
     pub fn flag(&self) -> ResponseFlag {
         match self {
             Self::Handshake(_) | Self::HandshakeTimeout => ResponseFlag::H2HandshakeFailure,
-            Self::Connection(error) => broken_flag(error),
+            Self::Connection(error) if error.is_library() => error.reason().map_or(ResponseFlag::Reset, blame),
+            Self::Connection(_) => ResponseFlag::Reset,
+            Self::GivenUp(reason) => blame(*reason),
             Self::Flood => ResponseFlag::Overload,
             Self::PeerGone => ResponseFlag::Timeout,
             Self::Revoked => ResponseFlag::CertRevoked,
@@ -70,12 +75,11 @@ impl ServeError {
     }
 }
 
-/// Who broke the connection: a peer that breaks the rules of HTTP/2, or overdoes them, is told apart from a broken path.
-fn broken_flag(error: &h2::Error) -> ResponseFlag {
-    match error.reason() {
-        Some(Reason::ENHANCE_YOUR_CALM) if error.is_library() => ResponseFlag::Overload,
-        Some(_) if error.is_library() => ResponseFlag::BadRequest,
-        _ => ResponseFlag::Reset,
+/// A peer that breaks the rules of HTTP/2, or overdoes them, is told apart from a broken path.
+fn blame(ours: Reason) -> ResponseFlag {
+    match ours {
+        Reason::ENHANCE_YOUR_CALM => ResponseFlag::Overload,
+        _ => ResponseFlag::BadRequest,
     }
 }
 
@@ -189,7 +193,7 @@ where
                     }
                 }
                 Some(Err(_)) if peer.is_revoked() => break Err(ServeError::Revoked),
-                Some(Err(error)) => break closed(error),
+                Some(Err(error)) => break closed(error, &terms.allowance),
                 None => break Ok(()),
             },
             // Reaps what has finished.
@@ -205,7 +209,7 @@ where
     };
     match outcome {
         // The handlers' streams are over; they may have a last word to write elsewhere.
-        Ok(()) | Err(ServeError::Connection(_) | ServeError::Revoked) => {
+        Ok(()) | Err(ServeError::Connection(_) | ServeError::GivenUp(_) | ServeError::Revoked) => {
             tokio::select! {
                 () = async { while handlers.join_next().await.is_some() {} } => {}
                 () = &mut cut => {}
@@ -230,10 +234,14 @@ where
     outcome
 }
 
-/// A peer that hangs up without a GOAWAY has ended the connection, not broken it.
-fn closed(error: h2::Error) -> Result<(), ServeError> {
+/// A peer that hangs up without a GOAWAY has ended the connection, not broken it, unless we had given it up already.
+fn closed(error: h2::Error, allowance: &Allowance) -> Result<(), ServeError> {
     let hung_up = error.get_io().is_some_and(|io| crate::net::is_hang_up(io.kind()));
-    if hung_up || error.reason() == Some(Reason::NO_ERROR) { Ok(()) } else { Err(ServeError::Connection(error)) }
+    match allowance.gave_up() {
+        Some(reason) if hung_up => Err(ServeError::GivenUp(reason)),
+        _ if hung_up || error.reason() == Some(Reason::NO_ERROR) => Ok(()),
+        _ => Err(ServeError::Connection(error)),
+    }
 }
 
 /// Answers what is no CONNECT to an authority.

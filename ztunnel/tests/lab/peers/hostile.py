@@ -97,6 +97,8 @@ class Peer:
     def __init__(self, *pairs, small=False, reads=True):
         self.stream = tls().wrap_socket(dial(small))
         self.lock = threading.Lock()
+        # A write that OpenSSL has begun has to be finished before there is another.
+        self.writing = threading.Lock()
         self.acknowledged = threading.Event()
         self.counts = {}
         self.sent = 0
@@ -152,6 +154,10 @@ class Peer:
 
     def send(self, data, count=1):
         """True once it is all written."""
+        with self.writing:
+            return self.write(data, count)
+
+    def write(self, data, count):
         end = time.monotonic() + PATIENCE
         while self.ended is None and time.monotonic() < end:
             try:

@@ -135,3 +135,21 @@ async fn streams_that_are_given_up_unanswered_exhaust_the_allowance_and_answered
     }
     assert_eq!(goaway(&within(hearing).await.unwrap()), Some(ENHANCE_YOUR_CALM));
 }
+
+#[tokio::test]
+async fn who_hangs_up_before_hearing_why_it_was_cut_is_blamed_all_the_same() {
+    const ACK: u8 = 1;
+    const WINDOW_UPDATE: u8 = 8;
+    let (mut stream, serving) = between(echo).await;
+    // Until the server has nothing more to say.
+    let acknowledgement = frame(SETTINGS, ACK, 0, &[]);
+    let mut heard = Vec::new();
+    while !heard.windows(acknowledgement.len()).any(|bytes| bytes == acknowledgement) {
+        assert!(within(stream.read_buf(&mut heard)).await.unwrap() > 0);
+    }
+    stream.write_all(&frame(WINDOW_UPDATE, 0, 0, &0u32.to_be_bytes())).await.unwrap();
+    drop(stream);
+    let error = within(serving).await.unwrap().expect_err("broken");
+    assert!(matches!(error, ServeError::GivenUp(h2::Reason::PROTOCOL_ERROR)), "{error}");
+    assert_eq!(error.flag(), ResponseFlag::BadRequest);
+}
