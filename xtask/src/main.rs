@@ -195,11 +195,11 @@ fn bench(workspace: &Workspace, options: &[String]) -> Result<()> {
     );
     setup::run(workspace)?;
     build_bpf(workspace)?;
-    let mut cargo =
-        workspace.cargo(&["build", "--locked", "--release", "--package", "ztunnel", "--package", "mesh-tests"]);
+    // Of the workspace whatever the suite: with other packages crates have other features, and all is built once more.
+    let mut cargo = workspace.cargo(&["build", "--locked", "--release", "--workspace"]);
     cargo.args(["--bin", "ztunnel", "--bin", "bench"]);
     if options.first().is_some_and(|suite| ["pods", "soak", "endure"].contains(&suite.as_str())) {
-        cargo.args(["--package", "istiod-lite", "--bin", "istiod-lite", "--bin", "lab"]);
+        cargo.args(["--bin", "istiod-lite", "--bin", "lab"]);
     }
     Steps::new().run("building what is measured", &mut cargo)?;
     become_program(Command::new(workspace.target.join("release/bench")).args(options))

@@ -1,8 +1,8 @@
 //! Two ztunnels, each with two pods: what an application and somebody on the wire see of the mesh.
 
 use std::fs;
-use std::io::{Read, Write};
-use std::net::{IpAddr, TcpStream};
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use crate::support::*;
@@ -10,6 +10,8 @@ use crate::support::*;
 const PODS: [Pod; 4] = [('a', "a1"), ('a', "a2"), ('b', "b1"), ('b', "b2")];
 /// How often a pod joins and leaves; a leak of one descriptor each time is then plain to see.
 const CYCLES: usize = 10;
+const RESET_PORT: u16 = 8090;
+const LAST_WORDS: usize = 4000;
 
 /// The pods and a service of `b1`; `left` is a pod that is not enrolled.
 fn mesh<'a>(policies: &'a str, left: &'a str) -> Mesh<'a> {
@@ -21,6 +23,64 @@ fn mesh<'a>(policies: &'a str, left: &'a str) -> Mesh<'a> {
         serves: vec![("b1", r#""shop/api.shop.svc": {80: 8080}"#)],
         left,
         ..Mesh::default()
+    }
+}
+
+/// Asks one who answers and resets at once; how much came, and what came then.
+fn ask_one_who_resets(to: IpAddr) -> (usize, Option<ErrorKind>) {
+    let mut stream = TcpStream::connect((to, RESET_PORT)).expect("connected");
+    stream.set_read_timeout(Some(PATIENCE)).expect("set");
+    stream.write_all(b"?").expect("sent");
+    let mut heard = Vec::new();
+    let end = stream.read_to_end(&mut heard);
+    (heard.len(), end.err().map(|error| error.kind()))
+}
+
+#[test]
+fn a_reset_of_one_application_reaches_the_other_behind_all_that_was_said() {
+    if !possible(&[]) {
+        return;
+    }
+    let mut lab = Lab::up(&PODS);
+    lab.configure('a', &mesh("", ""));
+    lab.configure('b', &mesh("", ""));
+    lab.start_ztunnel('a');
+    lab.start_ztunnel('b');
+    let [b1, _] = lab.addresses("b1");
+    let b1: IpAddr = b1.parse().expect("an address");
+    let listener = inside(&lab.netns("b1"), || TcpListener::bind(("0.0.0.0", RESET_PORT)).expect("bound"));
+    let (seen, heard) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let Ok(mut stream) = stream else { return };
+            let mut word = [0; 1];
+            if stream.read(&mut word).is_ok() && &word == b"?" {
+                // Little enough to be on its way before the reset.
+                let _ = stream.write_all(&[b'!'; LAST_WORDS]);
+                let _ = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
+            } else {
+                let _ = stream.write_all(&word);
+                let end = stream.read(&mut [0; 64]).map_err(|error| error.kind());
+                if seen.send((word[0], end)).is_err() {
+                    return;
+                }
+            }
+        }
+    });
+    // Across the tunnel, and between two pods of one node.
+    for client in ["a1", "b2"] {
+        let netns = lab.netns(client);
+        let end = inside(&netns, move || ask_one_who_resets(b1));
+        assert_eq!(end, (LAST_WORDS, Some(ErrorKind::ConnectionReset)), "{client}");
+        inside(&netns, move || {
+            let mut stream = TcpStream::connect((b1, RESET_PORT)).expect("connected");
+            stream.write_all(b".").expect("sent");
+            // The tunnel stands.
+            stream.read_exact(&mut [0]).expect("answered");
+            socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).expect("set");
+        });
+        let told = heard.recv_timeout(PATIENCE).expect("the server is told");
+        assert_eq!(told, (b'.', Err(ErrorKind::ConnectionReset)), "{client}");
     }
 }
 

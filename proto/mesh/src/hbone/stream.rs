@@ -9,7 +9,10 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    sync::oneshot,
+};
 
 use super::{client::StreamPermit, outbox::Outbox};
 use crate::net::{ByteStream, Chunks};
@@ -28,6 +31,8 @@ pub struct HboneStream {
     /// As [`super::H2Settings::release`] has it.
     release: usize,
     ended: bool,
+    /// Resolves once all that was queued is on its way, where somebody waits for that.
+    departed: Option<oneshot::Receiver<()>>,
     /// What all streams of the connection have queued, where that is bounded.
     outbox: Option<Arc<Outbox>>,
     /// The client's count of streams on the connection.
@@ -47,7 +52,17 @@ impl HboneStream {
 
     /// One that nothing bounds or counts.
     pub(super) fn new(send: SendStream<Bytes>, recv: RecvStream, release: usize) -> Self {
-        Self { send, recv, leftover: Bytes::new(), unreleased: 0, release, ended: false, outbox: None, _permit: None }
+        Self {
+            send,
+            recv,
+            leftover: Bytes::new(),
+            unreleased: 0,
+            release,
+            ended: false,
+            departed: None,
+            outbox: None,
+            _permit: None,
+        }
     }
 
     fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Bytes>> {
@@ -70,8 +85,10 @@ impl HboneStream {
                 None => return Poll::Ready(Ok(Bytes::new())),
                 Some(Err(error)) => {
                     return Poll::Ready(match error.reason() {
-                        // How peers close a stream whose rest they do not care for.
-                        Some(Reason::NO_ERROR | Reason::CANCEL) => Ok(Bytes::new()),
+                        // All was said (RFC 9113, section 8.1); what we have to say is not wanted.
+                        Some(Reason::NO_ERROR) => Ok(Bytes::new()),
+                        // A stream that is dropped unfinished, as when its connection was reset: there was more to come.
+                        Some(Reason::CANCEL) => Err(io::Error::new(io::ErrorKind::ConnectionReset, error)),
                         // The connection below went, and with it who knows how much: no end that a peer meant.
                         _ if error.is_io() => Err(io::Error::other(format!("the tunnel's connection broke: {error}"))),
                         _ => Err(to_io(error)),
@@ -163,10 +180,32 @@ impl ByteStream for HboneStream {
         Poll::Ready(self.end())
     }
 
-    /// RFC 9113, section 8.5. What is queued is dropped, which is why a reset is not passed on this way: a peer's last
-    /// words may be among it.
+    /// RFC 9113, section 8.5. What is queued is dropped.
     fn abort(&mut self) {
         self.send.send_reset(Reason::CONNECT_ERROR);
+    }
+
+    /// To drop an unfinished stream resets it, but h2 drops what is queued with it, and a peer's last words may be among that.
+    fn poll_pass_reset_on(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.ended {
+            return Poll::Ready(());
+        }
+        let departed = self.departed.get_or_insert_with(|| {
+            let (last, departed) = oneshot::channel();
+            // Where the stream is gone already the frame is dropped at once.
+            let _ = self.send.send_data(Bytes::from_owner(Last(last)), false);
+            departed
+        });
+        Pin::new(departed).poll(cx).map(drop)
+    }
+}
+
+/// A DATA frame without bytes, queued behind all others; dropped when it has been written.
+struct Last(#[expect(dead_code, reason = "its end is what counts")] oneshot::Sender<()>);
+
+impl AsRef<[u8]> for Last {
+    fn as_ref(&self) -> &[u8] {
+        &[]
     }
 }
 

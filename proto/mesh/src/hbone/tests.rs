@@ -28,6 +28,7 @@ mod hostile;
 mod pool;
 
 const PATIENCE: Duration = Duration::from_secs(20);
+const LAST_WORDS: [u8; 40_000] = [7; 40_000];
 
 #[test]
 fn authorities_are_addresses_or_names_with_a_port() {
@@ -90,11 +91,16 @@ async fn echo(request: ConnectRequest) {
     }
     assert_eq!(request.peer.identity(), &id("client"));
     let baggage = Baggage { service: Some("echo".into()), ..Baggage::default() };
-    let cut = matches!(&request.authority, Authority::Host { host, .. } if &**host == "cut");
+    let [cut, dropped] =
+        ["cut", "dropped"].map(|name| matches!(&request.authority, Authority::Host { host, .. } if &**host == name));
     let Ok(mut stream) = request.accept(Some(&baggage)) else { return };
     if cut {
         let _ = stream.read_u8().await;
         return crate::net::ByteStream::abort(&mut stream);
+    }
+    if dropped {
+        let _ = stream.write_all(&LAST_WORDS).await;
+        return std::future::poll_fn(|cx| crate::net::ByteStream::poll_pass_reset_on(&mut stream, cx)).await;
     }
     let (mut read, mut write) = tokio::io::split(stream);
     // Ends with the client's direction; the answer to that is the end of ours.
@@ -252,6 +258,17 @@ async fn a_tunnel_that_is_cut_does_not_look_as_if_it_had_ended() {
     let mut rest = Vec::new();
     let error = within(cut.read_to_end(&mut rest)).await.unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "{error}");
+    round_trip(&mut world.connect().await, b"the others go on").await;
+}
+
+#[tokio::test]
+async fn a_reset_that_is_passed_on_comes_behind_all_that_was_said() {
+    let world = default_world().await;
+    let mut tunnel = within(world.connect_to("dropped:80")).await.unwrap().stream;
+    let mut heard = Vec::new();
+    let error = within(tunnel.read_to_end(&mut heard)).await.unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "{error}");
+    assert!(heard == LAST_WORDS);
     round_trip(&mut world.connect().await, b"the others go on").await;
 }
 

@@ -33,9 +33,11 @@ pub trait ByteStream: Unpin + Send {
     /// Makes the coming drop a reset, so that the other side cannot take what it has for all there was.
     fn abort(&mut self) {}
 
-    /// The bytes came from where there was a reset, and their reader has to see one too. As [`abort`](Self::abort) where
-    /// that takes nothing back of what was written.
-    fn pass_reset_on(&mut self) {}
+    /// The bytes came from where there was a reset, and their reader has to see one too, behind all that was put. Once this
+    /// is ready, dropping the stream is that reset.
+    fn poll_pass_reset_on(&mut self, _: &mut Context<'_>) -> Poll<()> {
+        Poll::Ready(())
+    }
 
     /// The socket, where it is nothing else.
     fn socket(&self) -> Option<&TcpStream> {
@@ -65,8 +67,8 @@ impl<S: ByteStream> ByteStream for &mut S {
         (**self).abort();
     }
 
-    fn pass_reset_on(&mut self) {
-        (**self).pass_reset_on();
+    fn poll_pass_reset_on(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        (**self).poll_pass_reset_on(cx)
     }
 
     fn socket(&self) -> Option<&TcpStream> {
@@ -217,8 +219,9 @@ macro_rules! byte_stream_over_socket {
                 let _ = socket2::SockRef::from(&*self).set_linger(Some(std::time::Duration::ZERO));
             }
 
-            fn pass_reset_on(&mut self) {
+            fn poll_pass_reset_on(&mut self, _: &mut Context<'_>) -> Poll<()> {
                 self.abort();
+                Poll::Ready(())
             }
 
             fn socket(&self) -> Option<&TcpStream> {

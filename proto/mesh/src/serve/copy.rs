@@ -138,14 +138,21 @@ pub async fn copy_bidirectional<A: ByteStream, B: ByteStream, C: Count>(
     })
     .await;
     match &ended {
-        Err(CopyError::Downstream(error)) if is_reset(error) => upstream.pass_reset_on(),
-        Err(CopyError::Upstream(error)) if is_reset(error) => downstream.pass_reset_on(),
+        Err(CopyError::Downstream(error)) if is_reset(error) => pass_reset_on(&mut upstream).await,
+        Err(CopyError::Upstream(error)) if is_reset(error) => pass_reset_on(&mut downstream).await,
         _ => {}
     }
     match ended {
         Err(error @ (CopyError::Downstream(_) | CopyError::Upstream(_))) if !hung_up(&error) => Err(error),
         _ => Ok(Transferred { received: up.carried, sent: down.carried }),
     }
+}
+
+/// Waits as long as for any last words.
+fn pass_reset_on<S: ByteStream>(stream: &mut S) -> impl Future<Output = ()> {
+    let passed = poll_fn(|cx| stream.poll_pass_reset_on(cx));
+    // Rare, and large.
+    Box::pin(async { drop(tokio::time::timeout(FAREWELL, passed).await) })
 }
 
 fn is_reset(error: &io::Error) -> bool {
@@ -193,6 +200,8 @@ struct OneWay {
     /// The reader's rest of a buffer.
     spare: BytesMut,
     unflushed: bool,
+    /// How the source broke. What it had said before goes first.
+    broken: Option<io::Error>,
     carried: u64,
     /// The sink hung up.
     gave_up: bool,
@@ -316,13 +325,20 @@ impl OneWay {
         *self = Self { phase: Phase::Ended, carried: self.carried, gave_up: true, ..Self::default() };
     }
 
-    /// Reads while there is room; pending when the source has nothing for now.
+    /// Reads while there is room; pending when the source has nothing for now. Fails once all that was read is written.
     fn fill<R: ByteStream>(&mut self, cx: &mut Context<'_>, source: &mut R) -> Result<Poll<()>, SideError> {
         let room = self.room();
         while self.phase == Phase::Open && self.waiting.len() < room && !self.waiting.is_full() {
+            if let Some(error) = self.broken.take() {
+                if self.waiting.is_empty() {
+                    return Err(SideError::Source(error));
+                }
+                self.broken = Some(error);
+                break;
+            }
             match source.poll_chunk(cx, room - self.waiting.len(), &mut self.spare) {
                 Poll::Pending => return Ok(Poll::Pending),
-                Poll::Ready(Err(error)) => return Err(SideError::Source(error)),
+                Poll::Ready(Err(error)) => self.broken = Some(error),
                 Poll::Ready(Ok(chunk)) if chunk.is_empty() => {
                     self.phase = Phase::Ending;
                     self.spare = BytesMut::new();
