@@ -3,15 +3,16 @@
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 use libfuzzer_sys::{Corpus, fuzz_target};
-use mesh::fuzzing::{LogFormat, capture};
+use mesh::fuzzing::{LogFormat, capture, frames_in_pieces};
 use mesh::hbone::{Authority, ConnectHeaders};
-use mesh_fuzz::{begin, texts};
+use mesh_fuzz::{begin, seed, texts};
 
 fuzz_target!(init: begin(seeds), |input: &[u8]| -> Corpus {
     let Some((letter, content)) = input.split_first() else { return Corpus::Reject };
     match (letter, std::str::from_utf8(content)) {
         (b'a', Ok(text)) => authority(text),
         (b'h', _) => headers(content),
+        (b'f', _) => frames(content),
         (b'l', Ok(text)) => log_line(text),
         _ => return Corpus::Reject,
     }
@@ -58,6 +59,17 @@ fn headers(content: &[u8]) {
     }
 }
 
+/// However a connection comes in pieces, it costs and earns the same.
+fn frames(content: &[u8]) {
+    let (sizes, bytes) = content.split_at(content.len().min(4));
+    let whole = frames_in_pieces(bytes, &[u8::MAX]);
+    assert_eq!(frames_in_pieces(bytes, &[1]), whole);
+    if !sizes.is_empty() {
+        assert_eq!(frames_in_pieces(bytes, sizes), whole);
+    }
+    assert!(whole.0 <= (bytes.len() / 9) as u64, "a frame is nine bytes at least");
+}
+
 /// No text starts a line of its own.
 fn log_line(text: &str) {
     let log = || tracing::info!(quoted = text, plain = %text, "{text}");
@@ -84,5 +96,14 @@ fn seeds() -> Vec<Vec<u8>> {
             "baggage: k8s.cronjob.name=a;p=1,k8s.pod.name=b,k8s.job.name=\nbaggage: service.name=again",
         ],
     );
-    authorities.chain(headers).chain(texts(b'l', &["a\nb\r\u{1b}[31m\"", "2026-01-01\tinfo\tx\t"])).collect()
+    let lines = texts(b'l', &["a\nb\r\u{1b}[31m\"", "2026-01-01\tinfo\tx\t"]);
+    // Sizes, a preface, and frames: SETTINGS, DATA, and a GOAWAY that says why.
+    let frames = [
+        &[1, 9, 3, 200][..],
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        &[0, 0, 0, 4, 0, 0, 0, 0, 0],
+        &[0, 0, 3, 0, 0, 0, 0, 0, 1, b'a', b'b', b'c'],
+        &[0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 11],
+    ];
+    authorities.chain(headers).chain(lines).chain([seed(b'f', frames.concat())]).collect()
 }

@@ -216,6 +216,25 @@ impl Frames {
     }
 }
 
+/// What the frames in these bytes cost, what they earn and why they give up, read in pieces of such sizes in turn.
+#[cfg(fuzzing)]
+pub fn read_in_pieces(mut bytes: &[u8], sizes: &[u8]) -> (u64, u64, Option<u32>) {
+    let mut frames = Frames::after(PREFACE);
+    let (mut costly, mut earned, mut goaway) = (0, 0, None);
+    for size in sizes.iter().cycle() {
+        if bytes.is_empty() {
+            break;
+        }
+        let (piece, rest) = bytes.split_at(bytes.len().min(usize::from(*size).max(1)));
+        let seen = frames.read(piece);
+        costly += u64::from(seen.costly);
+        earned += u64::from(seen.earned);
+        goaway = seen.goaway.or(goaway);
+        bytes = rest;
+    }
+    (costly, earned, goaway)
+}
+
 impl<S: AsyncRead + Unpin> AsyncRead for Rationed<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         if self.exhausted {

@@ -1,10 +1,11 @@
-//! Doors for `crate::fuzzing`: a client that waits for its answer, and a tunnel without the TLS below it.
+//! Doors for `crate::fuzzing`: the reader of frame headers, a client that waits for its answer, and a tunnel without the TLS below it.
 
 use std::task::Context;
 
 use bytes::Bytes;
 use h2::{RecvStream, SendStream};
 
+pub use super::allowance::read_in_pieces as frames_in_pieces;
 use super::{H2Settings, HboneStream, Meanwhile, StreamName};
 
 /// The CONNECT has been sent.
