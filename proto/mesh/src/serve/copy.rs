@@ -294,7 +294,8 @@ impl OneWay {
         source: &'a R,
         sink: &'a W,
     ) -> Option<(&'a TcpStream, &'a TcpStream)> {
-        if self.carried < SPLICE_FROM || !self.waiting.is_empty() {
+        // A socket tells of its error once: after that it would seem to have ended.
+        if self.carried < SPLICE_FROM || !self.waiting.is_empty() || self.broken.is_some() {
             return None;
         }
         let sockets = source.socket().zip(sink.socket())?;
