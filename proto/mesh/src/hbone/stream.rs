@@ -5,6 +5,7 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use bytes::{Bytes, BytesMut};
@@ -20,49 +21,68 @@ use crate::net::{ByteStream, Chunks};
 /// Most that is copied at once for a writer that has no chunks of its own.
 const MAX_COPY: usize = 256 * 1024;
 
+/// How long what is queued may take to leave once nobody waits for it.
+const FAREWELL: Duration = Duration::from_secs(10);
+
 /// The bytes of one tunnelled TCP connection. Ending the writing side (`shutdown`) leaves the reading side open; dropping
-/// it unfinished resets the stream.
+/// it unfinished resets the stream behind all that was written.
 pub struct HboneStream {
-    send: SendStream<Bytes>,
+    /// Until it is dropped.
+    send: Option<SendStream<Bytes>>,
     recv: RecvStream,
     /// Received, but the reader had no room for it.
     leftover: Bytes,
     unreleased: usize,
     /// As [`super::H2Settings::release`] has it.
     release: usize,
-    ended: bool,
-    /// Resolves once all that was queued is on its way, where somebody waits for that.
-    departed: Option<oneshot::Receiver<()>>,
+    end: End,
     /// What all streams of the connection have queued, where that is bounded.
     outbox: Option<Arc<Outbox>>,
     /// The client's count of streams on the connection.
-    _permit: Option<StreamPermit>,
+    permit: Option<StreamPermit>,
+}
+
+/// How our direction ended.
+enum End {
+    Open,
+    /// END_STREAM is queued; resolves when it is on its way.
+    Queued(oneshot::Receiver<()>),
+    Aborted,
+}
+
+/// The owner of a DATA frame's no bytes. It is dropped when the frame, and so all before it, is with the connection's codec,
+/// or when the stream is no more.
+struct Last(#[expect(dead_code, reason = "its end is what counts")] oneshot::Sender<()>);
+
+impl AsRef<[u8]> for Last {
+    fn as_ref(&self) -> &[u8] {
+        &[]
+    }
 }
 
 impl HboneStream {
     /// A client's.
     pub(super) fn opened(send: SendStream<Bytes>, recv: RecvStream, release: usize, permit: StreamPermit) -> Self {
-        Self { _permit: Some(permit), ..Self::new(send, recv, release) }
+        let mut stream = Self::new(send, recv, release);
+        stream.permit = Some(permit);
+        stream
     }
 
     /// A server's.
     pub(super) fn accepted(send: SendStream<Bytes>, recv: RecvStream, release: usize, outbox: Arc<Outbox>) -> Self {
-        Self { outbox: Some(outbox), ..Self::new(send, recv, release) }
+        let mut stream = Self::new(send, recv, release);
+        stream.outbox = Some(outbox);
+        stream
     }
 
     /// One that nothing bounds or counts.
     pub(super) fn new(send: SendStream<Bytes>, recv: RecvStream, release: usize) -> Self {
-        Self {
-            send,
-            recv,
-            leftover: Bytes::new(),
-            unreleased: 0,
-            release,
-            ended: false,
-            departed: None,
-            outbox: None,
-            _permit: None,
-        }
+        let (send, leftover, end) = (Some(send), Bytes::new(), End::Open);
+        Self { send, recv, leftover, unreleased: 0, release, end, outbox: None, permit: None }
+    }
+
+    fn writer(&mut self) -> &mut SendStream<Bytes> {
+        self.send.as_mut().expect("only dropping takes it")
     }
 
     fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Bytes>> {
@@ -103,17 +123,18 @@ impl HboneStream {
         if let Some(outbox) = &self.outbox
             && outbox.poll_room(cx).is_pending()
             // A stream that is over has to learn so while it waits, too.
-            && self.send.poll_reset(cx).is_pending()
+            && self.writer().poll_reset(cx).is_pending()
         {
             return Poll::Pending;
         }
-        self.send.reserve_capacity(want);
+        let send = self.writer();
+        send.reserve_capacity(want);
         loop {
-            let room = self.send.capacity();
+            let room = send.capacity();
             if room > 0 {
                 return Poll::Ready(Ok(room.min(want)));
             }
-            match ready!(self.send.poll_capacity(cx)) {
+            match ready!(send.poll_capacity(cx)) {
                 Some(Ok(_)) => {}
                 Some(Err(error)) => return Poll::Ready(Err(to_io(error))),
                 None => return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into())),
@@ -125,17 +146,47 @@ impl HboneStream {
         if let Some(outbox) = &self.outbox {
             outbox.queued(data.len());
         }
-        self.send.send_data(data, false).map_err(to_io)
+        self.writer().send_data(data, false).map_err(to_io)
     }
 
     fn end(&mut self) -> io::Result<()> {
-        if self.ended {
+        if !matches!(self.end, End::Open) {
             return Ok(());
         }
-        self.ended = true;
+        let (last, departed) = oneshot::channel();
+        self.end = End::Queued(departed);
+        let send = self.writer();
         // What was reserved and not used belongs to the other streams again.
-        self.send.reserve_capacity(0);
-        self.send.send_data(Bytes::new(), true).map_err(to_io)
+        send.reserve_capacity(0);
+        send.send_data(Bytes::from_owner(Last(last)), true).map_err(to_io)
+    }
+}
+
+/// With the last handle of an unfinished stream h2 drops what is queued and resets it. A peer's last words may be among that,
+/// and so may the end itself.
+impl Drop for HboneStream {
+    fn drop(&mut self) {
+        let Some(mut send) = self.send.take() else { return };
+        let departed = match std::mem::replace(&mut self.end, End::Aborted) {
+            End::Aborted => return,
+            // Nothing will be reset.
+            End::Queued(_) if self.recv.is_end_stream() => return,
+            End::Queued(departed) => departed,
+            End::Open => {
+                let (last, departed) = oneshot::channel();
+                if send.send_data(Bytes::from_owner(Last(last)), false).is_err() {
+                    return;
+                }
+                departed
+            }
+        };
+        // Outside a runtime nobody drives the connection either.
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        let permit = self.permit.take();
+        runtime.spawn(async move {
+            let _ = tokio::time::timeout(FAREWELL, departed).await;
+            drop((send, permit));
+        });
     }
 }
 
@@ -182,30 +233,8 @@ impl ByteStream for HboneStream {
 
     /// RFC 9113, section 8.5. What is queued is dropped.
     fn abort(&mut self) {
-        self.send.send_reset(Reason::CONNECT_ERROR);
-    }
-
-    /// To drop an unfinished stream resets it, but h2 drops what is queued with it, and a peer's last words may be among that.
-    fn poll_pass_reset_on(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if self.ended {
-            return Poll::Ready(());
-        }
-        let departed = self.departed.get_or_insert_with(|| {
-            let (last, departed) = oneshot::channel();
-            // Where the stream is gone already the frame is dropped at once.
-            let _ = self.send.send_data(Bytes::from_owner(Last(last)), false);
-            departed
-        });
-        Pin::new(departed).poll(cx).map(drop)
-    }
-}
-
-/// A DATA frame without bytes, queued behind all others; dropped when it has been written.
-struct Last(#[expect(dead_code, reason = "its end is what counts")] oneshot::Sender<()>);
-
-impl AsRef<[u8]> for Last {
-    fn as_ref(&self) -> &[u8] {
-        &[]
+        self.writer().send_reset(Reason::CONNECT_ERROR);
+        self.end = End::Aborted;
     }
 }
 

@@ -33,11 +33,9 @@ pub trait ByteStream: Unpin + Send {
     /// Makes the coming drop a reset, so that the other side cannot take what it has for all there was.
     fn abort(&mut self) {}
 
-    /// The bytes came from where there was a reset, and their reader has to see one too, behind all that was put. Once this
-    /// is ready, dropping the stream is that reset.
-    fn poll_pass_reset_on(&mut self, _: &mut Context<'_>) -> Poll<()> {
-        Poll::Ready(())
-    }
+    /// The bytes came from where there was a reset, and their reader has to see one too once this is dropped, behind all that
+    /// was put. A socket loses with it what its other end had no room for, as TCP does.
+    fn pass_reset_on(&mut self) {}
 
     /// The socket, where it is nothing else.
     fn socket(&self) -> Option<&TcpStream> {
@@ -67,8 +65,8 @@ impl<S: ByteStream> ByteStream for &mut S {
         (**self).abort();
     }
 
-    fn poll_pass_reset_on(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        (**self).poll_pass_reset_on(cx)
+    fn pass_reset_on(&mut self) {
+        (**self).pass_reset_on();
     }
 
     fn socket(&self) -> Option<&TcpStream> {
@@ -219,9 +217,8 @@ macro_rules! byte_stream_over_socket {
                 let _ = socket2::SockRef::from(&*self).set_linger(Some(std::time::Duration::ZERO));
             }
 
-            fn poll_pass_reset_on(&mut self, _: &mut Context<'_>) -> Poll<()> {
+            fn pass_reset_on(&mut self) {
                 self.abort();
-                Poll::Ready(())
             }
 
             fn socket(&self) -> Option<&TcpStream> {
@@ -235,7 +232,7 @@ macro_rules! byte_stream_over_socket {
 byte_stream_over_socket!(TcpStream, |socket| Some(socket));
 byte_stream_over_socket!(UnixStream, |_| None);
 
-/// Any other stream as a [`ByteStream`].
+/// Any other stream as a [`ByteStream`]. It passes a reset on only where dropping it is one.
 pub struct Io<S>(S);
 
 impl<S> Io<S> {

@@ -120,39 +120,37 @@ pub async fn copy_bidirectional<A: ByteStream, B: ByteStream, C: Count>(
     let mut down = OneWay::default();
     let mut farewell: Option<Pin<Box<Sleep>>> = None;
     let ended = poll_fn(|cx| {
+        (up.source_reset, down.source_reset) = (down.sink_reset, up.sink_reset);
         let up_ended = up.poll(cx, &mut downstream, &mut upstream, |bytes| counters.received(bytes));
         let up_ended = match up_ended {
             Poll::Ready(Err(error)) => return Poll::Ready(Err(error.of(CopyError::Downstream, CopyError::Upstream))),
             other => other.is_ready(),
         };
+        down.source_reset |= up.sink_reset;
         let down_ended = down.poll(cx, &mut upstream, &mut downstream, |bytes| counters.sent(bytes));
         match down_ended {
             Poll::Ready(Err(error)) => Poll::Ready(Err(error.of(CopyError::Upstream, CopyError::Downstream))),
             Poll::Ready(Ok(())) if up_ended => Poll::Ready(Ok(())),
-            _ if up.gave_up || down.gave_up => {
+            _ if up.is_over() || down.is_over() => {
                 let over = farewell.get_or_insert_with(|| Box::pin(tokio::time::sleep(FAREWELL)));
-                over.as_mut().poll(cx).map(Ok)
+                ready!(over.as_mut().poll(cx));
+                let broken = up.broken.take().map(CopyError::Downstream);
+                let broken = broken.or_else(|| down.broken.take().map(CopyError::Upstream));
+                Poll::Ready(broken.map_or(Ok(()), Err))
             }
             _ => Poll::Pending,
         }
     })
     .await;
     match &ended {
-        Err(CopyError::Downstream(error)) if is_reset(error) => pass_reset_on(&mut upstream).await,
-        Err(CopyError::Upstream(error)) if is_reset(error) => pass_reset_on(&mut downstream).await,
+        Err(CopyError::Downstream(error)) if is_reset(error) => upstream.pass_reset_on(),
+        Err(CopyError::Upstream(error)) if is_reset(error) => downstream.pass_reset_on(),
         _ => {}
     }
     match ended {
         Err(error @ (CopyError::Downstream(_) | CopyError::Upstream(_))) if !hung_up(&error) => Err(error),
         _ => Ok(Transferred { received: up.carried, sent: down.carried }),
     }
-}
-
-/// Waits as long as for any last words.
-fn pass_reset_on<S: ByteStream>(stream: &mut S) -> impl Future<Output = ()> {
-    let passed = poll_fn(|cx| stream.poll_pass_reset_on(cx));
-    // Rare, and large.
-    Box::pin(async { drop(tokio::time::timeout(FAREWELL, passed).await) })
 }
 
 fn is_reset(error: &io::Error) -> bool {
@@ -200,8 +198,12 @@ struct OneWay {
     /// The reader's rest of a buffer.
     spare: BytesMut,
     unflushed: bool,
-    /// How the source broke. What it had said before goes first.
+    /// The source was reset. What it had said before goes first.
     broken: Option<io::Error>,
+    /// The sink was reset, and told its writer. Its reader sees an end.
+    sink_reset: bool,
+    /// Such a sink is our source.
+    source_reset: bool,
     carried: u64,
     /// The sink hung up.
     gave_up: bool,
@@ -242,6 +244,9 @@ impl OneWay {
                     }
                     Ok(Moved::Ended) => {
                         self.release();
+                        if self.source_reset {
+                            return Poll::Ready(Err(SideError::Source(io::ErrorKind::ConnectionReset.into())));
+                        }
                         self.phase = Phase::Ending;
                     }
                     Ok(Moved::Waiting) => {
@@ -253,7 +258,7 @@ impl OneWay {
                         self.pipe = Way::CopyForGood;
                     }
                     Err(Side::Source(error)) => return Poll::Ready(Err(SideError::Source(error))),
-                    Err(Side::Sink(error)) if is_hang_up(error.kind()) => self.give_up(),
+                    Err(Side::Sink(error)) if is_hang_up(error.kind()) => self.give_up(&error),
                     Err(Side::Sink(error)) => return Poll::Ready(Err(SideError::Sink(error))),
                 }
                 continue;
@@ -280,7 +285,7 @@ impl OneWay {
             };
             match told {
                 Ok(()) => {}
-                Err(error) if is_hang_up(error.kind()) => self.give_up(),
+                Err(error) if is_hang_up(error.kind()) => self.give_up(&error),
                 Err(error) => return Poll::Ready(Err(SideError::Sink(error))),
             }
         }
@@ -322,8 +327,14 @@ impl OneWay {
 
     /// The sink takes nothing more. It may have spoken before it went (a refusal that does not wait for the request),
     /// and that is for the other direction to deliver.
-    fn give_up(&mut self) {
-        *self = Self { phase: Phase::Ended, carried: self.carried, gave_up: true, ..Self::default() };
+    fn give_up(&mut self, error: &io::Error) {
+        let sink_reset = is_reset(error);
+        *self = Self { phase: Phase::Ended, carried: self.carried, gave_up: true, sink_reset, ..Self::default() };
+    }
+
+    /// Whether what is still to be done has only so much time.
+    fn is_over(&self) -> bool {
+        self.gave_up || self.broken.is_some()
     }
 
     /// Reads while there is room; pending when the source has nothing for now. Fails once all that was read is written.
@@ -339,7 +350,11 @@ impl OneWay {
             }
             match source.poll_chunk(cx, room - self.waiting.len(), &mut self.spare) {
                 Poll::Pending => return Ok(Poll::Pending),
-                Poll::Ready(Err(error)) => self.broken = Some(error),
+                Poll::Ready(Err(error)) if is_reset(&error) => self.broken = Some(error),
+                Poll::Ready(Err(error)) => return Err(SideError::Source(error)),
+                Poll::Ready(Ok(chunk)) if chunk.is_empty() && self.source_reset => {
+                    self.broken = Some(io::ErrorKind::ConnectionReset.into());
+                }
                 Poll::Ready(Ok(chunk)) if chunk.is_empty() => {
                     self.phase = Phase::Ending;
                     self.spare = BytesMut::new();
