@@ -182,6 +182,8 @@ impl Drop for HboneStream {
         };
         // Outside a runtime nobody drives the connection either.
         let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        // Nobody reads any more, and the connection's other streams need the room.
+        let _ = self.recv.flow_control().release_capacity(std::mem::take(&mut self.unreleased));
         let permit = self.permit.take();
         runtime.spawn(async move {
             let _ = tokio::time::timeout(FAREWELL, departed).await;
