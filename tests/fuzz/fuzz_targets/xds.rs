@@ -138,7 +138,7 @@ fn nothing_stays(store: &Store) {
 }
 
 fn connection(source: Option<Identity>, ip: IpAddr) -> Connection {
-    Connection { source, source_ip: ip, destination: SocketAddr::new(ip, 80) }
+    Connection { source, source_ip: ip, destination: SocketAddr::new(ip, 80), original: None }
 }
 
 fn decisions(world: &Snapshot) {

@@ -28,7 +28,7 @@ mod hostile;
 mod pool;
 
 const PATIENCE: Duration = Duration::from_secs(20);
-const LAST_WORDS: [u8; 40_000] = [7; 40_000];
+static LAST_WORDS: [u8; 40_000] = [7; 40_000];
 
 thread_local! {
     /// How much `heard` was sent, or how that broke off. A test's runtime has this thread alone.
