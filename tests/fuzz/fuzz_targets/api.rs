@@ -137,9 +137,12 @@ fn signing_request(csr: &str) {
 fn translation(text: &str) {
     let mut world = World::default();
     for document in text.split("\n---\n") {
-        let Some(object) = api::body(document.as_bytes(), "application/yaml") else { continue };
+        let Some(mut object) = api::body(document.as_bytes(), "application/yaml") else { continue };
+        // As the API server stores it.
+        let Some(metadata) = object.get_mut("metadata").and_then(Value::as_object_mut) else { continue };
+        metadata.entry("namespace").or_insert_with(|| "default".into());
         let is_name = |field: &str| {
-            let name = object["metadata"][field].as_str().unwrap_or("none");
+            let name = object["metadata"][field].as_str().unwrap_or_default();
             (1..=253).contains(&name.len())
                 && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-.".contains(&b))
         };
