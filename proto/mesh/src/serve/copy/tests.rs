@@ -147,6 +147,55 @@ async fn last_words_before_a_reset_arrive_and_then_the_reset() {
     assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
 }
 
+/// Takes nothing and says nothing: for now, or because it was reset, of which its writer alone is told.
+#[derive(Default)]
+struct Taking {
+    reset: bool,
+    told: bool,
+    passed_on: std::sync::Arc<std::sync::atomic::AtomicBool>,
+}
+
+impl ByteStream for Taking {
+    fn poll_chunk(&mut self, _: &mut Context<'_>, _: usize, _: &mut BytesMut) -> Poll<io::Result<Bytes>> {
+        if self.told { Poll::Ready(Ok(Bytes::new())) } else { Poll::Pending }
+    }
+    fn poll_put(&mut self, _: &mut Context<'_>, _: &mut Chunks) -> Poll<io::Result<usize>> {
+        self.told = self.reset;
+        if self.reset { Poll::Ready(Err(io::ErrorKind::ConnectionReset.into())) } else { Poll::Pending }
+    }
+    fn poll_flush(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Pending
+    }
+    fn poll_end(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Pending
+    }
+    fn pass_reset_on(&mut self) {
+        self.passed_on.store(true, std::sync::atomic::Ordering::Relaxed);
+    }
+}
+
+#[tokio::test]
+async fn a_reset_that_the_writing_side_hears_first_is_no_end_for_the_reading_one() {
+    let (mut client, downstream) = pair().await;
+    client.write_all(b"question").await.unwrap();
+    downstream.readable().await.unwrap();
+    let server = Taking { reset: true, ..Taking::default() };
+    let outcome = within(copy_bidirectional(downstream, server, &ByteCounts::default())).await;
+    assert_eq!(outcome.unwrap(), Transferred::default());
+    let error = within(client.read(&mut [0])).await.unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+}
+
+#[tokio::test(start_paused = true)]
+async fn last_words_that_nobody_takes_are_not_waited_for_for_ever_and_the_reset_is_passed_on() {
+    let (sink, began) = (Taking::default(), tokio::time::Instant::now());
+    let passed_on = sink.passed_on.clone();
+    let outcome = copy_bidirectional(sink, Breaking(Some(b"sorry")), &ByteCounts::default()).await;
+    assert_eq!(outcome.unwrap(), Transferred::default());
+    assert!(began.elapsed() >= FAREWELL && began.elapsed() < 2 * FAREWELL);
+    assert!(passed_on.load(std::sync::atomic::Ordering::Relaxed));
+}
+
 /// A server that has answered and hung up without reading the question.
 struct Refusing {
     answer: std::collections::VecDeque<Bytes>,
