@@ -8,12 +8,13 @@ mod bpf;
 mod fuzz;
 mod image;
 mod layers;
+mod panics;
 mod setup;
 mod step;
 
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use clap::{CommandFactory, Parser, Subcommand};
@@ -220,9 +221,12 @@ fn test(workspace: &Workspace, options: &[String]) -> Result<()> {
     // Together: tests want more of some crates than the binaries do, and these would be built once more.
     build(workspace, &["--tests"])?;
     let mut cargo = workspace.cargo(&["test", "--locked", "--workspace"]);
-    cargo.args(options).env("LAB", "required");
-    let status = cargo.status().context("cannot run cargo")?;
-    ensure!(status.success(), "tests: {status}");
+    cargo.args(options).env("LAB", "required").stdout(Stdio::piped());
+    let mut cargo = cargo.spawn().context("cannot run cargo")?;
+    let said = cargo.stdout.take().context("standard output was piped")?;
+    let panics = panics::pass_on(said, std::io::stdout())?;
+    let status = cargo.wait()?;
+    ensure!(status.success(), "tests: {status}\n{}", panics.join("\n"));
     Ok(())
 }
 
