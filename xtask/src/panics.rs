@@ -21,7 +21,7 @@ pub fn pass_on(said: impl Read, mut to: impl Write) -> std::io::Result<Vec<Strin
         if text.starts_with("thread '") && text.contains(" panicked at ") {
             panics.push(text.to_owned());
             more = LINES;
-        } else if text.is_empty() || text.starts_with("note: ") {
+        } else if text.is_empty() || text.starts_with("note: ") || text == "stack backtrace:" {
             more = 0;
         } else if let (1.., Some(panic)) = (more, panics.last_mut()) {
             panic.push('\n');

@@ -208,8 +208,10 @@ where
         }
     };
     match outcome {
-        // The handlers' streams are over; they may have a last word to write elsewhere.
+        // The handlers' streams are over; they may have a last word to write elsewhere. That it is over h2 tells them by
+        // itself when a read fails, but not when a write does: then only its end.
         Ok(()) | Err(ServeError::Connection(_) | ServeError::GivenUp(_) | ServeError::Revoked) => {
+            drop(connection);
             tokio::select! {
                 () = async { while handlers.join_next().await.is_some() {} } => {}
                 () = &mut cut => {}

@@ -1,6 +1,16 @@
 //! Clients that keep to HTTP/2 and mean no good, frame by frame.
 
-use tokio::sync::mpsc;
+use std::{
+    io,
+    pin::Pin,
+    sync::atomic::AtomicBool,
+    task::{Context, Poll},
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf},
+    sync::mpsc,
+};
 
 use super::*;
 
@@ -42,9 +52,18 @@ fn goaway(mut bytes: &[u8]) -> Option<u32> {
 /// A server whose handler is `handler`, and a client that may write to it whatever it wants.
 async fn between<F: Future<Output = ()> + Send + 'static>(
     handler: impl Fn(ConnectRequest) -> F + Send + 'static,
-) -> (tls::TlsStream<tokio::io::DuplexStream>, JoinHandle<Result<(), ServeError>>) {
+) -> (tls::TlsStream<DuplexStream>, JoinHandle<Result<(), ServeError>>) {
+    between_over(|far| far, handler).await
+}
+
+/// The same, whose server has `transport` of its end.
+async fn between_over<S: AsyncRead + AsyncWrite + Unpin + Send + 'static, F: Future<Output = ()> + Send + 'static>(
+    transport: impl FnOnce(DuplexStream) -> S,
+    handler: impl Fn(ConnectRequest) -> F + Send + 'static,
+) -> (tls::TlsStream<DuplexStream>, JoinHandle<Result<(), ServeError>>) {
     let ca = FileCa::generate("td", Duration::from_secs(3600), Clock::system()).unwrap();
     let (near, far) = tokio::io::duplex(1 << 16);
+    let far = transport(far);
     let (client, server) = (ca.sign(&id("client")).unwrap(), ca.sign(&id("server")).unwrap());
     let addr = "10.0.0.9:15008".parse().unwrap();
     let serving = tokio::spawn(async move {
@@ -152,4 +171,74 @@ async fn who_hangs_up_before_hearing_why_it_was_cut_is_blamed_all_the_same() {
     let error = within(serving).await.unwrap().expect_err("broken");
     assert!(matches!(error, ServeError::GivenUp(h2::Reason::PROTOCOL_ERROR)), "{error}");
     assert_eq!(error.flag(), ResponseFlag::BadRequest);
+}
+
+/// A transport whose peer is gone once that is said: writing fails, and reading has not noticed.
+struct Unheard {
+    inner: DuplexStream,
+    gone: Arc<AtomicBool>,
+}
+
+impl AsyncRead for Unheard {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.gone.load(Ordering::Relaxed) {
+            return Poll::Pending;
+        }
+        Pin::new(&mut self.inner).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Unheard {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        if self.gone.load(Ordering::Relaxed) {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
+        }
+        Pin::new(&mut self.inner).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_shutdown(cx)
+    }
+}
+
+#[tokio::test]
+async fn streams_end_with_a_connection_that_broke_while_it_was_written_to() {
+    let gone = Arc::new(AtomicBool::new(false));
+    let (stands, mut standing) = mpsc::channel(2);
+    let (told, mut ends) = mpsc::channel(1);
+    let talk = Arc::new(tokio::sync::Notify::new());
+    let transport = {
+        let gone = gone.clone();
+        move |inner| Unheard { inner, gone }
+    };
+    let handler = {
+        let talk = talk.clone();
+        move |request: ConnectRequest| {
+            let (stands, told, talk) = (stands.clone(), told.clone(), talk.clone());
+            async move {
+                let talks = matches!(&request.authority, Authority::Host { host, .. } if &**host == "talks");
+                let mut stream = request.accept(None).unwrap();
+                stands.send(()).await.unwrap();
+                if talks {
+                    talk.notified().await;
+                    let _ = stream.write_all(&LAST_WORDS).await;
+                } else {
+                    told.send(stream.read_u8().await.map_err(|error| error.kind())).await.unwrap();
+                }
+            }
+        }
+    };
+    let (mut stream, serving) = between_over(transport, handler).await;
+    stream.write_all(&[connect(1, "listens:80"), connect(3, "talks:80")].concat()).await.unwrap();
+    for _ in 0..2 {
+        within(standing.recv()).await.unwrap();
+    }
+    gone.store(true, Ordering::Relaxed);
+    talk.notify_one();
+    within(serving).await.unwrap().expect("the peer is gone, and broke no rule");
+    assert!(within(ends.recv()).await.unwrap().is_err(), "an end that nobody has said");
 }
