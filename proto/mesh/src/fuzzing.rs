@@ -4,7 +4,7 @@ use rustls::pki_types::CertificateDer;
 
 use crate::{identity::Identity, store::Snapshot, telemetry};
 
-pub use crate::hbone::fuzzing::{ask, frames_in_pieces, pipe, while_unanswered};
+pub use crate::hbone::fuzzing::{ask, frames_in_pieces, pipe, sending, while_unanswered};
 pub use telemetry::{LogFormat, capture};
 
 /// The mesh identities a peer's certificate names.

@@ -14,6 +14,7 @@ mod headers;
 mod keepalive;
 mod outbox;
 mod pool;
+mod sending;
 mod server;
 mod stream;
 
@@ -110,6 +111,12 @@ impl H2Settings {
     fn release(&self) -> usize {
         let share = self.connection_window / self.max_streams.max(1) / 4 * 3;
         (64 * 1024).min(self.stream_window / 2).min(share).max(1) as usize
+    }
+
+    /// What small frames that nobody has taken yet may cost a connection, in the 256 bytes that h2 needs for each: twice what
+    /// its window may. h2's own choice is half of it, which a peer that keeps to its window comes to.
+    fn frame_budget(&self) -> usize {
+        self.connection_window as usize * 2
     }
 }
 

@@ -200,7 +200,8 @@ async fn tunnels(mut input: &[u8]) {
 }
 
 async fn serve(far: DuplexStream, refusals: u8, pauses: u8, side: &mut Side) -> Result<(), h2::Error> {
-    let mut connection = h2::server::handshake(far).await?;
+    // What nobody takes before the answer is bounded by the window here.
+    let mut connection = h2::server::Builder::new().data_frame_budget(usize::MAX).handshake(far).await?;
     let mut tunnel = None;
     let mut turned_away = 0;
     while tunnel.is_none() {
@@ -217,7 +218,8 @@ async fn serve(far: DuplexStream, refusals: u8, pauses: u8, side: &mut Side) -> 
             respond.send_reset(Reason::REFUSED_STREAM);
             continue;
         }
-        tunnel = Some(mesh::fuzzing::pipe(respond.send_response(Response::new(()), false)?, request.into_body()));
+        let send = mesh::fuzzing::sending(respond.send_response(Response::new(()), false)?);
+        tunnel = Some(mesh::fuzzing::pipe(send, request.into_body()));
     }
     let driving = tokio::spawn(async move { while let Some(Ok(_)) = connection.accept().await {} });
     if let Some(tunnel) = tunnel {
@@ -236,7 +238,8 @@ async fn call(near: DuplexStream, side: &mut Side) -> Result<(), h2::Error> {
         let mut request = Request::new(());
         *request.method_mut() = Method::CONNECT;
         *request.uri_mut() = "10.0.0.1:80".parse().expect("an authority");
-        let (mut response, mut body) = send.clone().ready().await?.send_request(request, false)?;
+        let (mut response, body) = send.clone().ready().await?.send_request(request, false)?;
+        let mut body = mesh::fuzzing::sending(body);
         mesh::fuzzing::ask(&mut meanwhile, response.stream_id().as_u32(), &mut body);
         let answer = poll_fn(|cx| {
             let answer = Pin::new(&mut response).poll(cx);

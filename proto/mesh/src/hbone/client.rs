@@ -25,6 +25,7 @@ use tokio::{
 use super::{
     Authority, ConnectHeaders, H2Settings, HboneStream, Meanwhile, PoolSettings, SEND_BUFFER, StreamName, TunnelError,
     keepalive::{self, Heard, Pulse},
+    sending::Sending,
 };
 use crate::{
     identity::{Identity, WorkloadCertificate},
@@ -108,7 +109,8 @@ impl Opener {
         settings: &PoolSettings,
     ) -> Result<Tunnel, OpenError> {
         let mut send = self.send.clone().ready().await.map_err(OpenError::Unprocessed)?;
-        let (mut response, mut body) = send.send_request(request, false).map_err(OpenError::Unprocessed)?;
+        let (mut response, body) = send.send_request(request, false).map_err(OpenError::Unprocessed)?;
+        let mut body = Sending::new(body);
         // From here on the handle must not keep a connection alive that the pool has let go.
         drop(send);
         let stream = StreamName { session: self.peer.session(), stream: response.stream_id().as_u32() };
@@ -198,6 +200,7 @@ where
         .initial_window_size(settings.stream_window)
         .initial_connection_window_size(settings.connection_window)
         .max_frame_size(settings.frame_size)
+        .data_frame_budget(settings.frame_budget())
         .max_header_list_size(MAX_HEADER_LIST)
         .initial_max_send_streams(ASSUMED_STREAMS)
         .max_send_buffer_size(SEND_BUFFER)

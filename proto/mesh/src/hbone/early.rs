@@ -9,8 +9,8 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use h2::SendStream;
 
+use super::sending::Sending;
 use crate::{net::ByteStream, tls::SessionName};
 
 /// One stream of one TLS session, by the same name at both its ends and nowhere else.
@@ -31,7 +31,7 @@ pub enum Meanwhile<'a> {
 
 impl Meanwhile<'_> {
     /// The CONNECT is on its way.
-    pub(super) fn asked(&mut self, stream: StreamName, body: &mut SendStream<Bytes>) {
+    pub(super) fn asked(&mut self, stream: StreamName, body: &mut Sending) {
         match self {
             Self::Wait => {}
             Self::Say(early) => early.repeat(body),
@@ -40,7 +40,7 @@ impl Meanwhile<'_> {
     }
 
     /// There is no answer yet. Never ready: that is what is waited for.
-    pub(super) fn poll(&mut self, cx: &mut Context<'_>, body: &mut SendStream<Bytes>) {
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>, body: &mut Sending) {
         match self {
             Self::Say(early) => early.poll(cx, body),
             Self::Wait | Self::Announce(_) => {}
@@ -78,15 +78,15 @@ impl<'a> EarlyBytes<'a> {
     }
 
     /// Says again what a connection has not taken.
-    fn repeat(&self, to: &mut SendStream<Bytes>) {
+    fn repeat(&self, to: &mut Sending) {
         for bytes in &self.said {
             // Fails only when the stream is gone, which its answer reports.
-            let _ = to.send_data(bytes.clone(), false);
+            let _ = to.send(bytes.clone(), false);
         }
     }
 
     /// Sends what the client has said.
-    fn poll(&mut self, cx: &mut Context<'_>, to: &mut SendStream<Bytes>) {
+    fn poll(&mut self, cx: &mut Context<'_>, to: &mut Sending) {
         while let Some(source) = &mut self.source
             && self.len < LIMIT
         {
@@ -98,7 +98,7 @@ impl<'a> EarlyBytes<'a> {
                     self.len += bytes.len();
                     self.said.push(bytes.clone());
                     // As above.
-                    let _ = to.send_data(bytes, false);
+                    let _ = to.send(bytes, false);
                 }
                 Poll::Ready(Err(error)) => {
                     self.broken = Some(error);

@@ -20,6 +20,7 @@ use super::{
     allowance::{Allowance, Rationed},
     keepalive,
     outbox::Outbox,
+    sending::Sending,
 };
 use crate::{
     drain::DrainWatcher,
@@ -110,7 +111,7 @@ impl ConnectRequest {
         headers.write(response.headers_mut());
         let send = self.respond.send_response(response, false).map_err(TunnelError::Stream)?;
         self.terms.allowance.answered();
-        Ok(HboneStream::accepted(send, self.body, self.terms.release, self.terms.outbox))
+        Ok(HboneStream::accepted(Sending::new(send), self.body, self.terms.release, self.terms.outbox))
     }
 
     /// The stream it came on.
@@ -164,6 +165,7 @@ where
         .initial_window_size(settings.stream_window)
         .initial_connection_window_size(settings.connection_window)
         .max_frame_size(settings.frame_size)
+        .data_frame_budget(settings.frame_budget())
         .max_header_list_size(MAX_HEADER_LIST)
         .max_concurrent_streams(settings.max_streams)
         .max_concurrent_reset_streams(RESET_STREAMS)

@@ -1,6 +1,7 @@
 //! One tunnelled connection: an HTTP/2 stream after its 200.
 
 use std::{
+    collections::VecDeque,
     io,
     pin::Pin,
     sync::Arc,
@@ -10,16 +11,19 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream};
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    sync::oneshot,
-};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::{client::StreamPermit, outbox::Outbox};
+use super::{client::StreamPermit, outbox::Outbox, sending::Sending};
 use crate::net::{ByteStream, Chunks};
 
 /// Most that is copied at once for a writer that has no chunks of its own.
 const MAX_COPY: usize = 256 * 1024;
+
+/// A DATA frame below this is copied when it has to wait: what h2 keeps of one frame is a quarter of it.
+const SMALL: usize = 1024;
+
+/// Most of what had to wait that is handed over at once.
+const PIECE: usize = 64 * 1024;
 
 /// How long what is queued may take to leave once nobody waits for it.
 const FAREWELL: Duration = Duration::from_secs(10);
@@ -28,10 +32,12 @@ const FAREWELL: Duration = Duration::from_secs(10);
 /// it unfinished resets the stream behind all that was written.
 pub struct HboneStream {
     /// Until it is dropped.
-    send: Option<SendStream<Bytes>>,
+    send: Option<Sending>,
     recv: RecvStream,
     /// Received, but the reader had no room for it.
     leftover: Bytes,
+    /// Rare, and large beside the rest.
+    gathered: Option<Box<Gathered>>,
     unreleased: usize,
     /// As [`super::H2Settings::release`] has it.
     release: usize,
@@ -43,63 +49,111 @@ pub struct HboneStream {
 }
 
 /// How our direction ended.
+#[derive(PartialEq, Eq)]
 enum End {
     Open,
-    /// END_STREAM is queued; resolves when it is on its way.
-    Queued(oneshot::Receiver<()>),
+    /// END_STREAM is queued.
+    Queued,
     Aborted,
 }
 
-/// The owner of a DATA frame's no bytes. It is dropped when the frame, and so all before it, is with the connection's codec,
-/// or when the stream is no more.
-struct Last(#[expect(dead_code, reason = "its end is what counts")] oneshot::Sender<()>);
+/// What has come while the reader could take nothing, in order.
+#[derive(Default)]
+struct Gathered {
+    pieces: VecDeque<Bytes>,
+    /// The last of it: small frames, together.
+    small: BytesMut,
+}
 
-impl AsRef<[u8]> for Last {
-    fn as_ref(&self) -> &[u8] {
-        &[]
+impl Gathered {
+    fn push(&mut self, data: Bytes) {
+        if data.len() < SMALL {
+            self.small.extend_from_slice(&data);
+        } else {
+            if !self.small.is_empty() {
+                self.pieces.push_back(std::mem::take(&mut self.small).freeze());
+            }
+            self.pieces.push_back(data);
+        }
+    }
+
+    fn len(&self) -> usize {
+        self.pieces.iter().map(Bytes::len).sum::<usize>() + self.small.len()
+    }
+
+    fn pop(&mut self) -> Option<Bytes> {
+        let Some(first) = self.pieces.front_mut() else {
+            if self.small.is_empty() {
+                return None;
+            }
+            let piece = self.small.split_to(self.small.len().min(PIECE)).freeze();
+            if self.small.is_empty() {
+                self.small = BytesMut::new();
+            }
+            return Some(piece);
+        };
+        if first.len() > PIECE {
+            return Some(first.split_to(PIECE));
+        }
+        self.pieces.pop_front()
     }
 }
 
 impl HboneStream {
     /// A client's.
-    pub(super) fn opened(send: SendStream<Bytes>, recv: RecvStream, release: usize, permit: StreamPermit) -> Self {
+    pub(super) fn opened(send: Sending, recv: RecvStream, release: usize, permit: StreamPermit) -> Self {
         let mut stream = Self::new(send, recv, release);
         stream.permit = Some(permit);
         stream
     }
 
     /// A server's.
-    pub(super) fn accepted(send: SendStream<Bytes>, recv: RecvStream, release: usize, outbox: Arc<Outbox>) -> Self {
+    pub(super) fn accepted(send: Sending, recv: RecvStream, release: usize, outbox: Arc<Outbox>) -> Self {
         let mut stream = Self::new(send, recv, release);
         stream.outbox = Some(outbox);
         stream
     }
 
     /// One that nothing bounds or counts.
-    pub(super) fn new(send: SendStream<Bytes>, recv: RecvStream, release: usize) -> Self {
-        let (send, leftover, end) = (Some(send), Bytes::new(), End::Open);
-        Self { send, recv, leftover, unreleased: 0, release, end, outbox: None, permit: None }
+    pub(super) fn new(send: Sending, recv: RecvStream, release: usize) -> Self {
+        Self {
+            send: Some(send),
+            recv,
+            leftover: Bytes::new(),
+            gathered: None,
+            unreleased: 0,
+            release,
+            end: End::Open,
+            outbox: None,
+            permit: None,
+        }
+    }
+
+    fn sending(&mut self) -> &mut Sending {
+        self.send.as_mut().expect("only dropping takes it")
     }
 
     fn writer(&mut self) -> &mut SendStream<Bytes> {
-        self.send.as_mut().expect("only dropping takes it")
+        &mut self.sending().stream
     }
 
     fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Bytes>> {
         if !self.leftover.is_empty() {
             return Poll::Ready(Ok(std::mem::take(&mut self.leftover)));
         }
+        if let Some(gathered) = &mut self.gathered {
+            if let Some(data) = gathered.pop() {
+                self.is_taken(data.len());
+                return Poll::Ready(Ok(data));
+            }
+            self.gathered = None;
+        }
         loop {
             match ready!(self.recv.poll_data(cx)) {
                 // Empty frames are legal and mean nothing.
                 Some(Ok(data)) if data.is_empty() => {}
                 Some(Ok(data)) => {
-                    self.unreleased += data.len();
-                    if self.unreleased >= self.release {
-                        // Fails only when the stream is gone, which the next read reports.
-                        let _ = self.recv.flow_control().release_capacity(self.unreleased);
-                        self.unreleased = 0;
-                    }
+                    self.is_taken(data.len());
                     return Poll::Ready(Ok(data));
                 }
                 None => return Poll::Ready(Ok(Bytes::new())),
@@ -115,6 +169,16 @@ impl HboneStream {
                     });
                 }
             }
+        }
+    }
+
+    /// The reader has so many bytes more, and the peer gets its credit back.
+    fn is_taken(&mut self, bytes: usize) {
+        self.unreleased += bytes;
+        if self.unreleased >= self.release {
+            // Fails only when the stream is gone, which the next read reports.
+            let _ = self.recv.flow_control().release_capacity(self.unreleased);
+            self.unreleased = 0;
         }
     }
 
@@ -146,19 +210,17 @@ impl HboneStream {
         if let Some(outbox) = &self.outbox {
             outbox.queued(data.len());
         }
-        self.writer().send_data(data, false).map_err(to_io)
+        self.sending().send(data, false).map_err(to_io)
     }
 
     fn end(&mut self) -> io::Result<()> {
-        if !matches!(self.end, End::Open) {
+        if self.end != End::Open {
             return Ok(());
         }
-        let (last, departed) = oneshot::channel();
-        self.end = End::Queued(departed);
-        let send = self.writer();
+        self.end = End::Queued;
         // What was reserved and not used belongs to the other streams again.
-        send.reserve_capacity(0);
-        send.send_data(Bytes::from_owner(Last(last)), true).map_err(to_io)
+        self.writer().reserve_capacity(0);
+        self.sending().send(Bytes::new(), true).map_err(to_io)
     }
 }
 
@@ -167,23 +229,21 @@ impl HboneStream {
 impl Drop for HboneStream {
     fn drop(&mut self) {
         let Some(mut send) = self.send.take() else { return };
-        let departed = match std::mem::replace(&mut self.end, End::Aborted) {
-            End::Aborted => return,
+        let over = match self.end {
+            End::Open => false,
             // Nothing will be reset.
-            End::Queued(_) if self.recv.is_end_stream() => return,
-            End::Queued(departed) => departed,
-            End::Open => {
-                let (last, departed) = oneshot::channel();
-                if send.send_data(Bytes::from_owner(Last(last)), false).is_err() {
-                    return;
-                }
-                departed
-            }
+            End::Queued => self.recv.is_end_stream(),
+            End::Aborted => true,
         };
+        if over {
+            return;
+        }
+        let Some(departed) = send.departure() else { return };
         // Outside a runtime nobody drives the connection either.
         let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
         // Nobody reads any more, and the connection's other streams need the room.
-        let _ = self.recv.flow_control().release_capacity(std::mem::take(&mut self.unreleased));
+        let untaken = self.gathered.as_ref().map_or(0, |gathered| gathered.len());
+        let _ = self.recv.flow_control().release_capacity(self.unreleased + untaken);
         let permit = self.permit.take();
         runtime.spawn(async move {
             let _ = tokio::time::timeout(FAREWELL, departed).await;
@@ -231,6 +291,17 @@ impl ByteStream for HboneStream {
 
     fn poll_end(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         Poll::Ready(self.end())
+    }
+
+    /// h2 bounds what it keeps of small frames that nobody takes, and then gives the whole connection up; a window of them,
+    /// which is no more than the peer may send, would be more than that. Credit goes back once they are taken.
+    fn gather(&mut self, cx: &mut Context<'_>) {
+        // The end, and what breaks the stream, is there again for the reader.
+        while let Poll::Ready(Some(Ok(data))) = self.recv.poll_data(cx) {
+            if !data.is_empty() {
+                self.gathered.get_or_insert_default().push(data);
+            }
+        }
     }
 
     /// RFC 9113, section 8.5. What is queued is dropped.

@@ -282,6 +282,21 @@ async fn a_tunnel_that_is_dropped_unfinished_delivers_what_was_said_and_is_reset
     round_trip(&mut world.connect().await, b"the others go on").await;
 }
 
+/// A peer counts what looks like a flood over the whole life of a connection.
+#[tokio::test]
+async fn tunnels_that_are_dropped_unfinished_do_not_add_up() {
+    let world = default_world().await;
+    for _ in 0..150 {
+        let mut theirs = within(world.connect_to("dropped:80")).await.unwrap().stream;
+        assert!(within(theirs.read_to_end(&mut Vec::new())).await.is_err());
+        let mut ours = world.connect().await.stream;
+        ours.write_all(b"to be broken off").await.unwrap();
+        drop(ours);
+    }
+    round_trip(&mut world.connect().await, b"on the same connection").await;
+    assert_eq!(world.dialled(), 1);
+}
+
 #[tokio::test]
 async fn who_ends_a_tunnel_and_drops_it_at_once_has_ended_it() {
     let world = default_world().await;

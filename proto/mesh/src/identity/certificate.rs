@@ -13,11 +13,7 @@ use rustls::{
 };
 use serde::Serialize;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
-use x509_parser::{
-    certificate::X509Certificate,
-    extensions::{GeneralName, ParsedExtension},
-    prelude::FromDer,
-};
+use x509_parser::{certificate::X509Certificate, prelude::FromDer};
 
 use super::{HandshakeRules, Identity, IdentityError};
 use crate::clock::Clock;
@@ -68,7 +64,8 @@ impl WorkloadCertificate {
         let roots = certificates_from_pem(roots)?;
         let leaf = chain.first().ok_or_else(|| malformed("the chain is empty"))?;
         let parsed = parse(leaf)?;
-        let identity = identities_of(&parsed).next().ok_or_else(|| malformed("the leaf has no SPIFFE identity"))?;
+        let named = identities(leaf)?.into_iter().next();
+        let identity = named.ok_or_else(|| malformed("the leaf has no SPIFFE identity"))?;
         let (not_before, not_after) = validity(&parsed);
         let serial = parsed.tbs_certificate.serial.to_string();
 
@@ -158,24 +155,11 @@ impl fmt::Debug for WorkloadCertificate {
     }
 }
 
-/// The SPIFFE identities among the URI names of a certificate, in order. Names that are no mesh identity are skipped.
+/// The SPIFFE identities among the URI names of a certificate, in order. Names that are no mesh identity are skipped. Read by
+/// what verifies the path, so that nobody is taken for a name which that has not seen.
 pub(crate) fn identities(certificate: &CertificateDer<'_>) -> Result<Vec<Identity>, IdentityError> {
-    Ok(identities_of(&parse(certificate)?).collect())
-}
-
-fn identities_of(certificate: &X509Certificate<'_>) -> impl Iterator<Item = Identity> {
-    certificate
-        .extensions()
-        .iter()
-        .filter_map(|extension| match extension.parsed_extension() {
-            ParsedExtension::SubjectAlternativeName(names) => Some(&names.general_names),
-            _ => None,
-        })
-        .flatten()
-        .filter_map(|name| match name {
-            GeneralName::URI(uri) => uri.parse().ok(),
-            _ => None,
-        })
+    let certificate = webpki::EndEntityCert::try_from(certificate).map_err(|e| malformed(format!("X.509: {e}")))?;
+    Ok(certificate.valid_uri_names().filter_map(|name| name.parse().ok()).collect())
 }
 
 pub(super) fn certificates_from_pem(pem: &str) -> Result<Vec<CertificateDer<'static>>, IdentityError> {

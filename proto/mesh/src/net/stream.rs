@@ -30,6 +30,9 @@ pub trait ByteStream: Unpin + Send {
     /// Ends our direction; the other stays open.
     fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>>;
 
+    /// The reader has no room: what comes may be put where it needs less. Wakes the reader when more has come.
+    fn gather(&mut self, _: &mut Context<'_>) {}
+
     /// Makes the coming drop a reset, so that the other side cannot take what it has for all there was.
     fn abort(&mut self) {}
 
@@ -59,6 +62,10 @@ impl<S: ByteStream> ByteStream for &mut S {
 
     fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         (**self).poll_end(cx)
+    }
+
+    fn gather(&mut self, cx: &mut Context<'_>) {
+        (**self).gather(cx);
     }
 
     fn abort(&mut self) {

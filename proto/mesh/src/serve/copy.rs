@@ -265,7 +265,11 @@ impl OneWay {
             }
             let more = self.fill(cx, source)?;
             let told = if !self.waiting.is_empty() {
-                ready!(sink.poll_put(cx, &mut self.waiting)).map(|written| {
+                let Poll::Ready(put) = sink.poll_put(cx, &mut self.waiting) else {
+                    source.gather(cx);
+                    return Poll::Pending;
+                };
+                put.map(|written| {
                     self.carried += written as u64;
                     self.unflushed = true;
                     count(written as u64);

@@ -13,13 +13,16 @@ use tokio::{
 };
 
 use super::*;
+use crate::telemetry::ByteCounts;
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+const DATA: u8 = 0;
 const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
 const SETTINGS: u8 = 4;
 const PING: u8 = 6;
 const GOAWAY: u8 = 7;
+const ACK: u8 = 1;
 const END_HEADERS: u8 = 4;
 const ENHANCE_YOUR_CALM: u32 = 11;
 
@@ -157,20 +160,62 @@ async fn streams_that_are_given_up_unanswered_exhaust_the_allowance_and_answered
 
 #[tokio::test]
 async fn who_hangs_up_before_hearing_why_it_was_cut_is_blamed_all_the_same() {
-    const ACK: u8 = 1;
     const WINDOW_UPDATE: u8 = 8;
     let (mut stream, serving) = between(echo).await;
     // Until the server has nothing more to say.
-    let acknowledgement = frame(SETTINGS, ACK, 0, &[]);
-    let mut heard = Vec::new();
-    while !heard.windows(acknowledgement.len()).any(|bytes| bytes == acknowledgement) {
-        assert!(within(stream.read_buf(&mut heard)).await.unwrap() > 0);
-    }
+    await_frame(&mut stream, &frame(SETTINGS, ACK, 0, &[])).await;
     stream.write_all(&frame(WINDOW_UPDATE, 0, 0, &0u32.to_be_bytes())).await.unwrap();
     drop(stream);
     let error = within(serving).await.unwrap().expect_err("broken");
     assert!(matches!(error, ServeError::GivenUp(h2::Reason::PROTOCOL_ERROR)), "{error}");
     assert_eq!(error.flag(), ResponseFlag::BadRequest);
+}
+
+/// Reads until there is such a frame.
+async fn await_frame(stream: &mut (impl AsyncRead + Unpin), frame: &[u8]) {
+    let mut heard = Vec::new();
+    while !heard.windows(frame.len()).any(|bytes| bytes == frame) {
+        assert!(within(stream.read_buf(&mut heard)).await.unwrap() > 0, "{:?}", goaway(&heard));
+    }
+}
+
+#[tokio::test]
+async fn small_frames_for_a_reader_that_stalls_wait_and_cost_nobody_the_connection() {
+    // More than the budget of h2 for what was not taken, many times over.
+    const FRAMES: usize = 150_000;
+    let (near, mut far) = tokio::io::duplex(1024);
+    let near = std::sync::Mutex::new(Some(near));
+    let handler = move |request: ConnectRequest| {
+        let application = near.lock().unwrap().take().expect("one CONNECT");
+        async move {
+            let stream = request.accept(None).unwrap();
+            let _ = crate::serve::copy_bidirectional(stream, application, &ByteCounts::default()).await;
+        }
+    };
+    let (mut stream, serving) = between(handler).await;
+    // Its windows count from then on.
+    await_frame(&mut stream, &frame(SETTINGS, ACK, 0, &[])).await;
+    stream.write_all(&frame(SETTINGS, ACK, 0, &[])).await.unwrap();
+    let (mut read, mut write) = tokio::io::split(stream);
+    // Large ones among them, as the order counts.
+    let payload = |number: usize| vec![number.to_le_bytes()[0]; if number.is_multiple_of(1000) { 2000 } else { 1 }];
+    let writing = tokio::spawn(async move {
+        write.write_all(&connect(1, "stalls:80")).await.unwrap();
+        for first in (0..FRAMES).step_by(1000) {
+            let frames = (first..first + 1000).map(|number| frame(DATA, 0, 1, &payload(number)));
+            write.write_all(&frames.collect::<Vec<_>>().concat()).await.unwrap();
+        }
+        write.write_all(&frame(PING, 0, 0, b"all seen")).await.unwrap();
+        write.flush().await.unwrap();
+        write
+    });
+    await_frame(&mut read, &frame(PING, ACK, 0, b"all seen")).await;
+    let _writer = within(writing).await.unwrap();
+    let expected = (0..FRAMES).flat_map(payload).collect::<Vec<_>>();
+    let mut taken = vec![0; expected.len()];
+    within(far.read_exact(&mut taken)).await.unwrap();
+    assert!(taken == expected, "something else");
+    assert!(!serving.is_finished());
 }
 
 /// A transport whose peer is gone once that is said: writing fails, and reading has not noticed.
