@@ -240,9 +240,13 @@ pub fn remove_cgroup(cgroup: &Path) -> Result<()> {
             remove_cgroup(&entry.path())?;
         }
     }
-    // A just-ended process can hold its cgroup for a moment longer.
+    // A just-ended process can hold its cgroup for a moment longer, and one that was on its way in when the others were killed
+    // (a container enters by itself) has come since.
     wait::until("a cgroup to become removable", Duration::from_secs(5), || match fs::remove_dir(cgroup) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e.into()),
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            let _ = fs::write(cgroup.join("cgroup.kill"), "1");
+            Err(e.into())
+        }
         _ => Ok(()),
     })
 }

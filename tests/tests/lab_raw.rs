@@ -1,6 +1,8 @@
 //! The lab itself: two nodes talk, the wire can be watched, and nothing stays behind.
 
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
+use std::process::Command;
 
 use mesh_tests::raw::{self, Lab};
 use mesh_tests::record;
@@ -69,6 +71,23 @@ fn a_killed_labs_remains_are_reaped() -> anyhow::Result<()> {
     assert!(!cgroup.exists());
     assert!(!Path::new(&format!("/run/netns/lab-{id}-node-a")).exists());
     assert_eq!(mesh_tests::sys::start_time(pid), None);
+    Ok(())
+}
+
+/// Between being started and being in its cgroup a container is nowhere.
+#[test]
+fn who_comes_into_a_lab_after_the_kill_is_killed_too() -> anyhow::Result<()> {
+    if !raw::available() {
+        return Ok(());
+    }
+    let lab = Lab::up(&format!("late{}", std::process::id()))?;
+    let cgroup = lab.record.cgroup.clone();
+    record::kill_cgroup(&cgroup)?;
+    let mut late = Command::new("sleep").arg("1000").spawn()?;
+    std::fs::write(cgroup.join("cgroup.procs"), late.id().to_string())?;
+    record::remove_cgroup(&cgroup)?;
+    assert!(!cgroup.exists());
+    assert_eq!(late.wait()?.signal(), Some(9));
     Ok(())
 }
 
