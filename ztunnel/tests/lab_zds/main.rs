@@ -290,6 +290,8 @@ fn a_pod_with_a_new_namespace_is_served_there() {
     let squatter = lab::inside(&lab.netns("a2"), || std::net::TcpListener::bind("0.0.0.0:15006").unwrap());
     let refused = agents[0].add(&lab.pod("a2")).unwrap_err();
     assert!(refused.contains("15006"), "{refused}");
+    // The agent has its answer a moment earlier.
+    eventually("what is pending keeps it from being ready", || !lab.ready('a', 15000));
     drop(squatter);
     eventually("tried again", || lab.ready('a', 15000));
     rules::install(&lab.netns("a2"));
