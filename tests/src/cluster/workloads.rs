@@ -239,7 +239,8 @@ impl Pass<'_> {
             let (new, old): (Vec<_>, Vec<_>) =
                 here.partition(|pod| pod.labels().get("controller-revision-hash") == Some(&hash));
             ready_count += usize::from(new.iter().chain(&old).any(|pod| ready(pod)));
-            updated += usize::from(!new.is_empty());
+            // As in Kubernetes the older pod counts while there are two: a rollout is not done before that has gone.
+            updated += usize::from(old.is_empty() && !new.is_empty());
             let taken_over = new.iter().any(|pod| ready(pod));
             if !old.is_empty() && (taken_over || !surge) {
                 for pod in &old {
