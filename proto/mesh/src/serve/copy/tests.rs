@@ -196,6 +196,40 @@ async fn last_words_that_nobody_takes_are_not_waited_for_for_ever_and_the_reset_
     assert!(passed_on.load(std::sync::atomic::Ordering::Relaxed));
 }
 
+/// Has something to say once, and is told when that waits.
+struct Gathering {
+    said: Option<&'static [u8]>,
+    gathered: std::sync::Arc<std::sync::atomic::AtomicBool>,
+}
+
+impl ByteStream for Gathering {
+    fn poll_chunk(&mut self, _: &mut Context<'_>, _: usize, _: &mut BytesMut) -> Poll<io::Result<Bytes>> {
+        self.said.take().map_or(Poll::Pending, |said| Poll::Ready(Ok(Bytes::from_static(said))))
+    }
+    fn poll_put(&mut self, _: &mut Context<'_>, _: &mut Chunks) -> Poll<io::Result<usize>> {
+        Poll::Pending
+    }
+    fn poll_flush(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Pending
+    }
+    fn poll_end(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Pending
+    }
+    fn gather(&mut self, _: &mut Context<'_>) {
+        self.gathered.store(true, std::sync::atomic::Ordering::Relaxed);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_source_whose_words_nobody_takes_gathers_what_comes() {
+    let gathered = std::sync::Arc::<std::sync::atomic::AtomicBool>::default();
+    let source = Gathering { said: Some(b"question"), gathered: gathered.clone() };
+    let counts = ByteCounts::default();
+    let copying = copy_bidirectional(source, Taking::default(), &counts);
+    assert!(tokio::time::timeout(Duration::from_secs(1), copying).await.is_err(), "nobody takes it");
+    assert!(gathered.load(std::sync::atomic::Ordering::Relaxed));
+}
+
 /// A server that has answered and hung up without reading the question.
 struct Refusing {
     answer: std::collections::VecDeque<Bytes>,
