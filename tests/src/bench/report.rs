@@ -48,6 +48,9 @@ pub struct Row {
     pub spread: f64,
     /// Rounds that nothing else disturbed.
     pub calm: usize,
+    /// Ours over what the budget is taken against.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ratio: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub budget: Option<Budget>,
 }
@@ -97,6 +100,17 @@ fn median(values: &mut [f64]) -> Option<f64> {
     }
 }
 
+/// Ours over `against`, round by round, and the median of that: what a machine does in some rounds and not in others is done
+/// to both.
+fn paired(rounds: &[&Round], against: &str) -> Option<f64> {
+    let ratio = |round: &&Round| {
+        let ours = *round.values.get("ours")?;
+        let reference = if against == "absolute" { 1.0 } else { *round.values.get(against)? };
+        (reference > 0.0).then(|| ours / reference)
+    };
+    median(&mut rounds.iter().filter_map(ratio).collect::<Vec<_>>())
+}
+
 /// Four significant digits: more would claim what is not known.
 fn rounded(value: f64) -> f64 {
     if value == 0.0 || !value.is_finite() {
@@ -120,6 +134,7 @@ impl Row {
             (Some(low), Some(high), Some(middle)) if middle > 0.0 => (high - low) / 2.0 / middle,
             _ => 0.0,
         };
+        let ratio = budget.as_ref().and_then(|budget| paired(&rounds_counted, &budget.against));
         let names = rounds.iter().flat_map(|round| round.values.keys());
         let peers = names.filter(|name| !matches!(name.as_str(), "plain" | "ours"));
         Self {
@@ -131,28 +146,15 @@ impl Row {
             peers: peers.filter_map(|name| Some((name.clone(), of(name)?))).collect(),
             spread: (spread * 1000.0).round() / 1000.0,
             calm: rounds.iter().filter(|round| round.calm).count(),
+            ratio: ratio.map(rounded),
             budget,
         }
-    }
-
-    fn reference(&self, against: &str) -> Option<f64> {
-        match against {
-            "absolute" => Some(1.0),
-            "plain" => self.plain,
-            peer => self.peers.get(peer).copied(),
-        }
-    }
-
-    /// Ours over what the budget is taken against.
-    fn ratio(&self) -> Option<f64> {
-        let reference = self.reference(&self.budget.as_ref()?.against).filter(|reference| *reference > 0.0)?;
-        Some(self.ours? / reference)
     }
 
     /// `None` without a budget; a figure that is missing misses it.
     pub fn verdict(&self) -> Option<Verdict> {
         let budget = self.budget.as_ref()?;
-        let Some(ratio) = self.ratio() else { return Some(Verdict::Missed) };
+        let Some(ratio) = self.ratio else { return Some(Verdict::Missed) };
         let within = |limit: f64| match self.better {
             Better::Higher => ratio >= limit,
             Better::Lower => ratio <= limit,
@@ -217,7 +219,7 @@ impl Row {
         };
         let Budget { against, must, aim } = budget;
         let against = if against == "absolute" { String::new() } else { format!("÷{against} ") };
-        format!("  {against}{} {sign} {must} ({aim}): {word}", shown(self.ratio()))
+        format!("  {against}{} {sign} {must} ({aim}): {word}", shown(self.ratio))
     }
 }
 
