@@ -7,7 +7,7 @@
 mod support;
 
 use std::net::{Ipv4Addr, SocketAddr};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use mesh_tests::raw::NODES;
@@ -25,11 +25,54 @@ const SETTLE: Duration = Duration::from_secs(30);
 const DENIED: &str = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: meanwhile, namespace: shop}\n\
     spec: {action: DENY, rules: [{from: [{source: {namespaces: [shop]}}]}]}\n";
 
-const CASES: &[Case] = &[("the mesh goes on without its control plane and believes it again", away_and_back)];
+/// How long an outage is that certificates survive; `OUTAGE_SECS` has another length.
+const AWAY: Duration = Duration::from_secs(20);
+/// Between two requests of it.
+const PACE: Duration = Duration::from_millis(200);
+
+const CASES: &[Case] = &[
+    ("an outage that certificates survive is noticed by nobody", away_unnoticed),
+    ("the mesh goes on without its control plane and believes it again", away_and_back),
+];
 
 #[test]
 fn without_its_control_plane_the_mesh_goes_on_until_its_certificates_end_and_then_closes() {
     support::run("outage", CASES);
+}
+
+fn away_unnoticed(stage: &Stage) -> Result<()> {
+    stage.traffic_flows()?;
+    NODES.iter().try_for_each(|node| comes_to(stage, node, 1.0))?;
+    goes(stage)?;
+    let length = match std::env::var("OUTAGE_SECS") {
+        Ok(seconds) => Duration::from_secs(seconds.parse().context("OUTAGE_SECS")?),
+        Err(_) => AWAY,
+    };
+    let (begun, mut requests) = (Instant::now(), 0);
+    while begun.elapsed() < length {
+        let answer = stage.request("client", &["http://server-v1/"])?;
+        ensure!(answer.status == "200", "request {requests}, after {:?}: {answer:?}", begun.elapsed());
+        requests += 1;
+        std::thread::sleep(PACE);
+    }
+    eprintln!("{requests} requests in {length:?} without a control plane, all answered");
+    NODES.iter().try_for_each(|node| ready(stage, node))?;
+    comes_back(stage)?;
+    stage.traffic_flows()
+}
+
+/// The control plane goes.
+fn goes(stage: &Stage) -> Result<()> {
+    stage.kubectl(&["-n", "istio-system", "scale", "deployment/istiod", "--replicas=0"])?;
+    // Until it is gone it signs: a process that ends finishes what it is asked on connections that are open.
+    let gone = ["-n", "istio-system", "wait", "--for=delete", "pod", "-l", "app=istiod", "--timeout=60s"];
+    stage.kubectl(&gone)?;
+    NODES.iter().try_for_each(|node| comes_to(stage, node, 0.0))
+}
+
+fn comes_back(stage: &Stage) -> Result<()> {
+    rolled(stage, &["scale", "deployment/istiod", "--replicas=1"], "deployment/istiod")?;
+    NODES.iter().try_for_each(|node| comes_to(stage, node, 1.0))
 }
 
 fn away_and_back(stage: &Stage) -> Result<()> {
@@ -37,11 +80,7 @@ fn away_and_back(stage: &Stage) -> Result<()> {
     stage.traffic_flows()?;
     NODES.iter().try_for_each(|node| comes_to(stage, node, 1.0))?;
 
-    stage.kubectl(&["-n", "istio-system", "scale", "deployment/istiod", "--replicas=0"])?;
-    // Until it is gone it signs: a process that ends finishes what it is asked on connections that are open.
-    let gone = ["-n", "istio-system", "wait", "--for=delete", "pod", "-l", "app=istiod", "--timeout=60s"];
-    stage.kubectl(&gone)?;
-    NODES.iter().try_for_each(|node| comes_to(stage, node, 0.0))?;
+    goes(stage)?;
     stage.teller.session.apply(DENIED)?;
     // A certificate is asked for, nobody answers, and the old one serves on: it has half of its life left.
     wait::until("a renewal to fail", RENEWAL, || {
@@ -65,8 +104,7 @@ fn away_and_back(stage: &Stage) -> Result<()> {
     })?;
     NODES.iter().try_for_each(|node| ready(stage, node))?;
 
-    rolled(stage, &["scale", "deployment/istiod", "--replicas=1"], "deployment/istiod")?;
-    NODES.iter().try_for_each(|node| comes_to(stage, node, 1.0))?;
+    comes_back(stage)?;
     // It is refused still, and now by the policy of the meantime.
     wait::until("what was decided meanwhile to hold", SETTLE, || {
         stage.request("client", &["http://server-v1/"])?;
