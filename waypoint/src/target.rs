@@ -143,7 +143,7 @@ fn at_port(service: &Arc<Service>, port: u16, address: Option<SocketAddr>) -> Re
 
 #[cfg(test)]
 mod tests {
-    use mesh::model::{ServicePort, WeightedWaypoint};
+    use mesh::model::{ServicePort, Template, WeightedWaypoint};
     use mesh::store::{Store, Update};
 
     use super::*;
@@ -174,7 +174,7 @@ mod tests {
         let pod = Workload {
             uid: "c//Pod/shop/p".into(),
             addresses: vec!["10.0.0.9".parse().expect("ip")],
-            waypoint: Some(gateway()),
+            template: Arc::new(Template { waypoint: Some(gateway()), ..Default::default() }),
             ..Default::default()
         };
         let stranger = Workload {

@@ -16,7 +16,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use mesh::hbone::{self, ConnectRequest, H2Settings};
 use mesh::identity::CertificateSource;
-use mesh::model::{NamespacedHostname, TunnelProtocol, Workload};
+use mesh::model::{NamespacedHostname, TunnelProtocol};
 use mesh::store::Update;
 use mesh_proto::waypoint as wire;
 use support::*;
@@ -389,7 +389,7 @@ async fn a_drained_worker_lets_kept_connections_go_and_waits_for_what_is_under_w
     });
     mesh.serve(&[]);
     let key = NamespacedHostname::new("shop", "server.shop.svc.cluster.local");
-    let workload = Workload { protocol: TunnelProtocol::Hbone, ..endpoint(&key, 0, pod) };
+    let workload = endpoint(&key, 0, pod).with(|w| w.protocol = TunnelProtocol::Hbone);
     mesh.store.apply(Update::new().workload(workload));
     let mut web = mesh.tunnel(HTTP).await;
     web.write_all(b"GET / HTTP/1.1\r\nhost: server\r\n\r\n").await.expect("write");

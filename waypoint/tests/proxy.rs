@@ -14,7 +14,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto;
 use mesh::hbone::{self, ConnectRequest, H2Settings, TunnelError};
 use mesh::identity::CertificateSource;
-use mesh::model::{NamespacedHostname, TunnelProtocol, Workload};
+use mesh::model::{NamespacedHostname, TunnelProtocol};
 use mesh::store::Update;
 use mesh_proto::waypoint::{self as wire, backend, filter, key_match, route_match, string_match::MatchType};
 use prost::Message;
@@ -106,11 +106,9 @@ async fn a_policy_that_cannot_be_read_closes_its_service() {
     let mesh = Mesh::start().await;
     mesh.serve(&[origin("a").await]);
     let bad = wire::HttpPolicy { action: 9, ..allow_get() };
-    let rejected = mesh
-        .world
-        .policy_handler()
-        .apply(vec![("AuthorizationPolicy/shop/get".into(), "1".into(), bad.encode_to_vec().into())], vec![]);
-    assert_eq!(rejected.len(), 1);
+    let mut batch = mesh.world.policy_handler().begin();
+    batch.update(&"AuthorizationPolicy/shop/get".into(), &bad.encode_to_vec());
+    assert_eq!(batch.apply(vec![]).len(), 1);
     assert_eq!(mesh.get("/").await.0, StatusCode::FORBIDDEN);
 }
 
@@ -256,7 +254,7 @@ async fn an_endpoint_with_a_tunnel_is_reached_by_hbone_as_the_waypoint() {
     });
     mesh.serve(&[]);
     let key = NamespacedHostname::new("shop", "server.shop.svc.cluster.local");
-    let workload = Workload { protocol: TunnelProtocol::Hbone, ..endpoint(&key, 0, pod) };
+    let workload = endpoint(&key, 0, pod).with(|w| w.protocol = TunnelProtocol::Hbone);
     mesh.store.apply(Update::new().workload(workload));
     let (status, _, body) = mesh.get("/").await;
     assert_eq!((status, body.as_str()), (StatusCode::OK, "tunnelled"));

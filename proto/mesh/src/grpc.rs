@@ -4,8 +4,10 @@
 
 use std::{fmt, io, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
 
-use futures_util::future::BoxFuture;
-use http::Uri;
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt, future::BoxFuture};
+use http::{HeaderMap, HeaderValue, Uri};
+use http_body_util::BodyExt;
 use hyper_util::rt::TokioIo;
 use rustls::{
     RootCertStore,
@@ -20,11 +22,14 @@ use tokio::{
     net::TcpStream,
 };
 use tonic::{
-    Request, Status,
+    Code, Request, Status,
+    body::Body,
+    codec::EncodeBody,
     metadata::{Ascii, MetadataKey, MetadataValue},
     service::{Interceptor, interceptor::InterceptedService},
     transport::{Channel, Endpoint},
 };
+use tower::{Service, ServiceExt};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const KEEPALIVE: Duration = Duration::from_secs(30);
@@ -231,6 +236,95 @@ pub fn channel(config: GrpcConfig) -> Result<AuthChannel, GrpcError> {
     Ok(InterceptedService::new(channel, Authenticate { token: config.token, headers }))
 }
 
+/// A call whose answers are read as they arrive. tonic's own hands out whole messages, and keeps the buffer that the
+/// largest of them needed for as long as the stream lasts.
+///
+/// # Errors
+/// The status, when there is no connection or the server refuses.
+pub async fn call<M: prost::Message + 'static>(
+    mut channel: AuthChannel,
+    path: &'static str,
+    requests: impl Stream<Item = M> + Send + 'static,
+) -> Result<Answers, Status> {
+    let failed = |error: tonic::transport::Error| Status::from_error(error.into());
+    channel.ready().await.map_err(failed)?;
+    let encoder = tonic_prost::ProstEncoder::<M>::default();
+    let body = EncodeBody::new_client(encoder, requests.map(Ok), None, None);
+    let mut request = http::Request::new(Body::new(body));
+    *request.method_mut() = http::Method::POST;
+    *request.version_mut() = http::Version::HTTP_2;
+    *request.uri_mut() = Uri::from_static(path);
+    let headers = request.headers_mut();
+    headers.insert(http::header::TE, HeaderValue::from_static("trailers"));
+    headers.insert(http::header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    let response = channel.call(request).await.map_err(failed)?;
+    let (head, body) = response.into_parts();
+    // A server that has nothing to answer says so in place of the headers.
+    let end = match said(head.headers) {
+        Some(status) if status.code() != Code::Ok => return Err(status),
+        Some(_) => Some(Ok(())),
+        None if head.status == http::StatusCode::OK => None,
+        None => Some(Err(status_of(head.status))),
+    };
+    Ok(Answers { body: Body::new(body), end })
+}
+
+/// The answers to a call, encoded, in pieces that know nothing of messages.
+pub struct Answers {
+    body: Body,
+    /// How the call ends, where that was said at its beginning.
+    end: Option<Result<(), Status>>,
+}
+
+impl Answers {
+    /// The next piece; `None` at the end of a call that ended well. May be dropped and called again.
+    ///
+    /// # Errors
+    /// The status the call ended with.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, Status> {
+        if let Some(Err(status)) = &self.end {
+            return Err(status.clone());
+        }
+        loop {
+            let unsaid = || Status::unknown("the stream ended without a status");
+            let Some(frame) = self.body.frame().await else {
+                return if self.end.is_some() { Ok(None) } else { Err(unsaid()) };
+            };
+            match frame?.into_data() {
+                Ok(bytes) => return Ok(Some(bytes)),
+                Err(frame) => {
+                    let Ok(trailers) = frame.into_trailers() else { continue };
+                    return match said(trailers) {
+                        Some(status) if status.code() == Code::Ok => Ok(None),
+                        Some(status) => Err(status),
+                        None => Err(unsaid()),
+                    };
+                }
+            }
+        }
+    }
+}
+
+/// The status among headers or trailers.
+fn said(mut headers: HeaderMap) -> Option<Status> {
+    // tonic panics where it cannot be decoded, and nobody here looks at it.
+    headers.remove("grpc-status-details-bin");
+    Status::from_header_map(&headers)
+}
+
+/// What an HTTP status means where there is no other: <https://github.com/grpc/grpc/blob/master/doc/http-grpc-status-mapping.md>.
+fn status_of(http: http::StatusCode) -> Status {
+    let code = match http.as_u16() {
+        400 => Code::Internal,
+        401 => Code::Unauthenticated,
+        403 => Code::PermissionDenied,
+        404 => Code::Unimplemented,
+        429 | 502 | 503 | 504 => Code::Unavailable,
+        _ => Code::Unknown,
+    };
+    Status::new(code, format!("HTTP status {http} and no gRPC"))
+}
+
 /// A status with the causes that tonic keeps below it.
 pub fn explain(status: &Status) -> String {
     let mut text = format!("{:?}: {}", status.code(), status.message());
@@ -434,5 +528,90 @@ mod tests {
         assert_eq!(sent().unwrap(), "Bearer two");
         drop(file);
         assert_eq!(sent().unwrap_err().code(), tonic::Code::Unauthenticated);
+    }
+    /// What a call ends with when a server answers each request with `answer`: data frames, then trailers where there are any.
+    async fn answered(
+        answer: http::Response<(&'static [&'static [u8]], Option<HeaderMap>)>,
+    ) -> (Vec<u8>, Result<(), Status>) {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap());
+        let mut config = config(&address);
+        config.token = TokenSource::Literal("secret".into());
+        let (head, (pieces, trailers)) = answer.into_parts();
+        // Ends with the test's runtime.
+        tokio::spawn(async move {
+            let (socket, _) = listener.accept().await.unwrap();
+            let mut connection = h2::server::handshake(socket).await.unwrap();
+            let (request, mut respond) = connection.accept().await.unwrap().unwrap();
+            assert_eq!(request.uri().path(), "/a.B/C");
+            assert_eq!(request.headers()["authorization"], "Bearer secret");
+            assert_eq!(
+                (&request.headers()["te"], &request.headers()["clusterid"]),
+                (&"trailers".parse().unwrap(), &"Kubernetes".parse().unwrap())
+            );
+            let over = pieces.is_empty() && trailers.is_none();
+            let mut send = respond.send_response(http::Response::from_parts(head, ()), over).unwrap();
+            for piece in pieces {
+                send.send_data(Bytes::from_static(piece), false).unwrap();
+            }
+            match trailers {
+                Some(trailers) => send.send_trailers(trailers).unwrap(),
+                None if !over => send.send_data(Bytes::new(), true).unwrap(),
+                None => {}
+            }
+            while connection.accept().await.is_some() {}
+        });
+        let requests = futures_util::stream::pending::<mesh_proto::ads::DeltaDiscoveryRequest>();
+        let mut answers = match call(channel(config).unwrap(), "/a.B/C", requests).await {
+            Ok(answers) => answers,
+            Err(status) => return (Vec::new(), Err(status)),
+        };
+        let mut data = Vec::new();
+        loop {
+            match answers.next().await {
+                Ok(Some(bytes)) => data.extend(bytes),
+                Ok(None) => return (data, Ok(())),
+                Err(status) => return (data, Err(status)),
+            }
+        }
+    }
+
+    fn status(code: &str) -> HeaderMap {
+        let status = ("grpc-status".parse().unwrap(), code.parse().unwrap());
+        let undecodable = ("grpc-status-details-bin".parse().unwrap(), "!".parse().unwrap());
+        [status, undecodable].into_iter().collect()
+    }
+
+    fn response<B>(http: u16, headers: HeaderMap, body: B) -> http::Response<B> {
+        let mut response = http::Response::builder().status(http).body(body).unwrap();
+        *response.headers_mut() = headers;
+        response
+    }
+
+    #[tokio::test]
+    async fn a_call_ends_as_its_server_said() {
+        let said: &'static [&'static [u8]] = &[b"one", b"two"];
+        let code = |ended: Result<(), Status>| ended.map_err(|status| status.code());
+        let none = HeaderMap::new;
+
+        let (data, ended) = answered(response(200, none(), (said, Some(status("0"))))).await;
+        assert_eq!((&*data, code(ended)), (&b"onetwo"[..], Ok(())));
+        let (data, ended) = answered(response(200, none(), (said, Some(status("14"))))).await;
+        assert_eq!((&*data, code(ended)), (&b"onetwo"[..], Err(Code::Unavailable)));
+        let (data, ended) = answered(response(200, none(), (said, None))).await;
+        assert_eq!((&*data, code(ended)), (&b"onetwo"[..], Err(Code::Unknown)), "it does not say how");
+
+        // Nothing but a status, in place of headers.
+        let (_, ended) = answered(response(200, status("0"), (&[], None))).await;
+        assert_eq!(code(ended), Ok(()));
+        let (_, ended) = answered(response(200, status("7"), (&[], None))).await;
+        assert_eq!(code(ended), Err(Code::PermissionDenied));
+        // From somebody who knows nothing of gRPC.
+        for (http, expected) in
+            [(403, Code::PermissionDenied), (404, Code::Unimplemented), (502, Code::Unavailable), (418, Code::Unknown)]
+        {
+            let (data, ended) = answered(response(http, none(), (said, None))).await;
+            assert_eq!((&*data, code(ended)), (&b""[..], Err(expected)));
+        }
     }
 }

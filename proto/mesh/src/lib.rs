@@ -9,6 +9,8 @@ pub mod settings;
 
 pub mod text;
 
+mod fields;
+
 pub mod net;
 
 pub mod clock;

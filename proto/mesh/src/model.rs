@@ -6,6 +6,7 @@
 
 mod describe;
 mod memberships;
+mod shared;
 mod wire;
 
 #[cfg(test)]
@@ -14,6 +15,7 @@ mod tests;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
+use std::ops::{Deref, DerefMut};
 use std::str::FromStr;
 use std::sync::{Arc, OnceLock};
 
@@ -22,9 +24,11 @@ use serde::ser::SerializeMap;
 use serde::{Deserialize, Serialize, Serializer};
 
 use crate::identity::{Identity, IdentityParseError};
+use crate::text::Text;
 
 pub use memberships::Memberships;
-pub use wire::{ModelError, Shared, ip_from_bytes};
+pub use shared::{Shared, Sharing};
+pub use wire::{ModelError, ip_from_bytes};
 
 /// The port HBONE listens on unless a resource says otherwise.
 pub const HBONE_PORT: u16 = 15008;
@@ -333,6 +337,11 @@ impl EndpointPorts {
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
+
+    /// Whether somebody else has the same list.
+    fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.0) > 1
+    }
 }
 
 impl FromIterator<EndpointPort> for EndpointPorts {
@@ -352,20 +361,33 @@ impl Serialize for EndpointPorts {
     }
 }
 
-/// One pod, VM or external endpoint.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+/// One pod, VM or external endpoint. What is its own, and by dereferencing what it has of its [`Template`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Workload {
+    pub uid: Arc<str>,
+    pub name: Arc<str>,
     #[serde(rename = "workloadIps")]
     pub addresses: Vec<IpAddr>,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    pub node: Arc<str>,
+    pub status: HealthStatus,
+    /// Shared by those that have it in common; a change through [`Workload`] leaves the others alone.
+    #[serde(flatten)]
+    pub template: Arc<Template>,
+}
+
+/// What the pods of one deployment have in common, but for where they run: kept once, a mesh of a hundred thousand
+/// workloads fits.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Template {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub waypoint: Option<GatewayAddress>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub network_gateway: Option<GatewayAddress>,
     pub protocol: TunnelProtocol,
     pub network_mode: NetworkMode,
-    pub uid: Arc<str>,
-    pub name: Arc<str>,
     pub namespace: Arc<str>,
     pub trust_domain: Arc<str>,
     pub service_account: Arc<str>,
@@ -381,8 +403,6 @@ pub struct Workload {
     /// Resolved at connect time when there are no addresses.
     #[serde(skip_serializing_if = "str::is_empty")]
     pub hostname: Arc<str>,
-    #[serde(skip_serializing_if = "str::is_empty")]
-    pub node: Arc<str>,
     /// It speaks HBONE itself and is not captured.
     pub native_tunnel: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -390,7 +410,6 @@ pub struct Workload {
     /// Selector policies, `<namespace>/<name>`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub authorization_policies: Vec<Arc<str>>,
-    pub status: HealthStatus,
     pub cluster_id: Arc<str>,
     #[serde(skip_serializing_if = "Locality::is_empty")]
     pub locality: Locality,
@@ -405,17 +424,14 @@ fn keys<S: Serializer>(services: &Memberships, serializer: S) -> Result<S::Ok, S
     serializer.collect_seq(services.keys())
 }
 
-impl Default for Workload {
-    /// A workload nobody has described yet, with the defaults the wire leaves out.
+impl Default for Template {
+    /// Of a workload nobody has described yet, with the defaults the wire leaves out.
     fn default() -> Self {
         Self {
-            addresses: Vec::new(),
             waypoint: None,
             network_gateway: None,
             protocol: TunnelProtocol::None,
             network_mode: NetworkMode::Standard,
-            uid: Arc::default(),
-            name: Arc::default(),
             namespace: Arc::default(),
             trust_domain: default_text(&TRUST_DOMAIN, DEFAULT_TRUST_DOMAIN),
             service_account: default_text(&SERVICE_ACCOUNT, DEFAULT_SERVICE_ACCOUNT),
@@ -425,11 +441,9 @@ impl Default for Workload {
             canonical_name: Arc::default(),
             canonical_revision: Arc::default(),
             hostname: Arc::default(),
-            node: Arc::default(),
             native_tunnel: false,
             application_tunnel: None,
             authorization_policies: Vec::new(),
-            status: HealthStatus::Healthy,
             cluster_id: default_text(&CLUSTER_ID, DEFAULT_CLUSTER_ID),
             locality: Locality::default(),
             services: Memberships::default(),
@@ -438,7 +452,28 @@ impl Default for Workload {
     }
 }
 
+impl Deref for Workload {
+    type Target = Template;
+
+    fn deref(&self) -> &Template {
+        &self.template
+    }
+}
+
+impl DerefMut for Workload {
+    fn deref_mut(&mut self) -> &mut Template {
+        Arc::make_mut(&mut self.template)
+    }
+}
+
 impl Workload {
+    /// The same with a change.
+    #[must_use]
+    pub fn with(mut self, change: impl FnOnce(&mut Self)) -> Self {
+        change(&mut self);
+        self
+    }
+
     /// The SPIFFE identity the workload must present.
     ///
     /// # Errors

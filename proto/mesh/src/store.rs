@@ -5,6 +5,7 @@
 //! mesh. The content of a snapshot depends on what is known and never on the order in which it arrived. The store does
 //! not know where updates come from.
 
+mod buckets;
 mod dump;
 mod indexes;
 
@@ -19,7 +20,7 @@ use tokio::sync::watch;
 
 use crate::model::{EndpointPorts, NamespacedHostname, Resource, Service, Workload};
 use crate::policy::Policy;
-use indexes::Indexes;
+use indexes::{ByUid, Indexes};
 
 /// The shared, current state. One writer at a time; readers never wait.
 #[derive(Debug)]
@@ -38,9 +39,9 @@ pub struct Update {
 
 #[derive(Debug)]
 enum Change {
-    Workload(Workload),
-    Service(Service),
-    Policy(Policy),
+    Workload(Arc<Workload>),
+    Service(Arc<Service>),
+    Policy(Box<Policy>),
     RemoveAddress(String),
     RemovePolicy(String),
 }
@@ -83,11 +84,11 @@ impl Update {
     }
 
     pub fn push_workload(&mut self, workload: Workload) {
-        self.changes.push(Change::Workload(workload));
+        self.changes.push(Change::Workload(Arc::new(workload)));
     }
 
     pub fn push_service(&mut self, service: Service) {
-        self.changes.push(Change::Service(service));
+        self.changes.push(Change::Service(Arc::new(service)));
     }
 
     pub fn push_resource(&mut self, resource: Resource) {
@@ -98,7 +99,7 @@ impl Update {
     }
 
     pub fn push_policy(&mut self, policy: Policy) {
-        self.changes.push(Change::Policy(policy));
+        self.changes.push(Change::Policy(Box::new(policy)));
     }
 
     pub fn push_remove_address(&mut self, name: impl Into<String>) {
@@ -107,6 +108,15 @@ impl Update {
 
     pub fn push_remove_policy(&mut self, name: impl Into<String>) {
         self.changes.push(Change::RemovePolicy(name.into()));
+    }
+
+    /// `later` after what there is.
+    pub fn append(&mut self, later: Self) {
+        if self.changes.is_empty() {
+            self.changes = later.changes;
+        } else {
+            self.changes.extend(later.changes);
+        }
     }
 
     pub fn is_empty(&self) -> bool {
@@ -142,7 +152,7 @@ impl Store {
             changed |= match change {
                 Change::Workload(workload) => next.indexes.put_workload(workload),
                 Change::Service(service) => next.indexes.put_service(service),
-                Change::Policy(policy) => next.indexes.put_policy(policy),
+                Change::Policy(policy) => next.indexes.put_policy(*policy),
                 Change::RemoveAddress(name) => next.indexes.remove_address(&name),
                 Change::RemovePolicy(name) => next.indexes.remove_policy(&name),
             };
@@ -175,11 +185,11 @@ impl Snapshot {
     }
 
     pub fn workload(&self, uid: &str) -> Option<&Arc<Workload>> {
-        self.indexes.workloads.get(uid)
+        self.indexes.workload(uid)
     }
 
     pub fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
-        self.indexes.workloads.values()
+        self.indexes.workloads()
     }
 
     pub fn services(&self) -> impl Iterator<Item = &Arc<Service>> {
@@ -192,12 +202,12 @@ impl Snapshot {
 
     /// The workload that owns `ip`. Host-network workloads own none; of several the most capable pod is taken.
     pub fn workload_by_ip(&self, network: &str, ip: IpAddr) -> Option<&Arc<Workload>> {
-        self.indexes.by_ip.get(&ip)?.iter().find(|workload| &*workload.network == network)
+        self.indexes.by_ip.all(&ip).iter().find(|workload| &*workload.network == network)
     }
 
     /// A workload with this host name of its own (not that of a service): a gateway that is known by name.
     pub fn workload_by_hostname(&self, name: &NamespacedHostname) -> Option<&Arc<Workload>> {
-        self.indexes.by_name.get(name)?.first()
+        self.indexes.by_name.all(name).first()
     }
 
     pub fn service(&self, key: &NamespacedHostname) -> Option<&Arc<Service>> {
@@ -206,10 +216,9 @@ impl Snapshot {
 
     /// Every service with exactly this virtual address, at most one for each hostname and namespace.
     pub fn services_by_vip(&self, network: &str, ip: IpAddr) -> impl Iterator<Item = &Arc<Service>> {
-        let bucket = self.indexes.by_vip.get(&ip).map(|bucket| &**bucket).unwrap_or_default();
-        bucket
-            .iter()
-            .filter(move |service| service.vips.iter().any(|vip| vip.address == ip && &*vip.network == network))
+        let has_it =
+            move |service: &&Arc<Service>| service.vips.iter().any(|vip| vip.address == ip && &*vip.network == network);
+        self.indexes.by_vip.all(&ip).iter().filter(has_it)
     }
 
     /// The service a client of `client_namespace` reaches at `ip`: among those it may see, one of its own namespace
@@ -223,7 +232,7 @@ impl Snapshot {
     }
 
     pub fn services_by_hostname(&self, hostname: &str) -> impl Iterator<Item = &Arc<Service>> {
-        self.indexes.by_hostname.get(hostname).map(|bucket| &**bucket).unwrap_or_default().iter()
+        self.indexes.by_hostname.all(hostname).iter()
     }
 
     /// The service a client of `client_namespace` means by `hostname`, ranked as for virtual addresses.
@@ -253,8 +262,11 @@ impl Snapshot {
         &self,
         service: &NamespacedHostname,
     ) -> impl Iterator<Item = (&Arc<Workload>, &EndpointPorts)> {
-        let endpoints = self.indexes.endpoints.get(service);
-        endpoints.into_iter().flat_map(|set| set.values()).map(|endpoint| (&endpoint.workload, &endpoint.ports))
+        // The service as the index knows it: what is returned does not outlive that, and the caller's key may.
+        let endpoints = self.indexes.endpoints.get_key_value(service);
+        endpoints.into_iter().flat_map(|(service, set)| {
+            set.iter().filter_map(move |ByUid(workload)| Some((workload, workload.services.get(service)?)))
+        })
     }
 
     /// The policies that govern connections to `workload`: mesh-wide ones, its namespace's, and those it lists. A listed

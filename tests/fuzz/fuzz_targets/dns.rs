@@ -8,7 +8,7 @@ use hickory_proto::op::{Message, MessageType, OpCode, Query as Question};
 use hickory_proto::rr::rdata::{A, CNAME};
 use hickory_proto::rr::{Name, RData, Record, RecordType};
 use libfuzzer_sys::{Corpus, fuzz_target};
-use mesh::model::{NamespacedHostname, Service, Workload};
+use mesh::model::{NamespacedHostname, Service, Template, Workload};
 use mesh::store::{Snapshot, Store, Update};
 use mesh_fuzz::{begin, seed, texts};
 use ztunnel::dns::answer::{self, Client};
@@ -44,7 +44,7 @@ static WORLD: LazyLock<Arc<Snapshot>> = LazyLock::new(|| {
     let endpoints = (0..5000_u32).map(|n| Workload {
         uid: format!("{n}").into(),
         addresses: vec![IpAddr::from((0x0a00_0000 + n).to_be_bytes())],
-        services: [(all.clone(), Default::default())].into(),
+        template: Arc::new(Template { services: [(all.clone(), Default::default())].into(), ..Template::default() }),
         ..Workload::default()
     });
     let services = [

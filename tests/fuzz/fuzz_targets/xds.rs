@@ -8,12 +8,14 @@ use std::sync::Arc;
 use libfuzzer_sys::{Corpus, fuzz_target};
 use mesh::hbone::Authority;
 use mesh::identity::Identity;
-use mesh::model::{NamespacedName, Resource, Workload};
+use mesh::model::{NamespacedName, Resource, Shared, Sharing, Workload};
 use mesh::net::OriginalDst;
 use mesh::policy::{Action, Connection, Group, Policy, Scope, authorize, still_allows};
 use mesh::store::{Snapshot, Store, Update};
 use mesh::xds::delta::{DeltaClient, Interest};
-use mesh::xds::{ResourceHandler, address_handler, authorization_handler};
+use mesh::xds::inbox::{Inbox, Received};
+use mesh::xds::response::{Part, Responses};
+use mesh::xds::{address_handler, authorization_handler};
 use mesh_fuzz::{begin, seed, take, texts};
 use mesh_proto::ads::{DeltaDiscoveryResponse, Node, Resource as WireResource};
 use mesh_proto::enrolment::PodEnrolment;
@@ -40,27 +42,58 @@ fuzz_target!(init: begin(seeds), |input: &[u8]| -> Corpus {
 /// Steps of a connection with the control plane, each of them a letter, two bytes of length, and content.
 fn exchange(mut input: &[u8]) {
     let store = Store::new();
-    let handlers = [address_handler(store.clone()), authorization_handler(store.clone())];
+    // They outlive the streams.
+    let handlers = vec![address_handler(store.clone()), authorization_handler(store.clone())];
     let types = [(ADDRESS_TYPE, Interest::OnDemand), (AUTHORIZATION_TYPE, Interest::All)];
     let mut client = DeltaClient::new(Node::default(), types);
+    let mut inbox = Inbox::new(handlers.clone());
+    let mut shared = (Shared::default(), Sharing::default());
     while !input.is_empty() {
+        // Only more of a stream that is amid a response can follow it.
+        if input[0] != b'b' && !inbox.is_between() {
+            inbox = Inbox::new(handlers.clone());
+            client.handle_connected();
+        }
         let (step, length) = (take(&mut input), usize::from(take(&mut input)) << 8 | usize::from(take(&mut input)));
         let (content, rest) = input.split_at(length.min(input.len()));
         input = rest;
         match step {
+            // A response, whatever it may be.
             b'r' => {
                 let Ok(response) = DeltaDiscoveryResponse::decode(content) else { continue };
-                respond(&mut client, &handlers, response);
+                reads_alike(&response, content);
+                respond(&mut client, &mut inbox, response);
+            }
+            // More of the stream, which ends where it makes no sense.
+            b'b' => {
+                inbox.push(content);
+                loop {
+                    match inbox.next(&mut client) {
+                        Ok(Some(_)) => {}
+                        Ok(None) => break,
+                        Err(_) => {
+                            inbox = Inbox::new(handlers.clone());
+                            client.handle_connected();
+                            break;
+                        }
+                    }
+                }
             }
             b'a' => {
                 let Ok(address) = Address::decode(content) else { continue };
-                let name = Resource::try_from(address).map_or_else(|_| "a/b".to_owned(), |resource| resource.name());
-                respond(&mut client, &handlers, update(ADDRESS_TYPE, &name, content));
+                let read = Resource::try_from(address).map_err(|error| error.to_string());
+                let name = read.as_ref().map_or_else(|_| "a/b".to_owned(), Resource::name);
+                // Unknown and known before, the quick way and the other.
+                for _ in 0..2 {
+                    let quick = shared.0.read(&name.as_str().into(), content, &mut shared.1);
+                    assert_eq!(quick, read);
+                }
+                respond(&mut client, &mut inbox, update(ADDRESS_TYPE, &name, content));
             }
             b'p' => {
                 let Ok(policy) = Authorization::decode(content) else { continue };
                 let name = format!("{}/{}", policy.namespace, policy.name);
-                respond(&mut client, &handlers, update(AUTHORIZATION_TYPE, &name, content));
+                respond(&mut client, &mut inbox, update(AUTHORIZATION_TYPE, &name, content));
                 closes(&store.snapshot(), &name, content);
             }
             b'd' => {
@@ -68,7 +101,7 @@ fn exchange(mut input: &[u8]) {
                 let removed_resources = vec![name];
                 let removal =
                     DeltaDiscoveryResponse { type_url: ADDRESS_TYPE.into(), removed_resources, ..Default::default() };
-                respond(&mut client, &handlers, removal);
+                respond(&mut client, &mut inbox, removal);
             }
             b'c' => drop(client.handle_connected()),
             b's' => drop(client.subscribe(ADDRESS_TYPE, &String::from_utf8_lossy(content))),
@@ -88,21 +121,52 @@ fn update(type_url: &str, name: &str, content: &[u8]) -> DeltaDiscoveryResponse 
 }
 
 /// What is taken is acknowledged, what is not is named.
-fn respond(client: &mut DeltaClient, handlers: &[Arc<dyn ResourceHandler>; 2], response: DeltaDiscoveryResponse) {
+fn respond(client: &mut DeltaClient, inbox: &mut Inbox, response: DeltaDiscoveryResponse) {
     let (type_url, nonce) = (response.type_url.clone(), response.nonce.clone());
     let is_other = |resource: &WireResource| resource.resource.as_ref().is_none_or(|any| any.type_url != type_url);
     let others = response.resources.iter().any(is_other);
-    let Ok(mut delivery) = client.handle_response(response) else {
-        assert!(handlers.iter().all(|handler| handler.type_url() != type_url));
-        return;
-    };
-    let handler =
-        handlers.iter().find(|handler| handler.type_url() == type_url).expect("only known types are delivered");
-    let (updated, removed) = (std::mem::take(&mut delivery.updated), delivery.removed.clone());
-    let rejected = handler.apply(updated, removed);
-    let refused = !rejected.is_empty() || others;
-    let answer = client.handle_applied(delivery, rejected).expect("the connection is the same");
-    assert_eq!((answer.response_nonce, answer.error_detail.is_some()), (nonce, refused));
+    inbox.push(&framed(&response.encode_to_vec()));
+    match inbox.next(client).expect("it is a response").expect("it is complete") {
+        Received::Unknown { .. } => assert!(![ADDRESS_TYPE, AUTHORIZATION_TYPE].contains(&&*type_url)),
+        Received::Applied(applied) => {
+            let answer = applied.answer.expect("the connection is the same");
+            let refused = !applied.rejected.is_empty() || others;
+            assert_eq!((answer.response_nonce, answer.error_detail.is_some()), (nonce, refused));
+        }
+    }
+    assert!(inbox.is_between());
+}
+
+/// The response taken apart as it arrives is the response as it is decoded.
+fn reads_alike(response: &DeltaDiscoveryResponse, encoded: &[u8]) {
+    let mut responses = Responses::default();
+    responses.push(&framed(encoded));
+    let mut resources = response.resources.iter();
+    loop {
+        match responses.pop() {
+            Ok(Some(Part::Resource(read))) => {
+                let known = resources.next().expect("it is there");
+                assert_eq!((read.name, read.version), (&*known.name, &*known.version));
+                assert_eq!(read.aliases, known.aliases);
+                let content = known.resource.as_ref().map(|any| (&*any.type_url, &*any.value));
+                assert_eq!(read.content, content);
+            }
+            Ok(Some(Part::End(rest))) => {
+                assert!(resources.next().is_none());
+                assert_eq!((&rest.type_url, &rest.nonce), (&response.type_url, &response.nonce));
+                assert_eq!((&rest.removed, rest.bytes), (&response.removed_resources, encoded.len()));
+                return;
+            }
+            // Groups, which nobody sends, are nothing we read.
+            Err(_) => return,
+            Ok(None) => panic!("it is complete"),
+        }
+    }
+}
+
+fn framed(message: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(message.len()).expect("inputs are short").to_be_bytes();
+    [&[0], &length[..], message].concat()
 }
 
 /// A policy that cannot be read closes what it was to govern.
@@ -292,7 +356,9 @@ fn seeds() -> Vec<Vec<u8>> {
     let unknown = policy(security::Scope::Global, 7).encode_to_vec();
     let response = update(ADDRESS_TYPE, "c//Pod/shop/a", &workload(pod("a", [10, 0, 0, 1], ""))).encode_to_vec();
     let steps = |steps: &[Vec<u8>]| seed(b'x', steps.concat());
+    let stream = [framed(&response), framed(&update(AUTHORIZATION_TYPE, "shop/p", &allow).encode_to_vec())].concat();
     let mut seeds = vec![
+        steps(&[step(b'c', Vec::new()), step(b'b', stream.clone()), step(b'b', stream[..stream.len() / 2].to_vec())]),
         steps(&[
             step(b'c', Vec::new()),
             step(b'a', workload(pod("a", [10, 0, 0, 1], ""))),

@@ -28,8 +28,9 @@ use crate::raw::{Lab, Node};
 
 /// Longest that a ztunnel may take to get ready.
 const READY: Duration = Duration::from_secs(60);
-/// After that it is at rest: what was only needed to get ready has been given back, if it ever is.
-const REST: Duration = Duration::from_secs(3);
+/// After that it is at rest: what was only needed to get ready has been given back, if it ever is. ztunnel looks every five
+/// seconds whether there is time for it, and has been busy the first time.
+const REST: Duration = Duration::from_secs(12);
 const WORKLOADS_PER_SERVICE: usize = 10;
 const WORKLOADS_PER_NODE: usize = 100;
 const SERVICES_PER_NAMESPACE: usize = 10;

@@ -138,7 +138,7 @@ fn endpoints(world: &Snapshot, service: &NamespacedHostname, port: u16, old: Opt
 
 #[cfg(test)]
 mod tests {
-    use mesh::model::{AppProtocol, EndpointPort, Service, ServicePort};
+    use mesh::model::{AppProtocol, EndpointPort, Service, ServicePort, Template};
     use mesh::store::{Store, Update};
 
     use super::*;
@@ -158,8 +158,11 @@ mod tests {
             update = update.workload(Workload {
                 uid: format!("c//Pod/shop/{ip}").into(),
                 addresses: vec![ip.parse().expect("ip")],
-                capacity: *capacity,
-                services: [(key.clone(), [port].into_iter().collect())].into(),
+                template: Arc::new(Template {
+                    capacity: *capacity,
+                    services: [(key.clone(), [port].into_iter().collect())].into(),
+                    ..Default::default()
+                }),
                 ..Default::default()
             });
         }

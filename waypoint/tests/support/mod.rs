@@ -19,10 +19,12 @@ use mesh::drain::{self, DrainTrigger, DrainWatcher};
 use mesh::hbone::{Authority, ConnectHeaders, HboneStream, Pool, PoolKey, PoolSettings, TunnelError};
 use mesh::identity::{CertificateManager, CertificateSource, FileCa, Identity};
 use mesh::model::{
-    AppProtocol, EndpointPort, GatewayAddress, GatewayDestination, NamespacedHostname, Service, ServicePort, Workload,
+    AppProtocol, EndpointPort, GatewayAddress, GatewayDestination, NamespacedHostname, Service, ServicePort, Template,
+    Workload,
 };
 use mesh::serve::accept_loop;
 use mesh::store::{Store, Update};
+use mesh::xds::ResourceHandler;
 use mesh_proto::waypoint::{self as wire};
 use prost::Message;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -113,19 +115,13 @@ impl Mesh {
     }
 
     pub fn routes(&self, routes: Vec<wire::Route>) {
-        let named = routes
-            .into_iter()
-            .map(|r| (format!("HTTPRoute/{}/{}", r.namespace, r.name), "1".to_owned(), Bytes::from(r.encode_to_vec())));
-        let rejected = self.world.route_handler().apply(named.collect(), vec![]);
-        assert!(rejected.is_empty(), "{rejected:?}");
+        let named = |r: &wire::Route| format!("HTTPRoute/{}/{}", r.namespace, r.name);
+        deliver(&*self.world.route_handler(), &routes, named);
     }
 
     pub fn policies(&self, policies: Vec<wire::HttpPolicy>) {
-        let named = policies.into_iter().map(|p| {
-            (format!("AuthorizationPolicy/{}/{}", p.namespace, p.name), "1".to_owned(), Bytes::from(p.encode_to_vec()))
-        });
-        let rejected = self.world.policy_handler().apply(named.collect(), vec![]);
-        assert!(rejected.is_empty(), "{rejected:?}");
+        let named = |p: &wire::HttpPolicy| format!("AuthorizationPolicy/{}/{}", p.namespace, p.name);
+        deliver(&*self.world.policy_handler(), &policies, named);
     }
 
     pub async fn connect(&self, authority: &str) -> Result<HboneStream, TunnelError> {
@@ -184,6 +180,16 @@ pub fn service(name: &str, vip: &str, bound: bool) -> Service {
     }
 }
 
+/// What a control plane sends, all of which is taken.
+fn deliver<M: Message>(handler: &dyn ResourceHandler, messages: &[M], named: impl Fn(&M) -> String) {
+    let mut batch = handler.begin();
+    for message in messages {
+        batch.update(&named(message).into(), &message.encode_to_vec());
+    }
+    let rejected = batch.apply(vec![]);
+    assert!(rejected.is_empty(), "{rejected:?}");
+}
+
 pub fn endpoint(service: &NamespacedHostname, n: usize, at: SocketAddr) -> Workload {
     let ports = [HTTP, TCP, AUTO, GRPC].map(|p| EndpointPort {
         service_port: p,
@@ -193,12 +199,15 @@ pub fn endpoint(service: &NamespacedHostname, n: usize, at: SocketAddr) -> Workl
     Workload {
         uid: format!("c//Pod/shop/server-{n}").into(),
         name: format!("server-{n}").into(),
-        namespace: "shop".into(),
-        trust_domain: "cluster.local".into(),
-        service_account: "server".into(),
         addresses: vec![at.ip()],
-        capacity: 1,
-        services: [(service.clone(), ports.into_iter().collect())].into(),
+        template: Arc::new(Template {
+            namespace: "shop".into(),
+            trust_domain: "cluster.local".into(),
+            service_account: "server".into(),
+            capacity: 1,
+            services: [(service.clone(), ports.into_iter().collect())].into(),
+            ..Default::default()
+        }),
         ..Default::default()
     }
 }

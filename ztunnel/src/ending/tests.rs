@@ -1,8 +1,9 @@
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use mesh::identity::Identity;
-use mesh::model::{NamespacedHostname, NamespacedName, Workload};
+use mesh::model::{NamespacedHostname, NamespacedName, Template, Workload};
 use mesh::net::OriginalDst;
 use mesh::store::{Store, Update};
 use mesh::tls::TlsError;
@@ -65,8 +66,8 @@ fn service() -> NamespacedHostname {
 fn by_name() -> NoRoute {
     let workload = |uid: &str, hostname: &str, ip: &str| Workload {
         uid: uid.into(),
-        hostname: hostname.into(),
         addresses: ip.parse().into_iter().collect(),
+        template: Arc::new(Template { hostname: hostname.into(), ..Template::default() }),
         ..Workload::default()
     };
     let mut db = workload("db", "db.example", "");

@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 
 use mesh::model::{
     EndpointPort, GatewayAddress, GatewayDestination, HealthPolicy, HealthStatus, LoadBalancing, LoadBalancingMode,
-    NamespacedHostname, NamespacedName, NetworkAddress, RoutingScope, Service, ServicePort, TunnelProtocol,
+    NamespacedHostname, NamespacedName, NetworkAddress, RoutingScope, Service, ServicePort, Template, TunnelProtocol,
     WeightedWaypoint,
 };
 use mesh::policy::{Action, Policy, Scope};
@@ -26,10 +26,13 @@ fn workload(name: &str, address: &str) -> Workload {
     Workload {
         uid: format!("Kubernetes//Pod/shop/{name}").into(),
         name: name.into(),
-        namespace: "shop".into(),
-        service_account: name.into(),
         addresses: vec![address.parse().expect("an address")],
-        protocol: TunnelProtocol::Hbone,
+        template: Arc::new(Template {
+            namespace: "shop".into(),
+            service_account: name.into(),
+            protocol: TunnelProtocol::Hbone,
+            ..Template::default()
+        }),
         ..Workload::default()
     }
 }
@@ -187,8 +190,8 @@ fn questions_without_an_answer_say_why() {
 fn endpoints_that_are_out_say_why() {
     let mut story = story();
     let unhealthy = Workload { status: HealthStatus::Unhealthy, ..serves(workload("sick", "10.0.0.4"), "web", 80) };
-    let idle = Workload { capacity: 0, ..serves(workload("idle", "10.0.0.5"), "web", 80) };
-    let heavy = Workload { capacity: 2, ..serves(workload("heavy", "10.0.0.6"), "web", 80) };
+    let idle = serves(workload("idle", "10.0.0.5"), "web", 80).with(|w| w.capacity = 0);
+    let heavy = serves(workload("heavy", "10.0.0.6"), "web", 80).with(|w| w.capacity = 2);
     let nowhere = Workload { addresses: vec![], ..serves(workload("nowhere", "10.0.0.7"), "web", 80) };
     story.workloads.extend([unhealthy, idle, heavy, nowhere]);
     let balancing = |story: &Story| {
@@ -362,12 +365,11 @@ fn of_several_services_the_one_that_is_taken_is_explained() {
 #[test]
 fn endpoints_known_by_name_are_looked_up_first() {
     let mut story = story();
-    let named = Workload {
-        addresses: vec![],
-        hostname: "db.example.com".into(),
-        protocol: TunnelProtocol::None,
-        ..workload("db", "10.0.0.9")
-    };
+    let named = workload("db", "10.0.0.9").with(|w| {
+        w.addresses = vec![];
+        w.hostname = "db.example.com".into();
+        w.protocol = TunnelProtocol::None;
+    });
     story.workloads.push(serves(named, "db", 80));
     story.services.push(service("db", "10.96.0.3"));
     let (_, lacking) = story.asked("shop/client", "db:80");

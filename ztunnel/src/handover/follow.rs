@@ -406,7 +406,7 @@ mod tests {
     #[test]
     fn a_client_behind_a_waypoint_is_asked_about_as_well() {
         let store = Store::new();
-        let workload = Workload { uid: "w".into(), namespace: "shop".into(), ..Default::default() };
+        let workload = Workload { uid: "w".into(), ..Default::default() }.with(|w| w.namespace = "shop".into());
         let rules = serde_json::json!([[[{"principals": [{"Suffix": "/sa/client"}]}]]]);
         let rules = serde_json::from_value(rules).unwrap();
         let only = Policy::new(NamespacedName::new("shop", "x"), Scope::Namespace, Action::Allow, rules);
@@ -426,7 +426,7 @@ mod tests {
     #[test]
     fn what_policy_no_longer_allows_is_cut_once() {
         let store = Store::new();
-        let workload = Workload { uid: "w".into(), namespace: "shop".into(), ..Default::default() };
+        let workload = Workload { uid: "w".into(), ..Default::default() }.with(|w| w.namespace = "shop".into());
         store.apply(Update::new().workload(workload));
         let connections =
             [inbound(1, Some("spiffe://td/ns/shop/sa/a")), inbound(2, None), inbound(3, Some("nonsense"))];

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use mesh::model::{
     ApplicationTunnel, ApplicationTunnelProtocol, EndpointPort, GatewayAddress, GatewayDestination, HealthPolicy,
     HealthStatus, IpFamilies, LoadBalancing, Locality, NetworkAddress, NetworkMode, RoutingScope, ServicePort,
-    TunnelProtocol, Visibility, WeightedWaypoint,
+    Template, TunnelProtocol, Visibility, WeightedWaypoint,
 };
 use mesh::store::{Store, Update};
 use rand::SeedableRng;
@@ -34,17 +34,23 @@ fn workload(name: &str, address: &str) -> Workload {
     Workload {
         uid: format!("Kubernetes//Pod/shop/{name}").into(),
         name: name.into(),
-        namespace: "shop".into(),
-        service_account: format!("sa-{name}").into(),
         addresses: vec![ip(address)],
-        protocol: TunnelProtocol::Hbone,
+        template: Arc::new(Template {
+            namespace: "shop".into(),
+            service_account: format!("sa-{name}").into(),
+            protocol: TunnelProtocol::Hbone,
+            ..Template::default()
+        }),
         ..Workload::default()
     }
 }
 
 fn client() -> Workload {
     let locality = Locality { region: "r1".into(), zone: "z1".into(), subzone: "".into() };
-    Workload { node: "node-a".into(), locality, ..workload("client", "10.0.0.1") }
+    workload("client", "10.0.0.1").with(|w| {
+        w.node = "node-a".into();
+        w.locality = locality;
+    })
 }
 
 fn service(name: &str, vip: &str) -> Service {
@@ -135,7 +141,7 @@ fn workload_is_called_on_the_port_that_was_dialled() {
 
 #[test]
 fn workload_without_hbone_gets_plain_tcp() {
-    let world = World::new().workload(Workload { protocol: TunnelProtocol::None, ..workload("web", "10.0.0.2") });
+    let world = World::new().workload(workload("web", "10.0.0.2").with(|w| w.protocol = TunnelProtocol::None));
     check(world.route(&client(), "10.0.0.2:8080"), "10.0.0.2:8080", None, &[], Via::Direct);
 }
 
@@ -208,7 +214,7 @@ fn a_private_service_is_nobodys_to_other_namespaces() {
     );
     let world = || World::new().service(private.clone()).workload(inside.clone());
     check(world().route(&client(), "10.96.0.1:80"), "10.96.0.1:80", None, &[], Via::Passthrough);
-    let neighbour = Workload { namespace: "vault".into(), ..client() };
+    let neighbour = client().with(|w| w.namespace = "vault".into());
     check(world().route(&neighbour, "10.96.0.1:80"), "10.0.0.2:15008", Some("10.0.0.2:80"), &["sa-web"], Via::Direct);
 }
 
@@ -220,13 +226,13 @@ fn a_canonical_service_wins_where_none_is_the_clients_own() {
         api.ports = BTreeMap::from([(80, ServicePort { target_port: target, app_protocol: Default::default() })]);
         let pod = workload(namespace, &format!("10.0.1.{target}"));
         let port = EndpointPort { service_port: 80, target_port: target, app_protocol: Default::default() };
-        let pod = Workload { services: [(api.key(), [port].into_iter().collect())].into(), ..pod };
+        let pod = pod.with(|w| w.services = [(api.key(), [port].into_iter().collect())].into());
         (api, pod)
     };
     let ((a, a_pod), (b, b_pod), (c, c_pod)) = (of("a", false, 1), of("b", true, 2), of("c", false, 3));
     let world = World(vec![client(), a_pod, b_pod, c_pod], vec![a, b, c]).snapshot();
     let hop = |namespace: &str| {
-        let from = Workload { namespace: namespace.into(), ..client() };
+        let from = client().with(|w| w.namespace = namespace.into());
         outbound(&world, &from, dst("10.96.0.1:80"), &mut StdRng::seed_from_u64(1)).unwrap().next_hop.to_string()
     };
     assert_eq!([hop("shop"), hop("a"), hop("c")], ["10.0.1.2:15008", "10.0.1.1:15008", "10.0.1.3:15008"]);
@@ -260,7 +266,10 @@ fn a_headless_services_pods_are_called_as_workloads() {
 #[test]
 fn host_network_pods_are_endpoints_but_no_ones_by_address() {
     let web = serves(workload("web", "192.0.2.5"), "api", &[(80, 9090)]);
-    let web = Workload { network_mode: NetworkMode::HostNetwork, protocol: TunnelProtocol::None, ..web };
+    let web = web.with(|w| {
+        w.network_mode = NetworkMode::HostNetwork;
+        w.protocol = TunnelProtocol::None;
+    });
     let world = || World::new().service(service("api", "10.96.0.1")).workload(web.clone());
     check(world().route(&client(), "10.96.0.1:80"), "192.0.2.5:9090", None, &[], Via::Direct);
     check(world().route(&client(), "192.0.2.5:9090"), "192.0.2.5:9090", None, &[], Via::Passthrough);
@@ -275,17 +284,16 @@ fn a_pod_may_be_an_endpoint_of_the_service_it_calls() {
 
 #[test]
 fn a_pod_that_speaks_hbone_itself_is_called_like_any_other() {
-    let world = World::new().workload(Workload { native_tunnel: true, ..workload("web", "10.0.0.2") });
+    let world = World::new().workload(workload("web", "10.0.0.2").with(|w| w.native_tunnel = true));
     check(world.route(&client(), "10.0.0.2:80"), "10.0.0.2:15008", Some("10.0.0.2:80"), &["sa-web"], Via::Direct);
 }
 
 #[test]
 fn of_several_workloads_on_an_address_the_captured_pod_is_called() {
-    let entry = Workload {
-        uid: "Kubernetes/networking.istio.io/WorkloadEntry/shop/vm".into(),
-        protocol: TunnelProtocol::None,
-        ..workload("vm", "10.0.0.2")
-    };
+    let entry = workload("vm", "10.0.0.2").with(|w| {
+        w.uid = "Kubernetes/networking.istio.io/WorkloadEntry/shop/vm".into();
+        w.protocol = TunnelProtocol::None;
+    });
     let world = World::new().workload(entry).workload(workload("web", "10.0.0.2"));
     check(world.route(&client(), "10.0.0.2:80"), "10.0.0.2:15008", Some("10.0.0.2:80"), &["sa-web"], Via::Direct);
 }
@@ -302,7 +310,7 @@ fn endpoints_count_that_were_known_before_their_service() {
 
 #[test]
 fn who_cannot_prove_an_identity_is_not_called() {
-    let world = World::new().workload(Workload { service_account: "".into(), ..workload("web", "10.0.0.2") });
+    let world = World::new().workload(workload("web", "10.0.0.2").with(|w| w.service_account = "".into()));
     let error = world.route(&client(), "10.0.0.2:80").unwrap_err();
     assert!(matches!(error, NoRoute::BadIdentity { .. }), "{error}");
     assert_eq!(error.flag(), ResponseFlag::IdentityError);
@@ -354,7 +362,7 @@ fn address_family_of_the_call_is_kept_where_the_service_allows() {
 #[test]
 fn a_reused_address_is_never_taken_for_its_last_owner() {
     let (old, new) = (workload("old", "10.0.0.5"), workload("new", "10.0.0.5"));
-    let plain = |w: &Workload| Workload { protocol: TunnelProtocol::None, ..w.clone() };
+    let plain = |w: &Workload| w.clone().with(|w| w.protocol = TunnelProtocol::None);
     let orders = [
         vec![old.clone(), new.clone()],
         vec![new.clone(), old.clone()],

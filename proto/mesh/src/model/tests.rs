@@ -164,15 +164,21 @@ fn json_is_the_shape_of_config_dump() {
     let workload = Workload {
         uid: "u".into(),
         name: "cart".into(),
-        namespace: "shop".into(),
         addresses: vec!["10.0.0.1".parse().unwrap()],
-        protocol: TunnelProtocol::Hbone,
-        waypoint: Some(GatewayAddress { destination: "shop/wp".parse().unwrap(), hbone_mtls_port: 15008 }),
-        workload_type: WorkloadType::Pod,
-        application_tunnel: Some(ApplicationTunnel { protocol: ApplicationTunnelProtocol::Proxy, port: Some(15088) }),
-        authorization_policies: vec!["shop/p".into()],
-        locality: Locality { region: "r".into(), zone: "z".into(), subzone: "".into() },
-        services: [("shop/api".parse().unwrap(), EndpointPorts::default())].into(),
+        template: Arc::new(Template {
+            namespace: "shop".into(),
+            protocol: TunnelProtocol::Hbone,
+            waypoint: Some(GatewayAddress { destination: "shop/wp".parse().unwrap(), hbone_mtls_port: 15008 }),
+            workload_type: WorkloadType::Pod,
+            application_tunnel: Some(ApplicationTunnel {
+                protocol: ApplicationTunnelProtocol::Proxy,
+                port: Some(15088),
+            }),
+            authorization_policies: vec!["shop/p".into()],
+            locality: Locality { region: "r".into(), zone: "z".into(), subzone: "".into() },
+            services: [("shop/api".parse().unwrap(), EndpointPorts::default())].into(),
+            ..Default::default()
+        }),
         ..Default::default()
     };
     assert_eq!(

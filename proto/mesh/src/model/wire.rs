@@ -1,7 +1,6 @@
 //! From the wire types to the model, once. What cannot be understood is refused as a whole, naming the field: a proxy
 //! that guesses routes traffic where nobody meant it to go.
 
-use std::collections::HashSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -9,7 +8,6 @@ use ipnet::IpNet;
 use mesh_proto::workload as wire;
 
 use super::*;
-use crate::text::Texts;
 
 /// Why a resource was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -120,16 +118,42 @@ fn application_tunnel(tunnel: wire::ApplicationTunnel) -> Result<ApplicationTunn
     Ok(ApplicationTunnel { protocol, port })
 }
 
+fn addresses(addresses: &[bytes::Bytes]) -> Result<Vec<IpAddr>, ModelError> {
+    addresses.iter().map(|bytes| ip_from_bytes("addresses", bytes)).collect()
+}
+
+/// What [`Workload`] says of its health.
+pub(super) fn status(value: i32) -> Result<HealthStatus, ModelError> {
+    Ok(match known("status", value)? {
+        wire::WorkloadStatus::Healthy => HealthStatus::Healthy,
+        wire::WorkloadStatus::Unhealthy => HealthStatus::Unhealthy,
+    })
+}
+
 impl TryFrom<wire::Workload> for Workload {
     type Error = ModelError;
 
-    fn try_from(w: wire::Workload) -> Result<Self, ModelError> {
-        let default = Workload::default();
+    fn try_from(mut w: wire::Workload) -> Result<Self, ModelError> {
+        use std::mem::take;
         Ok(Workload {
-            uid: required("uid", w.uid)?,
-            name: text(w.name),
+            uid: required("uid", take(&mut w.uid))?,
+            name: text(take(&mut w.name)),
+            addresses: addresses(&w.addresses)?,
+            node: text(take(&mut w.node)),
+            status: status(w.status)?,
+            template: Arc::new(w.try_into()?),
+        })
+    }
+}
+
+impl TryFrom<wire::Workload> for Template {
+    type Error = ModelError;
+
+    /// Looks at nothing that is the workload's own.
+    fn try_from(w: wire::Workload) -> Result<Self, ModelError> {
+        let default = Template::default();
+        Ok(Template {
             namespace: text(w.namespace),
-            addresses: w.addresses.iter().map(|bytes| ip_from_bytes("addresses", bytes)).collect::<Result<_, _>>()?,
             waypoint: w.waypoint.map(|g| gateway("waypoint", g)).transpose()?,
             network_gateway: w.network_gateway.map(|g| gateway("network_gateway", g)).transpose()?,
             protocol: match known("tunnel_protocol", w.tunnel_protocol)? {
@@ -154,14 +178,9 @@ impl TryFrom<wire::Workload> for Workload {
             canonical_name: text(w.canonical_name),
             canonical_revision: text(w.canonical_revision),
             hostname: text(w.hostname),
-            node: text(w.node),
             native_tunnel: w.native_tunnel,
             application_tunnel: w.application_tunnel.map(application_tunnel).transpose()?,
             authorization_policies: w.authorization_policies.into_iter().map(Into::into).collect(),
-            status: match known("status", w.status)? {
-                wire::WorkloadStatus::Healthy => HealthStatus::Healthy,
-                wire::WorkloadStatus::Unhealthy => HealthStatus::Unhealthy,
-            },
             cluster_id: or(default.cluster_id, w.cluster_id),
             locality: w
                 .locality
@@ -276,56 +295,6 @@ impl TryFrom<wire::Service> for Service {
                 Ok(wire::Visibility::Public) | Err(_) => Visibility::Public,
             },
         })
-    }
-}
-
-/// What many resources of one delivery have in common, kept once.
-#[derive(Debug, Default)]
-pub struct Shared {
-    texts: Texts,
-    ports: HashSet<EndpointPorts>,
-}
-
-impl Resource {
-    /// Lets go of texts and port lists of its own for equal ones of others. Names of its own are left alone.
-    pub fn share(&mut self, shared: &mut Shared) {
-        match self {
-            Self::Workload(workload) => workload.share(shared),
-            Self::Service(service) => {
-                shared.texts.share(&mut service.namespace);
-                shared.texts.share(&mut service.hostname);
-            }
-        }
-    }
-}
-
-impl Workload {
-    fn share(&mut self, shared: &mut Shared) {
-        let Locality { region, zone, subzone } = &mut self.locality;
-        let own = [
-            &mut self.namespace,
-            &mut self.trust_domain,
-            &mut self.service_account,
-            &mut self.network,
-            &mut self.workload_name,
-            &mut self.canonical_name,
-            &mut self.canonical_revision,
-            &mut self.node,
-            &mut self.cluster_id,
-            region,
-            zone,
-            subzone,
-        ];
-        own.into_iter().chain(&mut self.authorization_policies).for_each(|text| shared.texts.share(text));
-        for (service, ports) in self.services.each_mut() {
-            shared.texts.share(&mut service.namespace);
-            shared.texts.share(&mut service.hostname);
-            match shared.ports.get(ports) {
-                Some(known) => *ports = known.clone(),
-                None => drop(shared.ports.insert(ports.clone())),
-            }
-        }
-        self.addresses.shrink_to_fit();
     }
 }
 

@@ -1,19 +1,19 @@
 //! A snapshot as the JSON that `/config_dump` shows and `istioctl ztunnel-config` reads.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::Snapshot;
-use super::indexes::Endpoint;
-use crate::model::{HealthStatus, NamespacedHostname, Service};
+use crate::model::{EndpointPorts, HealthStatus, NamespacedHostname, Service, Workload};
 
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 struct EndpointDump<'a> {
     workload_uid: &'a str,
-    port: &'a crate::model::EndpointPorts,
+    port: &'a EndpointPorts,
     status: HealthStatus,
 }
 
@@ -26,7 +26,7 @@ struct ServiceDump<'a> {
 
 pub(super) fn config_dump(snapshot: &Snapshot) -> Map<String, Value> {
     let indexes = &snapshot.indexes;
-    let mut workloads: Vec<_> = indexes.workloads.values().collect();
+    let mut workloads: Vec<_> = indexes.workloads().collect();
     workloads.sort_by_key(|workload| &workload.uid);
     let mut services: Vec<_> = indexes.services.iter().collect();
     services.sort_by_key(|(key, _)| *key);
@@ -51,13 +51,10 @@ pub(super) fn config_dump(snapshot: &Snapshot) -> Map<String, Value> {
 }
 
 fn endpoints<'a>(snapshot: &'a Snapshot, service: &NamespacedHostname) -> BTreeMap<&'a str, EndpointDump<'a>> {
-    let set = snapshot.indexes.endpoints.get(service);
-    let dump = |endpoint: &'a Endpoint| EndpointDump {
-        workload_uid: &endpoint.workload.uid,
-        port: &endpoint.ports,
-        status: endpoint.workload.status,
+    let dump = |(workload, port): (&'a Arc<Workload>, &'a EndpointPorts)| {
+        (&*workload.uid, EndpointDump { workload_uid: &workload.uid, port, status: workload.status })
     };
-    set.into_iter().flat_map(|set| set.iter()).map(|(uid, endpoint)| (&**uid, dump(endpoint))).collect()
+    snapshot.all_endpoints(service).map(dump).collect()
 }
 
 fn value(content: &impl Serialize) -> Value {

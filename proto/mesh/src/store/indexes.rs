@@ -3,43 +3,79 @@
 //! All are persistent maps: a clone shares, and a change copies the path to what it touches. Endpoints hang on the name
 //! of a service, not on the service, so either may come first and updating a service leaves its endpoints alone.
 
-use std::cmp::Reverse;
+use std::borrow::Borrow;
+use std::cmp::{Ordering, Reverse};
+use std::hash::{Hash, Hasher};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use imbl::{HashMap, OrdMap};
+use imbl::shared_ptr::DefaultSharedPtr;
+use imbl::{GenericHashMap, OrdMap, OrdSet};
 use ipnet::IpNet;
 
+use super::buckets::Buckets;
 use crate::model::{
-    EndpointPorts, HealthPolicy, HealthStatus, NamespacedHostname, NetworkMode, Service, TunnelProtocol, Workload,
+    HealthPolicy, HealthStatus, NamespacedHostname, NetworkMode, Service, Template, TunnelProtocol, Workload,
 };
 use crate::policy::{Policy, Scope};
+use crate::text::NameHasher;
 
-/// The few resources that share a key, in an order that does not depend on arrival.
-pub(super) type Bucket<T> = Arc<[Arc<T>]>;
+type HashMap<K, V> = GenericHashMap<K, V, NameHasher, DefaultSharedPtr>;
 
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct Endpoint {
-    pub(super) workload: Arc<Workload>,
-    pub(super) ports: EndpointPorts,
+/// A workload as it stands in a collection: for its UID, which is not kept a second time as a key.
+#[derive(Clone, Debug)]
+pub(super) struct ByUid(pub(super) Arc<Workload>);
+
+impl Borrow<str> for ByUid {
+    fn borrow(&self) -> &str {
+        &self.0.uid
+    }
 }
 
-#[derive(Clone, Debug, Default, PartialEq)]
+impl PartialEq for ByUid {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.uid == other.0.uid
+    }
+}
+
+impl Eq for ByUid {}
+
+impl PartialOrd for ByUid {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for ByUid {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.0.uid.cmp(&other.0.uid)
+    }
+}
+
+impl Hash for ByUid {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.0.uid.hash(state);
+    }
+}
+
+/// In a mesh of many workloads these are the half of a node's memory: entries are small, and maps are ordered where that
+/// costs no more to search, since the nodes of ordered ones are fuller.
+#[derive(Clone, Debug, Default)]
 pub(super) struct Indexes {
-    /// By UID.
-    pub(super) workloads: HashMap<Arc<str>, Arc<Workload>>,
+    pub(super) workloads: HashMap<ByUid, ()>,
     /// Workloads that own the address, in whatever network; the best first.
-    pub(super) by_ip: HashMap<IpAddr, Bucket<Workload>>,
+    pub(super) by_ip: Buckets<IpAddr, Workload>,
     /// The few workloads that have a host name of their own.
-    pub(super) by_name: HashMap<NamespacedHostname, Bucket<Workload>>,
+    pub(super) by_name: Buckets<NamespacedHostname, Workload>,
     pub(super) services: HashMap<NamespacedHostname, Arc<Service>>,
-    pub(super) by_vip: HashMap<IpAddr, Bucket<Service>>,
-    pub(super) by_hostname: HashMap<Arc<str>, Bucket<Service>>,
-    by_range: HashMap<IpNet, Bucket<Service>>,
+    pub(super) by_vip: Buckets<IpAddr, Service>,
+    pub(super) by_hostname: Buckets<Arc<str>, Service>,
+    by_range: Buckets<IpNet, Service>,
     /// How many ranges have each prefix length, so that a lookup tries only those: (is IPv6, length).
     range_lengths: OrdMap<Reverse<(bool, u8)>, usize>,
-    /// By service and workload UID.
-    pub(super) endpoints: HashMap<NamespacedHostname, OrdMap<Arc<str>, Endpoint>>,
+    /// The workloads of a service; they know their ports. Branches of a large set may keep what has left it, as far as it
+    /// divided those that are there: one in sixteen at most.
+    pub(super) endpoints: HashMap<NamespacedHostname, OrdSet<ByUid>>,
     /// By `<namespace>/<name>`.
     pub(super) policies: OrdMap<Arc<str>, Arc<Policy>>,
     pub(super) global_policies: OrdMap<Arc<str>, Arc<Policy>>,
@@ -70,34 +106,44 @@ impl HealthFilter {
 }
 
 impl Indexes {
+    pub(super) fn workload(&self, uid: &str) -> Option<&Arc<Workload>> {
+        self.workloads.get_key_value(uid).map(|(workload, ())| &workload.0)
+    }
+
+    pub(super) fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
+        self.workloads.keys().map(|workload| &workload.0)
+    }
+
     /// Adds or replaces; false when it was known just so.
-    pub(super) fn put_workload(&mut self, workload: Workload) -> bool {
-        if self.workloads.get(&workload.uid).is_some_and(|known| **known == workload) {
-            return false;
+    pub(super) fn put_workload(&mut self, workload: Arc<Workload>) -> bool {
+        match self.workload(&workload.uid) {
+            Some(known) if *known == workload => return false,
+            Some(_) => drop(self.remove_workload(&workload.uid)),
+            None => {}
         }
-        self.remove_workload(&workload.uid.clone());
-        let workload = Arc::new(workload);
         for ip in owned_addresses(&workload) {
-            put_in_bucket(&mut self.by_ip, ip, workload.clone(), |w| (Reverse(ownership(w)), w.uid.clone()));
+            self.by_ip.put(ip, workload.clone(), |w| (Reverse(ownership(w)), w.uid.clone()));
         }
         if let Some(name) = own_name(&workload) {
-            put_in_bucket(&mut self.by_name, name, workload.clone(), |w| w.uid.clone());
+            self.by_name.put(name, workload.clone(), |w| w.uid.clone());
         }
-        for (service, ports) in workload.services.iter() {
-            let endpoint = Endpoint { workload: workload.clone(), ports: ports.clone() };
-            self.endpoints.entry(service.clone()).or_default().insert(workload.uid.clone(), endpoint);
+        for service in workload.services.keys() {
+            match self.endpoints.get_mut(service) {
+                Some(endpoints) => drop(endpoints.insert(ByUid(workload.clone()))),
+                None => drop(self.endpoints.insert(service.clone(), OrdSet::unit(ByUid(workload.clone())))),
+            }
         }
-        self.workloads.insert(workload.uid.clone(), workload);
+        self.workloads.insert(ByUid(workload), ());
         true
     }
 
     fn remove_workload(&mut self, uid: &str) -> bool {
-        let Some(old) = self.workloads.remove(uid) else { return false };
+        let Some((ByUid(old), ())) = self.workloads.remove_with_key(uid) else { return false };
         for ip in owned_addresses(&old) {
-            take_from_bucket(&mut self.by_ip, ip, |w| *w.uid == *uid);
+            self.by_ip.take(&ip, |w| *w.uid == *uid);
         }
         if let Some(name) = own_name(&old) {
-            take_from_bucket(&mut self.by_name, name, |w| *w.uid == *uid);
+            self.by_name.take(&name, |w| *w.uid == *uid);
         }
         for service in old.services.keys() {
             if let Some(endpoints) = self.endpoints.get_mut(service) {
@@ -110,23 +156,22 @@ impl Indexes {
         true
     }
 
-    pub(super) fn put_service(&mut self, service: Service) -> bool {
+    pub(super) fn put_service(&mut self, service: Arc<Service>) -> bool {
         let key = service.key();
-        if self.services.get(&key).is_some_and(|known| **known == service) {
+        if self.services.get(&key).is_some_and(|known| *known == service) {
             return false;
         }
         self.remove_service(&key);
-        let service = Arc::new(service);
         let order = |s: &Service| s.key();
         for vip in &service.vips {
-            put_in_bucket(&mut self.by_vip, vip.address, service.clone(), order);
+            self.by_vip.put(vip.address, service.clone(), order);
         }
         for range in &service.cidr_vips {
-            if put_in_bucket(&mut self.by_range, range.cidr, service.clone(), order) {
+            if self.by_range.put(range.cidr, service.clone(), order) {
                 *self.range_lengths.entry(length_of(&range.cidr)).or_insert(0) += 1;
             }
         }
-        put_in_bucket(&mut self.by_hostname, service.hostname.clone(), service.clone(), order);
+        self.by_hostname.put(service.hostname.clone(), service.clone(), order);
         self.services.insert(key, service);
         true
     }
@@ -135,10 +180,10 @@ impl Indexes {
         let Some(old) = self.services.remove(key) else { return false };
         let is_it = |s: &Service| s.namespace == key.namespace && s.hostname == key.hostname;
         for vip in &old.vips {
-            take_from_bucket(&mut self.by_vip, vip.address, is_it);
+            self.by_vip.take(&vip.address, is_it);
         }
         for range in &old.cidr_vips {
-            if take_from_bucket(&mut self.by_range, range.cidr, is_it) {
+            if self.by_range.take(&range.cidr, is_it) {
                 let length = length_of(&range.cidr);
                 if let Some(count) = self.range_lengths.get_mut(&length) {
                     *count -= 1;
@@ -148,7 +193,7 @@ impl Indexes {
                 }
             }
         }
-        take_from_bucket(&mut self.by_hostname, old.hostname.clone(), is_it);
+        self.by_hostname.take(&old.hostname, is_it);
         true
     }
 
@@ -199,7 +244,7 @@ impl Indexes {
                 continue;
             }
             let range = IpNet::new(ip, *length).expect("the length came from a range of this family").trunc();
-            for service in self.by_range.get(&range).map(|bucket| &**bucket).unwrap_or_default() {
+            for service in self.by_range.all(&range) {
                 let here = service.cidr_vips.iter().any(|vip| vip.cidr == range && &*vip.network == network);
                 let rank = (&*service.namespace == client_namespace, *length, service.canonical);
                 if here && service.visible_to(client_namespace) && best.is_none_or(|(known, _)| rank > known) {
@@ -225,7 +270,7 @@ fn owned_addresses(workload: &Workload) -> impl Iterator<Item = IpAddr> + '_ {
 }
 
 fn own_name(workload: &Workload) -> Option<NamespacedHostname> {
-    let Workload { namespace, hostname, .. } = workload;
+    let Template { namespace, hostname, .. } = &**workload;
     (!hostname.is_empty()).then(|| NamespacedHostname { namespace: namespace.clone(), hostname: hostname.clone() })
 }
 
@@ -235,40 +280,29 @@ fn ownership(workload: &Workload) -> u8 {
     u8::from(pod) * 2 + u8::from(workload.protocol == TunnelProtocol::Hbone)
 }
 
-/// Puts `item` into its bucket, sorted by `order`; false when it is there already (one resource may name a key twice).
-fn put_in_bucket<K, T, O>(index: &mut HashMap<K, Bucket<T>>, key: K, item: Arc<T>, order: impl Fn(&T) -> O) -> bool
-where
-    K: std::hash::Hash + Eq + Clone,
-    O: Ord,
-{
-    match index.get_mut(&key) {
-        None => {
-            index.insert(key, Arc::new([item]));
-            true
-        }
-        Some(bucket) => match bucket.binary_search_by_key(&order(&item), |known| order(known)) {
-            Ok(_) => false,
-            Err(position) => {
-                let (before, after) = bucket.split_at(position);
-                *bucket = before.iter().cloned().chain([item]).chain(after.iter().cloned()).collect();
-                true
-            }
-        },
+/// The same content, not only the same keys: for tests of whether the order of arrival leaves a trace.
+#[cfg(any(test, fuzzing))]
+impl PartialEq for Indexes {
+    fn eq(&self, other: &Self) -> bool {
+        let workloads = |indexes: &Self| indexes.workloads().cloned().map(|w| (w.uid.clone(), w)).collect();
+        let [own, others]: [std::collections::BTreeMap<_, _>; 2] = [workloads(self), workloads(other)];
+        let ends = |(key, set): (&NamespacedHostname, &OrdSet<ByUid>)| {
+            (key.clone(), set.iter().map(|workload| workload.0.clone()).collect())
+        };
+        let endpoints = |indexes: &Self| indexes.endpoints.iter().map(ends).collect();
+        let [own_endpoints, others_endpoints]: [std::collections::BTreeMap<_, Vec<_>>; 2] =
+            [endpoints(self), endpoints(other)];
+        own == others
+            && own_endpoints == others_endpoints
+            && self.by_ip == other.by_ip
+            && self.by_name == other.by_name
+            && self.services == other.services
+            && self.by_vip == other.by_vip
+            && self.by_hostname == other.by_hostname
+            && self.by_range == other.by_range
+            && self.range_lengths == other.range_lengths
+            && self.policies == other.policies
+            && self.global_policies == other.global_policies
+            && self.policies_by_namespace == other.policies_by_namespace
     }
-}
-
-/// Takes what `is_it` names out of its bucket; false when it was not there.
-fn take_from_bucket<K, T>(index: &mut HashMap<K, Bucket<T>>, key: K, is_it: impl Fn(&T) -> bool) -> bool
-where
-    K: std::hash::Hash + Eq + Clone,
-{
-    let Some(bucket) = index.get_mut(&key) else { return false };
-    let rest: Bucket<T> = bucket.iter().filter(|item| !is_it(item)).cloned().collect();
-    let found = rest.len() < bucket.len();
-    if rest.is_empty() {
-        index.remove(&key);
-    } else {
-        *bucket = rest;
-    }
-    found
 }

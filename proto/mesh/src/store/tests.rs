@@ -6,7 +6,7 @@ use serde_json::json;
 use super::*;
 use crate::model::{
     EndpointPort, HealthPolicy, HealthStatus, LoadBalancing, NamespacedName, NetworkAddress, NetworkMode, ServicePort,
-    TunnelProtocol, Visibility,
+    Template, TunnelProtocol, Visibility,
 };
 use crate::policy::{Action, Scope};
 
@@ -22,8 +22,8 @@ fn pod(name: &str, address: &str) -> Workload {
     Workload {
         uid: format!("Kubernetes//Pod/shop/{name}").into(),
         name: name.into(),
-        namespace: "shop".into(),
         addresses: vec![ip(address)],
+        template: Arc::new(Template { namespace: "shop".into(), ..Default::default() }),
         ..Default::default()
     }
 }
@@ -55,7 +55,7 @@ fn name(service: Option<&Arc<Service>>) -> Option<String> {
 #[test]
 fn a_workload_is_found_by_address_in_its_network_only() {
     let store = Store::new();
-    let east = Workload { network: "east".into(), ..pod("a", "10.0.0.1") };
+    let east = pod("a", "10.0.0.1").with(|w| w.network = "east".into());
     store.apply(Update::new().workload(east).workload(pod("b", "10.0.0.1")));
     let snapshot = store.snapshot();
     let found = |network| snapshot.workload_by_ip(network, ip("10.0.0.1")).map(|w| w.name.to_string());
@@ -69,8 +69,8 @@ fn host_network_workloads_are_never_found_by_address() {
     let store = Store::new();
     store.apply(
         Update::new()
-            .workload(Workload { network_mode: NetworkMode::HostNetwork, ..pod("host", "192.0.2.1") })
-            .workload(Workload { network_mode: NetworkMode::HostNetwork, ..pod("host2", "192.0.2.1") }),
+            .workload(pod("host", "192.0.2.1").with(|w| w.network_mode = NetworkMode::HostNetwork))
+            .workload(pod("host2", "192.0.2.1").with(|w| w.network_mode = NetworkMode::HostNetwork)),
     );
     let snapshot = store.snapshot();
     assert!(snapshot.workload_by_ip("", ip("192.0.2.1")).is_none());
@@ -80,7 +80,12 @@ fn host_network_workloads_are_never_found_by_address() {
 #[test]
 fn a_workload_is_found_by_the_host_name_it_has_itself() {
     let store = Store::new();
-    let named = |uid: &str, host: &str| Workload { uid: uid.into(), hostname: host.into(), ..pod(uid, "192.0.2.1") };
+    let named = |uid: &str, host: &str| {
+        pod(uid, "192.0.2.1").with(|w| {
+            w.uid = uid.into();
+            w.hostname = host.into();
+        })
+    };
     let find = |name: &str| store.snapshot().workload_by_hostname(&key(name)).map(|w| w.uid.to_string());
     store.apply(Update::new().workload(named("b", "gw.test")).workload(named("a", "gw.test")).workload(named("c", "")));
     assert_eq!(find("shop/gw.test").as_deref(), Some("a"), "the order of arrival does not matter");
@@ -95,7 +100,12 @@ fn a_workload_is_found_by_the_host_name_it_has_itself() {
 
 #[test]
 fn of_several_workloads_on_one_address_the_captured_pod_wins() {
-    let entry = |uid: &str, protocol| Workload { uid: uid.into(), protocol, ..pod(uid, "10.0.0.1") };
+    let entry = |uid: &str, protocol| {
+        pod(uid, "10.0.0.1").with(|w| {
+            w.uid = uid.into();
+            w.protocol = protocol;
+        })
+    };
     let ranked = [
         entry("c//Pod/shop/captured", TunnelProtocol::Hbone),
         entry("c//Pod/shop/plain", TunnelProtocol::None),
@@ -200,10 +210,10 @@ fn ranges_count_only_where_no_exact_vip_does() {
     assert_eq!(find("other", "192.0.2.1", "x"), "c/canonical");
     store.apply(Update::new().remove_address("c/canonical").remove_address("b/narrow"));
     assert_eq!(find("net", "10.5.0.2", "x"), "a/wide");
-    store.apply(Update::new().workload(Workload { network: "net".into(), ..pod("p", "10.5.0.2") }));
+    store.apply(Update::new().workload(pod("p", "10.5.0.2").with(|w| w.network = "net".into())));
     assert_eq!(find("net", "10.5.0.2", "a"), "", "a workload's");
     assert_eq!(find("net", "10.5.0.3", "x"), "a/wide");
-    store.apply(Update::new().workload(Workload { network: "net".into(), ..pod("p", "10.5.0.1") }));
+    store.apply(Update::new().workload(pod("p", "10.5.0.1").with(|w| w.network = "net".into())));
     assert_eq!(find("net", "10.5.0.1", "x"), "d/exact");
 }
 
@@ -262,10 +272,8 @@ fn policies_govern_by_mesh_namespace_and_name() {
             .policy(policy("shop/selected", Scope::WorkloadSelector))
             .policy(policy("shop/unselected", Scope::WorkloadSelector)),
     );
-    let workload = Workload {
-        authorization_policies: vec!["shop/selected".into(), "shop/unknown".into()],
-        ..pod("p", "10.0.0.1")
-    };
+    let selected = vec!["shop/selected".into(), "shop/unknown".into()];
+    let workload = pod("p", "10.0.0.1").with(|w| w.authorization_policies = selected);
     let governing = || {
         let snapshot = store.snapshot();
         snapshot.policies_for(&workload).map(|policy| policy.key().to_string()).collect::<Vec<_>>()
@@ -326,21 +334,20 @@ fn random_change(rng: &mut StdRng) -> Change {
     let pick = |rng: &mut StdRng, list: &[&str]| list.choose(rng).copied().unwrap_or_default().to_owned();
     match rng.random_range(0..10) {
         0..4 => {
-            let mut workload = Workload {
-                uid: pick(rng, &uids).into(),
-                namespace: pick(rng, &["a", "b"]).into(),
-                network: pick(rng, &networks).into(),
-                addresses: (0..rng.random_range(0..3)).map(|_| ip(&pick(rng, &addresses))).collect(),
-                hostname: pick(rng, &["", "h.test"]).into(),
-                protocol: if rng.random() { TunnelProtocol::Hbone } else { TunnelProtocol::None },
-                network_mode: if rng.random_ratio(1, 4) { NetworkMode::HostNetwork } else { NetworkMode::Standard },
-                status: if rng.random_ratio(1, 4) { HealthStatus::Unhealthy } else { HealthStatus::Healthy },
-                ..Default::default()
-            };
+            let mut workload = Workload::default().with(|w| {
+                w.uid = pick(rng, &uids).into();
+                w.namespace = pick(rng, &["a", "b"]).into();
+                w.network = pick(rng, &networks).into();
+                w.addresses = (0..rng.random_range(0..3)).map(|_| ip(&pick(rng, &addresses))).collect();
+                w.hostname = pick(rng, &["", "h.test"]).into();
+                w.protocol = if rng.random() { TunnelProtocol::Hbone } else { TunnelProtocol::None };
+                w.network_mode = if rng.random_ratio(1, 4) { NetworkMode::HostNetwork } else { NetworkMode::Standard };
+                w.status = if rng.random_ratio(1, 4) { HealthStatus::Unhealthy } else { HealthStatus::Healthy };
+            });
             for _ in 0..rng.random_range(0..3) {
                 workload = serving(workload, &pick(rng, &services));
             }
-            Change::Workload(workload)
+            Change::Workload(Arc::new(workload))
         }
         4..7 => {
             let vip = |rng: &mut StdRng| NetworkAddress {
@@ -348,18 +355,19 @@ fn random_change(rng: &mut StdRng) -> Change {
                 address: ip(&pick(rng, &addresses)),
             };
             let health_policy = if rng.random() { HealthPolicy::AllowAll } else { HealthPolicy::OnlyHealthy };
-            Change::Service(Service {
+            let service = Service {
                 vips: (0..rng.random_range(0..3)).map(|_| vip(rng)).collect(),
                 cidr_vips: (0..rng.random_range(0..3)).map(|_| pick(rng, &ranges).parse().unwrap()).collect(),
                 canonical: rng.random(),
                 visibility: if rng.random() { Visibility::Public } else { Visibility::Namespace },
                 load_balancing: LoadBalancing { health_policy, ..Default::default() },
                 ..service(&pick(rng, &services))
-            })
+            };
+            Change::Service(Arc::new(service))
         }
         7 => {
             let scope = [Scope::Global, Scope::Namespace, Scope::WorkloadSelector].choose(rng).copied();
-            Change::Policy(policy(&pick(rng, &policies), scope.unwrap_or_default()))
+            Change::Policy(Box::new(policy(&pick(rng, &policies), scope.unwrap_or_default())))
         }
         8 => Change::RemovePolicy(pick(rng, &policies)),
         _ => Change::RemoveAddress(if rng.random() { pick(rng, &uids) } else { pick(rng, &services) }),

@@ -5,23 +5,23 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use mesh_proto::ads::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
-use mesh_proto::ads::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
+use mesh_proto::ads::{DeltaDiscoveryRequest, Node};
 use mesh_proto::workload::ADDRESS_TYPE;
-use prost::Message;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::ResourceHandler;
 use super::delta::{DeltaClient, Interest};
+use super::inbox::{Applied, Inbox, Received};
+use super::response::ResponseError;
 use crate::drain::DrainWatcher;
 use crate::grpc::{self, GrpcConfig, GrpcError};
 
 /// The first wait after a lost stream, doubled for each that brought nothing.
 const BACKOFF_MIN: Duration = Duration::from_millis(10);
 const BACKOFF_MAX: Duration = Duration::from_secs(15);
-/// A mesh of a hundred thousand workloads arrives as one message.
-const MAX_MESSAGE: usize = 200 * 1024 * 1024;
+/// The call, of the service `envoy.service.discovery.v3.AggregatedDiscoveryService`.
+const CALL: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
 /// Requests on their way; more than the first requests and one answer never are, on-demand names wait their turn.
 const REQUESTS: usize = 64;
 
@@ -197,6 +197,10 @@ enum StreamEnd {
     Connect(tonic::Status),
     #[error("stream broke: {0}")]
     Broken(tonic::Status),
+    #[error("stream makes no sense: {0}")]
+    Senseless(#[from] ResponseError),
+    #[error("stream ended within a response")]
+    Torn,
     #[error("control plane ended the stream")]
     Complete,
 }
@@ -206,7 +210,7 @@ impl StreamEnd {
         match self {
             Self::Channel(_) | Self::Connect(_) => "ConnectionError",
             Self::Broken(status) if is_expected(status) => "Reconnect",
-            Self::Broken(_) => "Error",
+            Self::Broken(_) | Self::Senseless(_) | Self::Torn => "Error",
             Self::Complete => "Complete",
         }
     }
@@ -295,21 +299,27 @@ impl XdsClient {
 
     async fn exchange(&mut self) -> Result<(), StreamEnd> {
         let channel = grpc::channel(self.config.grpc.clone())?;
-        let mut client = AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
         let first = self.delta.handle_connected();
         let (requests, outgoing) = mpsc::channel(REQUESTS.max(first.len()));
         for request in first {
             // There is room for all; servers may hold their headers back until they have read the first.
             let _ = requests.try_send(request);
         }
-        let response = client.delta_aggregated_resources(ReceiverStream::new(outgoing));
-        let mut responses = response.await.map_err(StreamEnd::Connect)?.into_inner();
+        let call = grpc::call(channel, CALL, ReceiverStream::new(outgoing));
+        let mut answers = call.await.map_err(StreamEnd::Connect)?;
+        let mut inbox = Inbox::new(self.handlers.clone());
         tracing::info!(address = %self.config.grpc.address, "xds: stream is open");
         loop {
             tokio::select! {
-                response = responses.message() => match response.map_err(StreamEnd::Broken)? {
-                    Some(response) => self.receive(response, &requests).await,
-                    None => return Ok(()),
+                bytes = answers.next() => match bytes.map_err(StreamEnd::Broken)? {
+                    Some(bytes) => {
+                        inbox.push(&bytes);
+                        while let Some(received) = inbox.next(&mut self.delta)? {
+                            self.received(received, &requests).await;
+                        }
+                    }
+                    None if inbox.is_between() => return Ok(()),
+                    None => return Err(StreamEnd::Torn),
                 },
                 Some(asked) = next(&mut self.demanded) => self.demand(asked, &requests).await,
             }
@@ -339,27 +349,20 @@ impl XdsClient {
         }
     }
 
-    async fn receive(&mut self, response: DeltaDiscoveryResponse, requests: &mpsc::Sender<DeltaDiscoveryRequest>) {
-        let bytes = response.encoded_len() as u64;
-        let mut delivery = match self.delta.handle_response(response) {
-            Ok(delivery) => delivery,
+    async fn received(&mut self, received: Received, requests: &mpsc::Sender<DeltaDiscoveryRequest>) {
+        let applied = match received {
+            Received::Applied(applied) => applied,
             // No label: the type is the peer's choice of text.
-            Err(error) => return tracing::warn!(bytes, "xds: {error}"),
+            Received::Unknown { error, bytes } => return tracing::warn!(bytes, "xds: {error}"),
         };
-        let url = delivery.type_url;
+        let Applied { type_url: url, updated, removed, bytes, rejected, answer } = *applied;
         metrics::counter!("istio_xds_message_total", "url" => url).increment(1);
-        metrics::counter!("istio_xds_message_bytes_total", "url" => url).increment(bytes);
-        let (updated, removed) = (std::mem::take(&mut delivery.updated), delivery.removed.clone());
-        tracing::debug!(url, updated = updated.len(), removed = removed.len(), bytes, "xds: received");
-        let handler = self.handlers.iter().find(|handler| handler.type_url() == url);
-        let rejected: Vec<_> = match handler {
-            Some(handler) => handler.apply(updated, removed),
-            None => Vec::new(),
-        };
+        metrics::counter!("istio_xds_message_bytes_total", "url" => url).increment(bytes as u64);
+        tracing::debug!(url, updated, removed, bytes, "xds: received");
         for rejection in &rejected {
             tracing::warn!(url, name = %rejection.name, reason = %rejection.reason, "xds: resource rejected");
         }
-        if let Some(answer) = self.delta.handle_applied(delivery, rejected) {
+        if let Some(answer) = answer {
             send(requests, answer).await;
         }
         self.tell_answered();

@@ -3,7 +3,7 @@
 //! ```text
 //! handle_connected ─► first request of each type (node, subscription, retained versions)
 //!                        │
-//! handle_response ◄──────┘  ─► Delivery for the handler
+//! handle_response ◄──────┘  ─► Delivery, to be applied by the handler
 //! handle_applied(delivery, rejected) ─► ACK or NACK
 //! subscribe ─► request for one more name (on-demand types); is_answered ─► it is held, or stands for nothing
 //! forget ─► names given up, the oldest first, when too many stand for nothing
@@ -13,17 +13,15 @@
 //! hold an earlier version of it or have closed a door on its account.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::fmt;
 
-use bytes::Bytes;
-use mesh_proto::ads::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Status};
+use mesh_proto::ads::{DeltaDiscoveryRequest, Node, Status};
 
 use super::Rejected;
+use crate::text::{NameHasher, Text};
 
 /// The name that stands for every resource of a type.
 const WILDCARD: &str = "*";
-
-/// The version of what was rejected; equals no version a server sends.
-const UNREADABLE: &str = "";
 
 /// Names that stand for nothing and are kept nevertheless, so that nobody need ask again: the server tells when there is
 /// something. Whoever dials addresses at random must not make the list grow for ever.
@@ -51,8 +49,8 @@ pub struct DeltaClient {
 struct TypeState {
     type_url: &'static str,
     interest: Interest,
-    /// Name and version of what the handler holds.
-    retained: HashMap<String, String>,
+    /// Name and version of what the handler holds. Handlers mostly have the name too, and share it.
+    retained: HashMap<Text, Version, NameHasher>,
     /// On-demand names, of resources or their aliases, that the server has been asked for.
     asked: HashMap<String, Word>,
     /// Those that were answered with nothing, the oldest first; some have become something else since.
@@ -68,17 +66,80 @@ enum Word {
     Absent,
 }
 
-/// The content of one response, to be applied and then reported by [`DeltaClient::handle_applied`].
+/// What a server calls the state of a resource. Mostly a hash in hexadecimal digits, which is kept as the number it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Version(Number);
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Number {
+    Hash(u64),
+    Other(Text),
+}
+
+impl Version {
+    /// Of what was rejected; equals no version a server sends.
+    fn unreadable() -> Self {
+        Self::from("")
+    }
+}
+
+impl From<&str> for Version {
+    fn from(text: &str) -> Self {
+        let is_hash = text.len() == 16 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+        match is_hash.then(|| u64::from_str_radix(text, 16)) {
+            Some(Ok(hash)) => Self(Number::Hash(hash)),
+            _ if text.is_empty() => Self(Number::Other(Text::default())),
+            _ => Self(Number::Other(text.into())),
+        }
+    }
+}
+
+impl fmt::Display for Version {
+    /// As the server wrote it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Number::Hash(hash) => write!(f, "{hash:016x}"),
+            Number::Other(text) => f.write_str(text),
+        }
+    }
+}
+
+/// A response whose resources the handler of their type has been given already.
+#[derive(Debug, Default)]
+pub struct Response {
+    pub type_url: String,
+    pub nonce: String,
+    pub resources: Vec<Resource>,
+    pub aliases: Vec<String>,
+    pub removed: Vec<String>,
+}
+
+/// A resource, without its content.
+#[derive(Debug)]
+pub struct Resource {
+    pub name: Text,
+    pub version: Version,
+    pub content: Content,
+}
+
+/// Of which type a resource's content is.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Content {
+    /// One that somebody handles.
+    Handled(&'static str),
+    Other(Box<str>),
+    Missing,
+}
+
+/// One response, to be applied and then reported by [`DeltaClient::handle_applied`].
 #[derive(Debug)]
 pub struct Delivery {
     pub type_url: &'static str,
-    /// Name, version and encoded message.
-    pub updated: Vec<(String, String, Bytes)>,
     pub removed: Vec<String>,
     /// Resources that are wrong before any handler sees them.
     rejected: Vec<Rejected>,
     /// Name and version of what was sent: it is retained when applied.
-    versions: Vec<(String, String)>,
+    versions: Vec<(Text, Version)>,
     aliases: Vec<String>,
     nonce: String,
     connection: u64,
@@ -97,7 +158,7 @@ impl DeltaClient {
             .map(|(type_url, interest)| TypeState {
                 type_url,
                 interest,
-                retained: HashMap::new(),
+                retained: HashMap::default(),
                 asked: HashMap::new(),
                 absent: VecDeque::new(),
                 synced: false,
@@ -112,35 +173,40 @@ impl DeltaClient {
         self.types.iter().map(|state| state.first_request(&self.node)).collect()
     }
 
+    /// The name of a resource of a type: the very text that is retained, if it is.
+    pub fn name(&self, type_url: &str, name: &str) -> Text {
+        let state = self.types.iter().find(|state| state.type_url == type_url);
+        let known = state.and_then(|state| state.retained.get_key_value(name));
+        known.map_or_else(|| name.into(), |(known, _)| known.clone())
+    }
+
     /// Takes a response apart.
     ///
     /// # Errors
     /// [`UnknownType`]: nothing is to be sent, since even a NACK would subscribe to the type.
-    pub fn handle_response(&mut self, response: DeltaDiscoveryResponse) -> Result<Delivery, UnknownType> {
+    pub fn handle_response(&mut self, response: Response) -> Result<Delivery, UnknownType> {
         let Some(state) = self.types.iter().find(|state| state.type_url == response.type_url) else {
             return Err(UnknownType(response.type_url));
         };
         let mut delivery = Delivery {
             type_url: state.type_url,
-            updated: Vec::with_capacity(response.resources.len()),
-            removed: response.removed_resources,
+            removed: response.removed,
             rejected: Vec::new(),
             versions: Vec::with_capacity(response.resources.len()),
-            aliases: Vec::new(),
+            aliases: response.aliases,
             nonce: response.nonce,
             connection: self.connection,
         };
-        for mut resource in response.resources {
-            delivery.aliases.append(&mut resource.aliases);
-            match resource.resource {
-                Some(any) if any.type_url == state.type_url => {
-                    delivery.versions.push((resource.name.clone(), resource.version.clone()));
-                    delivery.updated.push((resource.name, resource.version, any.value.into()));
+        for Resource { name, version, content } in response.resources {
+            match content {
+                Content::Handled(type_url) if type_url == state.type_url => delivery.versions.push((name, version)),
+                Content::Handled(other) => {
+                    delivery.rejected.push(Rejected::new(&*name, format_args!("is a {other:?}")));
                 }
-                Some(any) => {
-                    delivery.rejected.push(Rejected::new(resource.name, format_args!("is a {:?}", any.type_url)));
+                Content::Other(other) => {
+                    delivery.rejected.push(Rejected::new(&*name, format_args!("is a {other:?}")));
                 }
-                None => delivery.rejected.push(Rejected::new(resource.name, "has no content")),
+                Content::Missing => delivery.rejected.push(Rejected::new(&*name, "has no content")),
             }
         }
         Ok(delivery)
@@ -159,12 +225,12 @@ impl DeltaClient {
             state.found(alias);
         }
         for name in &delivery.removed {
-            state.retained.remove(name);
+            state.retained.remove(&**name);
             state.gone(name);
         }
         for Rejected { name, .. } in &rejected {
             state.found(name);
-            state.retained.insert(name.clone(), UNREADABLE.to_owned());
+            state.retained.insert(name.as_str().into(), Version::unreadable());
         }
         state.synced = true;
         let answer = DeltaDiscoveryRequest {
@@ -246,9 +312,10 @@ impl TypeState {
             Interest::All => (vec![], vec![]),
             // Naming and dropping the wildcard is how a client says that it will name what it wants.
             Interest::OnDemand => {
-                let held: BTreeSet<&String> = self.retained.keys().chain(self.asked.keys()).collect();
-                let names = [WILDCARD.to_owned()].into_iter().chain(held.into_iter().cloned());
-                (names.collect(), vec![WILDCARD.to_owned()])
+                let retained = self.retained.keys().map(|name| &**name);
+                let held: BTreeSet<&str> = retained.chain(self.asked.keys().map(String::as_str)).collect();
+                let names = [WILDCARD].into_iter().chain(held);
+                (names.map(str::to_owned).collect(), vec![WILDCARD.to_owned()])
             }
         };
         DeltaDiscoveryRequest {
@@ -256,7 +323,11 @@ impl TypeState {
             type_url: self.type_url.to_owned(),
             resource_names_subscribe: subscribe,
             resource_names_unsubscribe: unsubscribe,
-            initial_resource_versions: self.retained.clone().into_iter().collect::<BTreeMap<_, _>>(),
+            initial_resource_versions: self
+                .retained
+                .iter()
+                .map(|(name, version)| (name.to_string(), version.to_string()))
+                .collect::<BTreeMap<_, _>>(),
             ..Default::default()
         }
     }

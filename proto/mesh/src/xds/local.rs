@@ -22,8 +22,8 @@ use super::{Rejected, ResourceHandler};
 use crate::drain::DrainWatcher;
 use crate::model::{
     ApplicationTunnel, EndpointPort, EndpointPorts, GatewayAddress, HealthStatus, IpFamilies, LoadBalancing, Locality,
-    NamespacedHostname, NamespacedName, NetworkAddress, NetworkCidr, NetworkMode, Service, ServicePort, TunnelProtocol,
-    Visibility, WeightedWaypoint, Workload, WorkloadType,
+    NamespacedHostname, NamespacedName, NetworkAddress, NetworkCidr, NetworkMode, Service, ServicePort, Template,
+    TunnelProtocol, Visibility, WeightedWaypoint, Workload, WorkloadType,
 };
 use crate::policy::{Action, Group, Policy, Scope};
 use crate::store::{Store, Update};
@@ -163,9 +163,11 @@ impl LocalSource {
 
         let Some(handler) = &self.enrolments else { return Ok(()) };
         let removed = before.enrolments.difference(&now.enrolments).cloned().collect();
-        let updated =
-            resources.enrolments.iter().map(|pod| (pod.uid.clone(), String::new(), Bytes::from(pod.encode_to_vec())));
-        match handler.apply(updated.collect(), removed).into_iter().next() {
+        let mut batch = handler.begin();
+        for pod in &resources.enrolments {
+            batch.update(&pod.uid.as_str().into(), &pod.encode_to_vec());
+        }
+        match batch.apply(removed).into_iter().next() {
             Some(rejected) => Err(LocalError::Rejected(rejected)),
             None => Ok(()),
         }
@@ -287,7 +289,7 @@ struct LocalWorkload {
 
 impl From<LocalWorkload> for Workload {
     fn from(w: LocalWorkload) -> Self {
-        let default = Workload::default();
+        let default = Template::default();
         let ports = |ports: Ports| -> EndpointPorts {
             let port = |(service_port, target_port): (PortKey, u16)| EndpointPort {
                 service_port: service_port.0,
@@ -299,29 +301,31 @@ impl From<LocalWorkload> for Workload {
         Workload {
             uid: w.uid,
             name: w.name,
-            namespace: w.namespace,
-            service_account: w.service_account.unwrap_or(default.service_account),
-            trust_domain: w.trust_domain.unwrap_or(default.trust_domain),
-            cluster_id: w.cluster_id.unwrap_or(default.cluster_id),
             addresses: w.workload_ips.iter().map(IpAddr::to_canonical).collect(),
-            protocol: w.protocol,
-            network_mode: w.network_mode,
-            network: w.network,
             node: w.node,
-            hostname: w.hostname,
-            waypoint: w.waypoint,
-            network_gateway: w.network_gateway,
-            canonical_name: w.canonical_name,
-            canonical_revision: w.canonical_revision,
-            workload_name: w.workload_name,
-            workload_type: w.workload_type,
-            native_tunnel: w.native_tunnel,
-            application_tunnel: w.application_tunnel,
-            authorization_policies: w.authorization_policies,
             status: w.status,
-            locality: w.locality,
-            services: w.services.into_iter().map(|(service, list)| (service, ports(list))).collect(),
-            capacity: w.capacity.unwrap_or(default.capacity),
+            template: Arc::new(Template {
+                namespace: w.namespace,
+                service_account: w.service_account.unwrap_or(default.service_account),
+                trust_domain: w.trust_domain.unwrap_or(default.trust_domain),
+                cluster_id: w.cluster_id.unwrap_or(default.cluster_id),
+                protocol: w.protocol,
+                network_mode: w.network_mode,
+                network: w.network,
+                hostname: w.hostname,
+                waypoint: w.waypoint,
+                network_gateway: w.network_gateway,
+                canonical_name: w.canonical_name,
+                canonical_revision: w.canonical_revision,
+                workload_name: w.workload_name,
+                workload_type: w.workload_type,
+                native_tunnel: w.native_tunnel,
+                application_tunnel: w.application_tunnel,
+                authorization_policies: w.authorization_policies,
+                locality: w.locality,
+                services: w.services.into_iter().map(|(service, list)| (service, ports(list))).collect(),
+                capacity: w.capacity.unwrap_or(default.capacity),
+            }),
         }
     }
 }

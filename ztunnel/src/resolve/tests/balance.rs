@@ -6,7 +6,11 @@ use super::*;
 fn spread(mode: LoadBalancingMode, scopes: &[RoutingScope], from: &Workload) -> Result<Vec<String>, NoRoute> {
     let at = |name, address, node: &str, zone: &str| {
         let locality = Locality { region: "r1".into(), zone: zone.into(), subzone: "".into() };
-        serves(Workload { node: node.into(), locality, ..workload(name, address) }, "api", &[(80, 80)])
+        let pod = workload(name, address).with(|w| {
+            w.node = node.into();
+            w.locality = locality;
+        });
+        serves(pod, "api", &[(80, 80)])
     };
     let mut api = service("api", "10.96.0.1");
     api.load_balancing = LoadBalancing { mode, routing_preferences: scopes.to_vec(), ..LoadBalancing::default() };
@@ -30,7 +34,10 @@ fn load_balancing_follows_the_preferences() {
     use LoadBalancingMode::{Failover, Standard, Strict};
     use RoutingScope::{Network, Node, Region, Zone};
     let names = |list: &[&str]| list.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>();
-    let lost = Workload { node: "node-z".into(), locality: Locality::default(), ..client() };
+    let lost = client().with(|w| {
+        w.node = "node-z".into();
+        w.locality = Locality::default();
+    });
     for (mode, scopes, from, expected) in [
         (Standard, vec![], client(), names(&["far", "here", "near"])),
         (Strict, vec![Node], client(), names(&["here"])),
@@ -46,7 +53,8 @@ fn load_balancing_follows_the_preferences() {
 
 #[test]
 fn capacity_is_the_weight_and_zero_is_never_picked() {
-    let with = |name, address, capacity| serves(Workload { capacity, ..workload(name, address) }, "api", &[(80, 80)]);
+    let with =
+        |name, address, capacity| serves(workload(name, address).with(|w| w.capacity = capacity), "api", &[(80, 80)]);
     let world = World::new()
         .service(service("api", "10.96.0.1"))
         .workload(with("one", "10.0.0.2", 1))
@@ -118,7 +126,7 @@ fn an_application_tunnel_with_a_port_needs_no_mapping() {
     let mut api = service("api", "10.96.0.1");
     api.ports = BTreeMap::from([(80, ServicePort::default())]);
     let tunnel = |port| Some(ApplicationTunnel { protocol: mesh::model::ApplicationTunnelProtocol::Proxy, port });
-    let pod = |port| Workload { application_tunnel: tunnel(port), ..serves(workload("web", "10.0.0.2"), "api", &[]) };
+    let pod = |port| serves(workload("web", "10.0.0.2"), "api", &[]).with(|w| w.application_tunnel = tunnel(port));
     let route = |port| World::new().service(api.clone()).workload(pod(port)).route(&client(), "10.96.0.1:80");
     check(route(Some(9000)), "10.0.0.2:15008", Some("10.0.0.2:80"), &["sa-web"], Via::Direct);
     assert!(matches!(route(None), Err(NoRoute::NoHealthyUpstream { .. })));
@@ -127,11 +135,10 @@ fn an_application_tunnel_with_a_port_needs_no_mapping() {
 #[test]
 fn scopes_compare_what_they_name() {
     use RoutingScope::{Cluster, Network, Node, Region, Subzone, Zone};
-    let base = Workload {
-        cluster_id: "c1".into(),
-        locality: Locality { region: "r1".into(), zone: "z1".into(), subzone: "s1".into() },
-        ..client()
-    };
+    let base = client().with(|w| {
+        w.cluster_id = "c1".into();
+        w.locality = Locality { region: "r1".into(), zone: "z1".into(), subzone: "s1".into() };
+    });
     type Change = (RoutingScope, fn(&mut Workload));
     let changed: [Change; 6] = [
         (Region, |w| w.locality.region = "x".into()),
@@ -153,7 +160,7 @@ fn scopes_compare_what_they_name() {
                 ..LoadBalancing::default()
             };
             let candidate = serves(Workload { uid: "other".into(), ..other.clone() }, "api", &[(80, 80)]);
-            let candidate = Workload { network_gateway: Some(gateway("edge")), ..candidate };
+            let candidate = candidate.with(|w| w.network_gateway = Some(gateway("edge")));
             let world = World(vec![base.clone(), candidate], vec![api.clone()]).snapshot();
             let picked = pick(&world, &Arc::new(api), &base, Wanted::Port(80), &mut StdRng::seed_from_u64(1));
             assert_eq!(picked.is_err(), asked == scope, "{asked:?} where {scope:?} differs");
@@ -165,7 +172,7 @@ fn scopes_compare_what_they_name() {
 fn failover_stops_at_the_first_scope_that_differs() {
     use RoutingScope::{Node, Region, Zone};
     // The node is the same, but its region is not: that it is near counts for nothing.
-    let from = Workload { locality: Locality { region: "r9".into(), ..client().locality }, ..client() };
+    let from = client().with(|w| w.locality.region = "r9".into());
     let all = ["far", "here", "near"].map(str::to_owned).to_vec();
     assert_eq!(spread(LoadBalancingMode::Failover, &[Region, Zone, Node], &from), Ok(all));
     let none = spread(LoadBalancingMode::Strict, &[Region, Node], &from);

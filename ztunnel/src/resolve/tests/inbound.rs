@@ -65,7 +65,7 @@ fn only_a_waypoint_of_the_destination_speaks_for_others() {
         speaks_for_others(&world.snapshot(), pod, peer)
     };
     assert!(speaks(&pod, Some(gateway("waypoint")), &waypoint));
-    let own = Workload { waypoint: Some(gateway("waypoint")), ..pod.clone() };
+    let own = pod.clone().with(|w| w.waypoint = Some(gateway("waypoint")));
     assert!(speaks(&own, None, &waypoint));
     assert!(!speaks(&pod, None, &waypoint), "a waypoint of somebody else");
     assert!(!speaks(&pod, Some(gateway("waypoint")), &client().identity().unwrap()));
@@ -98,7 +98,7 @@ fn only_a_waypoint_of_the_port_is_believed_about_its_client() {
     assert_eq!(believed(9090, &super::client().identity().unwrap(), &told), None, "an ordinary peer");
     assert_eq!(believed(9090, &waypoint, &says(client, None)), None, "half of it");
     assert_eq!(believed(9090, &waypoint, &says("spiffe://elsewhere/ns/shop/sa/client", Some("10.0.0.1:0"))), None);
-    let own = Workload { waypoint: Some(gateway("waypoint")), ..pod.clone() };
+    let own = pod.clone().with(|w| w.waypoint = Some(gateway("waypoint")));
     assert!(original(&world, &own, 7, &waypoint, &told).is_some(), "every port of a workload that names it");
 }
 
@@ -142,7 +142,7 @@ fn the_host_is_always_the_local_one() {
 
 fn tunnelling(port: Option<u16>, protocol: ApplicationTunnelProtocol) -> Workload {
     let pod = serves(workload("waypoint", "10.0.0.2"), "waypoint", &[(15008, 15008)]);
-    Workload { application_tunnel: Some(ApplicationTunnel { protocol, port }), ..pod }
+    pod.with(|w| w.application_tunnel = Some(ApplicationTunnel { protocol, port }))
 }
 
 fn tunnelled(local: &Workload, authority: &str) -> Result<(String, Option<String>), BadTarget> {
@@ -212,7 +212,7 @@ fn a_captured_waypoint_takes_requests_for_workloads_it_fronts_and_no_others() {
     let waypoint = serves(workload("waypoint", "10.0.0.2"), "waypoint", &[(15008, 15008)]);
     let by_address = GatewayDestination::Address("/10.0.0.2".parse().unwrap());
     for reference in [gateway("waypoint"), GatewayAddress { destination: by_address, hbone_mtls_port: 15008 }] {
-        let fronted = Workload { waypoint: Some(reference), ..workload("web", "10.0.0.3") };
+        let fronted = workload("web", "10.0.0.3").with(|w| w.waypoint = Some(reference));
         let world = || {
             let world = World::new().service(waypoint_service()).workload(waypoint.clone());
             world.workload(fronted.clone()).workload(workload("other", "10.0.0.4"))
@@ -225,13 +225,16 @@ fn a_captured_waypoint_takes_requests_for_workloads_it_fronts_and_no_others() {
 #[test]
 fn another_network_is_believed_from_the_gateway_and_from_who_speaks_for_others() {
     let edge = serves(workload("edge", "10.0.0.7"), "edge", &[(15008, 15008)]);
-    let edge = Workload { network: "east".into(), ..edge };
+    let edge = edge.with(|w| w.network = "east".into());
     let at = |address: &str| GatewayAddress {
         destination: GatewayDestination::Address(address.parse().unwrap()),
         hbone_mtls_port: 1,
     };
     let believed = |gateway: Option<GatewayAddress>, peer: &str, from: &str, said: Option<&str>| {
-        let local = Workload { network: "east".into(), network_gateway: gateway, ..workload("web", "10.0.0.2") };
+        let local = workload("web", "10.0.0.2").with(|w| {
+            w.network = "east".into();
+            w.network_gateway = gateway;
+        });
         let mut edge_service = service("edge", "10.96.0.7");
         edge_service.ports = waypoint_service().ports;
         let world = World::new().workload(local.clone()).workload(edge.clone()).service(edge_service).snapshot();

@@ -26,7 +26,7 @@ fn a_waypoint_is_asked_for_by_the_name_that_refers_to_it() {
     };
     assert_eq!(asked(bound(), "10.96.0.1"), ["shop/waypoint.shop.svc"]);
     assert!(asked(bound().service(waypoint_service()), "10.96.0.1").is_empty());
-    let web = Workload { waypoint: Some(gateway("waypoint")), ..workload("web", "10.0.0.2") };
+    let web = workload("web", "10.0.0.2").with(|w| w.waypoint = Some(gateway("waypoint")));
     assert_eq!(asked(World::new().workload(web), "10.0.0.2"), ["shop/waypoint.shop.svc"]);
 }
 

@@ -6,7 +6,7 @@ use super::*;
 const HERE: &str = "east";
 
 fn here(workload: Workload) -> Workload {
-    Workload { network: HERE.into(), ..workload }
+    workload.with(|w| w.network = HERE.into())
 }
 
 fn from() -> Workload {
@@ -30,15 +30,18 @@ fn at(network: &str, address: &str) -> GatewayAddress {
 /// What stands for all of a service on the other network.
 fn aggregate(gateway: Option<GatewayAddress>) -> Workload {
     let web = serves(workload("west-api", "10.0.0.2"), "api", &[(80, 80)]);
-    Workload { addresses: Vec::new(), network: "west".into(), network_gateway: gateway, ..web }
+    web.with(|w| {
+        w.addresses = Vec::new();
+        w.network = "west".into();
+        w.network_gateway = gateway;
+    })
 }
 
 fn gateway_pod() -> Workload {
-    Workload {
-        network: "west".into(),
-        uid: "NetworkGateway/west/192.0.2.9/15443".into(),
-        ..workload("gw", "192.0.2.9")
-    }
+    workload("gw", "192.0.2.9").with(|w| {
+        w.network = "west".into();
+        w.uid = "NetworkGateway/west/192.0.2.9/15443".into();
+    })
 }
 
 fn world() -> World {
@@ -89,7 +92,7 @@ fn a_gateway_may_be_a_service_by_address_or_by_name() {
 
 #[test]
 fn a_gateway_may_be_a_workload_with_that_host_name() {
-    let named = Workload { hostname: "edge.shop.svc".into(), ..gateway_pod() };
+    let named = gateway_pod().with(|w| w.hostname = "edge.shop.svc".into());
     let world = || world().workload(aggregate(Some(GatewayAddress { hbone_mtls_port: 15443, ..gateway("edge") })));
     let addressed = world().workload(named.clone()).route(&from(), "10.96.0.1:80");
     crosses(addressed, "192.0.2.9:15443", &["sa-gw"], &["web"]);
@@ -107,11 +110,10 @@ fn a_waypoint_of_another_network_is_reached_in_its_services_name() {
     let api = Service { waypoint: Some(gateway("waypoint")), ..api() };
     let mut fronting = waypoint_service();
     fronting.subject_alt_names = vec!["spiffe://cluster.local/ns/shop/sa/waypoint".into()];
-    let away = Workload {
-        network: "west".into(),
-        network_gateway: Some(at("west", "192.0.2.9")),
-        ..serves(workload("waypoint", "10.0.9.9"), "waypoint", &[(15008, 15008)])
-    };
+    let away = serves(workload("waypoint", "10.0.9.9"), "waypoint", &[(15008, 15008)]).with(|w| {
+        w.network = "west".into();
+        w.network_gateway = Some(at("west", "192.0.2.9"));
+    });
     let world = || World(vec![from()], vec![api.clone(), fronting.clone()]).workload(gateway_pod());
     let route = world().workload(away.clone()).route(&from(), "10.96.0.1:80");
     // The identities of the service's own workloads would let what the waypoint guards answer in its place.
@@ -147,12 +149,11 @@ fn what_is_lacking_closes_the_connection_by_name() {
     assert_eq!(nobody.flag(), ResponseFlag::IdentityError);
 
     // A workload's own waypoint, when that is elsewhere: the pod's address means nothing there.
-    let web = here(Workload { waypoint: Some(at("west", "10.0.9.9")), ..workload("web", "10.0.0.2") });
-    let away = Workload {
-        network: "west".into(),
-        network_gateway: Some(at("west", "192.0.2.9")),
-        ..workload("waypoint", "10.0.9.9")
-    };
+    let web = here(workload("web", "10.0.0.2").with(|w| w.waypoint = Some(at("west", "10.0.9.9"))));
+    let away = workload("waypoint", "10.0.9.9").with(|w| {
+        w.network = "west".into();
+        w.network_gateway = Some(at("west", "192.0.2.9"));
+    });
     let by_workload = world().workload(web).workload(away).workload(gateway_pod());
     let error = by_workload.route(&from(), "10.0.0.2:80").unwrap_err();
     assert!(matches!(error, NoRoute::NotByService { .. }), "{error}");
@@ -160,7 +161,7 @@ fn what_is_lacking_closes_the_connection_by_name() {
 
 #[test]
 fn addresses_of_another_network_mean_nothing_here() {
-    let twin = Workload { network: "west".into(), ..workload("twin", "10.0.0.2") };
+    let twin = workload("twin", "10.0.0.2").with(|w| w.network = "west".into());
     let world = world().workload(twin).service(Service {
         vips: vec![NetworkAddress { network: "west".into(), address: ip("10.96.0.2") }],
         ..service("other", "")
@@ -181,9 +182,8 @@ fn network_as_the_first_preference_outweighs_all_others() {
         routing_preferences: vec![Network, Region, Zone],
         ..LoadBalancing::default()
     };
-    let zone = |w: Workload, region: &str, zone: &str| Workload {
-        locality: Locality { region: region.into(), zone: zone.into(), subzone: "".into() },
-        ..w
+    let zone = |w: Workload, region: &str, zone: &str| {
+        w.with(|w| w.locality = Locality { region: region.into(), zone: zone.into(), subzone: "".into() })
     };
     let beyond = |uid: &str, region: &str, z: &str| {
         let w = zone(aggregate(Some(at("west", "192.0.2.9"))), region, z);

@@ -10,7 +10,7 @@ fn a_waypoint_named_by_its_pods_address_is_not_hidden_by_a_range() {
     wide.load_balancing.mode = LoadBalancingMode::Passthrough;
     let mut by_address = gateway("waypoint");
     by_address.destination = GatewayDestination::Address("/10.0.9.9".parse().unwrap());
-    let web = Workload { waypoint: Some(by_address), ..workload("web", "10.0.0.2") };
+    let web = workload("web", "10.0.0.2").with(|w| w.waypoint = Some(by_address));
     let world = World::new().service(wide).workload(web).workload(waypoint_pod());
     let hop = "10.0.9.9:15008";
     check(world.route(&client(), "10.0.0.2:99"), hop, Some("10.0.0.2:99"), &["sa-waypoint"], Via::Waypoint);
@@ -27,7 +27,7 @@ fn service_waypoint_gets_the_address_as_it_was_dialled() {
 
 #[test]
 fn workload_waypoint_gets_the_address_as_it_was_dialled() {
-    let web = Workload { waypoint: Some(gateway("waypoint")), ..workload("web", "10.0.0.2") };
+    let web = workload("web", "10.0.0.2").with(|w| w.waypoint = Some(gateway("waypoint")));
     let world = World::new().workload(web).service(waypoint_service()).workload(waypoint_pod());
     let hop = "10.0.9.9:15008";
     check(world.route(&client(), "10.0.0.2:99"), hop, Some("10.0.0.2:99"), &["sa-waypoint"], Via::Waypoint);
@@ -35,8 +35,7 @@ fn workload_waypoint_gets_the_address_as_it_was_dialled() {
 
 #[test]
 fn service_call_ignores_the_waypoint_of_the_workload_and_the_reverse() {
-    let web =
-        Workload { waypoint: Some(gateway("waypoint")), ..serves(workload("web", "10.0.0.2"), "api", &[(80, 80)]) };
+    let web = serves(workload("web", "10.0.0.2"), "api", &[(80, 80)]).with(|w| w.waypoint = Some(gateway("waypoint")));
     let world = World::new()
         .workload(web.clone())
         .service(service("api", "10.96.0.1"))
@@ -52,7 +51,7 @@ fn service_call_ignores_the_waypoint_of_the_workload_and_the_reverse() {
 
 #[test]
 fn waypoint_reaches_what_it_fronts_directly() {
-    let web = Workload { waypoint: Some(gateway("waypoint")), ..workload("web", "10.0.0.2") };
+    let web = workload("web", "10.0.0.2").with(|w| w.waypoint = Some(gateway("waypoint")));
     let world = World::new().workload(web).service(waypoint_service()).workload(waypoint_pod());
     let route = world.route(&waypoint_pod(), "10.0.0.2:99");
     check(route, "10.0.0.2:15008", Some("10.0.0.2:99"), &["sa-web"], Via::Direct);
@@ -74,7 +73,7 @@ fn only_the_named_pod_skips_a_waypoint_named_by_address() {
         destination: GatewayDestination::Address("/10.0.9.9".parse().unwrap()),
         hbone_mtls_port: 15008,
     };
-    let web = Workload { waypoint: Some(by_address), ..workload("web", "10.0.0.2") };
+    let web = workload("web", "10.0.0.2").with(|w| w.waypoint = Some(by_address));
     let world = || World::new().workload(waypoint_pod()).workload(web.clone());
     let own = world().route(&waypoint_pod(), "10.0.0.2:99");
     check(own, "10.0.0.2:15008", Some("10.0.0.2:99"), &["sa-web"], Via::Direct);

@@ -1,11 +1,12 @@
 use std::pin::Pin;
 
-use mesh_proto::ads::Resource;
 use mesh_proto::ads::aggregated_discovery_service_server::{
     AggregatedDiscoveryService, AggregatedDiscoveryServiceServer,
 };
+use mesh_proto::ads::{DeltaDiscoveryResponse, Resource};
 use mesh_proto::security::{AUTHORIZATION_TYPE, Authorization};
 use mesh_proto::workload::{Address, Workload, address};
+use prost::Message;
 use prost_types::Any;
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -264,6 +265,8 @@ fn endings_have_their_reason() {
     assert_eq!(reason(StreamEnd::Broken(Status::cancelled(""))), "Reconnect");
     assert_eq!(reason(StreamEnd::Broken(Status::unavailable("received GOAWAY"))), "Reconnect");
     assert_eq!(reason(StreamEnd::Broken(Status::unauthenticated("token"))), "Error");
+    assert_eq!(reason(StreamEnd::Senseless(ResponseError::Compressed)), "Error");
+    assert_eq!(reason(StreamEnd::Torn), "Error");
     assert_eq!(reason(StreamEnd::Complete), "Complete");
 }
 

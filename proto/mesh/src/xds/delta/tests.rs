@@ -1,6 +1,3 @@
-use mesh_proto::ads::Resource;
-use prost_types::Any;
-
 use super::*;
 
 const A: &str = "type.googleapis.com/a";
@@ -11,26 +8,21 @@ fn client() -> DeltaClient {
     DeltaClient::new(node, [(A, Interest::All), (B, Interest::All)])
 }
 
-fn resource(type_url: &str, name: &str, version: &str) -> Resource {
-    Resource {
-        name: name.to_owned(),
-        version: version.to_owned(),
-        resource: Some(Any { type_url: type_url.to_owned(), value: name.as_bytes().to_vec() }),
-        ..Default::default()
-    }
+fn resource(type_url: &'static str, name: &str, version: &str) -> Resource {
+    Resource { name: name.into(), version: version.into(), content: Content::Handled(type_url) }
 }
 
-fn response(type_url: &str, nonce: &str, resources: Vec<Resource>, removed: &[&str]) -> DeltaDiscoveryResponse {
-    DeltaDiscoveryResponse {
+fn response(type_url: &str, nonce: &str, resources: Vec<Resource>, removed: &[&str]) -> Response {
+    Response {
         type_url: type_url.to_owned(),
         nonce: nonce.to_owned(),
         resources,
-        removed_resources: removed.iter().map(ToString::to_string).collect(),
+        removed: removed.iter().map(ToString::to_string).collect(),
         ..Default::default()
     }
 }
 
-fn all_good(client: &mut DeltaClient, response: DeltaDiscoveryResponse) -> DeltaDiscoveryRequest {
+fn all_good(client: &mut DeltaClient, response: Response) -> DeltaDiscoveryRequest {
     let delivery = client.handle_response(response).unwrap();
     client.handle_applied(delivery, vec![]).expect("the stream is still there")
 }
@@ -55,7 +47,6 @@ fn a_good_response_is_delivered_and_acknowledged_by_its_nonce() {
     let mut client = client();
     client.handle_connected();
     let delivery = client.handle_response(response(A, "n1", vec![resource(A, "x", "1")], &["gone"])).unwrap();
-    assert_eq!(delivery.updated, [("x".to_owned(), "1".to_owned(), Bytes::from_static(b"x"))]);
     assert_eq!(delivery.removed, ["gone"]);
     let ack = client.handle_applied(delivery, vec![]).unwrap();
     let expected =
@@ -67,14 +58,14 @@ fn a_good_response_is_delivered_and_acknowledged_by_its_nonce() {
 fn a_nack_names_each_rejected_resource() {
     let mut client = client();
     client.handle_connected();
-    let empty = Resource { name: "empty".to_owned(), ..Default::default() };
-    let resources = vec![resource(A, "good", "1"), resource(A, "bad", "1"), resource(B, "alien", "1"), empty];
+    let empty = Resource { content: Content::Missing, ..resource(A, "empty", "1") };
+    let stranger = Resource { content: Content::Other("c".into()), ..resource(A, "stranger", "1") };
+    let resources = vec![resource(A, "good", "1"), resource(A, "bad", "1"), resource(B, "alien", "1"), stranger, empty];
     let delivery = client.handle_response(response(A, "n1", resources, &[])).unwrap();
-    assert_eq!(delivery.updated.iter().map(|(name, ..)| name.as_str()).collect::<Vec<_>>(), ["good", "bad"]);
     let nack = client.handle_applied(delivery, vec![Rejected::new("bad", "it is")]).unwrap();
     let status = nack.error_detail.expect("a NACK");
     assert_eq!(status.code, 0);
-    let expected = r#"alien: is a "type.googleapis.com/b"; empty: has no content; bad: it is"#;
+    let expected = r#"alien: is a "type.googleapis.com/b"; stranger: is a "c"; empty: has no content; bad: it is"#;
     assert_eq!(status.message, expected);
     assert_eq!(nack.response_nonce, "n1");
 }
@@ -173,8 +164,8 @@ fn on_demand_an_alias_is_answered_by_the_resource_that_has_it() {
     client.subscribe(A, "/10.0.0.1").expect("a request");
     all_good(&mut client, response(A, "1", vec![resource(A, "ns/other", "1")], &[]));
     assert!(!client.is_answered(A, "/10.0.0.1"));
-    let service = Resource { aliases: vec!["/10.0.0.1".to_owned()], ..resource(A, "ns/s", "1") };
-    all_good(&mut client, response(A, "2", vec![service], &[]));
+    let aliases = vec!["/10.0.0.1".to_owned()];
+    all_good(&mut client, Response { aliases, ..response(A, "2", vec![resource(A, "ns/s", "1")], &[]) });
     assert!(client.is_answered(A, "/10.0.0.1") && client.is_answered(A, "ns/s"));
 }
 
@@ -197,4 +188,33 @@ fn on_demand_the_oldest_names_that_stand_for_nothing_are_given_up() {
     assert!(forgotten.resource_names_subscribe.is_empty() && forgotten.response_nonce.is_empty());
     assert!(client.subscribe(A, "/0").is_some(), "asked for as if for the first time");
     assert!(client.is_answered(A, "/1"));
+}
+
+#[test]
+fn versions_come_back_as_they_came() {
+    for version in [
+        "",
+        "1",
+        "00000000000000ff",
+        "00000000000000FF",
+        "+000000000000001",
+        "123456789abcdef",
+        "2026-11-26T00:00:00Z/7",
+    ] {
+        assert_eq!(Version::from(version).to_string(), version);
+    }
+    assert_eq!(Version::from("00000000000000ff"), Version(Number::Hash(255)));
+}
+
+#[test]
+fn a_name_is_one_text_however_often_it_comes() {
+    let mut client = client();
+    client.handle_connected();
+    let first = client.name(A, "x");
+    let named = |name: &Text| Resource { name: name.clone(), ..resource(A, "", "1") };
+    all_good(&mut client, response(A, "n1", vec![named(&first)], &[]));
+    let again = client.name(A, "x");
+    all_good(&mut client, response(A, "n2", vec![named(&again)], &[]));
+    assert!([again, client.name(A, "x")].iter().all(|name| std::sync::Arc::ptr_eq(name, &first)));
+    assert!(!std::sync::Arc::ptr_eq(&client.name(B, "x"), &first), "another type's names are its own");
 }
