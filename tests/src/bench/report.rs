@@ -48,6 +48,9 @@ pub struct Row {
     pub spread: f64,
     /// Rounds that nothing else disturbed.
     pub calm: usize,
+    /// Ours over plain, for the table.
+    #[serde(skip)]
+    against_plain: Option<f64>,
     /// Ours over what the budget is taken against.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ratio: Option<f64>,
@@ -146,6 +149,7 @@ impl Row {
             peers: peers.filter_map(|name| Some((name.clone(), of(name)?))).collect(),
             spread: (spread * 1000.0).round() / 1000.0,
             calm: rounds.iter().filter(|round| round.calm).count(),
+            against_plain: paired(&rounds_counted, "plain"),
             ratio: ratio.map(rounded),
             budget,
         }
@@ -191,9 +195,7 @@ impl Report {
         for row in &self.rows {
             let _ = write!(text, "{:24}{:22}{:>10}{:>10}", row.test, row.metric, shown(row.plain), shown(row.ours));
             peers.iter().for_each(|name| text += &format!("{:>13}", shown(row.peers.get(*name).copied())));
-            let against_plain =
-                row.ours.zip(row.plain).filter(|(_, plain)| *plain > 0.0).map(|(ours, plain)| ours / plain);
-            let _ = write!(text, "{:>9}{:>7.0}%{:>6}", shown(against_plain), row.spread * 100.0, row.calm);
+            let _ = write!(text, "{:>9}{:>7.0}%{:>6}", shown(row.against_plain), row.spread * 100.0, row.calm);
             text += &row.budget_text();
             text.push('\n');
         }
@@ -285,6 +287,17 @@ mod tests {
         assert_eq!(row(Better::Higher, 4.9, 0.5, 0.6).verdict(), Some(Verdict::Missed));
         assert_eq!(row(Better::Lower, 14.0, 1.7, 1.4).verdict(), Some(Verdict::Aim));
         assert_eq!(row(Better::Lower, 18.0, 1.7, 1.4).verdict(), Some(Verdict::Missed));
+    }
+
+    #[test]
+    fn a_ratio_is_that_of_the_rounds_and_not_of_what_the_machine_does_between_them() {
+        let rounds = [round(true, 10.0, 11.0), round(true, 20.0, 22.0), round(true, 30.0, 60.0)];
+        let row = Row::new("t", "m", Better::Lower, &rounds, budget(1.15, 1.05));
+        assert_eq!((row.plain, row.ours, row.ratio), (Some(20.0), Some(22.0), Some(1.1)));
+        let slow = [round(true, 10.0, 11.0), round(true, 20.0, 22.0), round(true, 20.0, 30.0), round(true, 60.0, 66.0)];
+        let row = Row::new("t", "m", Better::Lower, &slow, budget(1.15, 1.05));
+        assert_eq!((row.plain, row.ours, row.ratio), (Some(20.0), Some(26.0), Some(1.1)));
+        assert_eq!(row.verdict(), Some(Verdict::Holds));
     }
 
     #[test]
