@@ -4,8 +4,8 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-/// For tables of names, of which a mesh has a hundred thousand: the standard library's hasher took a third of the time that
-/// it needs to be known. Whoever names things in the cluster cannot see the seed.
+/// For tables of names, of which a mesh has a hundred thousand: by a profile the standard library's hasher took 0.2 s of CPU
+/// for them. Whoever names things in the cluster cannot see the seed.
 pub(crate) use foldhash::quality::RandomState as NameHasher;
 
 /// An immutable string whose clone is one reference count.
