@@ -84,7 +84,9 @@ impl Shared {
                 (NODE, Value::Bytes(bytes)) => node = text(bytes)?,
                 (ADDRESSES, Value::Bytes(bytes)) => {
                     // One is the rule, and a list that grows by itself makes room for four.
-                    addresses.reserve_exact(1);
+                    if addresses.is_empty() {
+                        addresses.reserve_exact(1);
+                    }
                     addresses.push(ip_from_bytes("addresses", bytes).ok()?);
                 }
                 (STATUS, Value::Varint(number)) => {

@@ -91,7 +91,10 @@ impl Inbox {
         let Rest { type_url, nonce, removed, bytes } = rest;
         let batches = std::mem::take(&mut self.batches);
         let response = Response { type_url, nonce, removed, ..std::mem::take(&mut self.response) };
-        let is_handled = |resource: &&Resource| matches!(resource.content, Content::Handled(type_url) if type_url == response.type_url);
+        let is_handled = |resource: &&Resource| match resource.content {
+            Content::Handled(type_url) => type_url == response.type_url,
+            Content::Other(_) | Content::Missing => false,
+        };
         let updated = response.resources.iter().filter(is_handled).count();
         let delivery = match delta.handle_response(response) {
             Ok(delivery) => delivery,
