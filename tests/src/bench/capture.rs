@@ -27,7 +27,7 @@ const REDIRECT: &str = "redirect";
 /// Plain once more, in another pod: what differs between it and plain is what this machine cannot tell apart.
 const AGAIN: &str = "plain2";
 /// Contestants take turns this often in each round: what disturbs for a second then disturbs all alike.
-const TURNS: u32 = 6;
+const TURNS: u32 = 10;
 /// Beyond its own time a client may take this long.
 const OVERTIME: Duration = Duration::from_secs(20);
 

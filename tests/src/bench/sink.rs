@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
+use ebpf_loader::abi::MARK_LEG;
 use ebpf_loader::{Capture, Phase, PodCapture, Slot};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CpuSet, sched_setaffinity};
@@ -121,7 +122,7 @@ pub fn sink(options: &SinkOptions) -> Result<Infallible> {
     pin(options.cpu)?;
     // What captures has to live as long as connections are taken.
     let (listener, _capture) = match options.way {
-        Way::Direct => (listen(Ipv4Addr::UNSPECIFIED, PORT, false)?, None),
+        Way::Direct => (listen(Ipv4Addr::UNSPECIFIED, PORT, Way::Direct)?, None),
         Way::Ours => {
             let (listener, capture) = captured(options)?;
             (listener, Some(capture))
@@ -142,7 +143,7 @@ fn captured(options: &SinkOptions) -> Result<(TcpListener, Capture)> {
     let pod = options.pod.context("--pod is needed")?;
     let (bpffs, cgroup) =
         (options.bpffs.as_ref().context("--bpffs is needed")?, options.cgroup.as_ref().context("--cgroup is needed")?);
-    let listener = listen(Ipv4Addr::LOCALHOST, 0, true)?;
+    let listener = listen(Ipv4Addr::LOCALHOST, 0, Way::Ours)?;
     let capture = Capture::open(bpffs, cgroup)?;
     let netns = File::open("/proc/self/ns/net")?;
     let cookie = capture.attach_netns(netns.as_fd())?;
@@ -153,9 +154,14 @@ fn captured(options: &SinkOptions) -> Result<(TcpListener, Capture)> {
 }
 
 /// A listener like every other contestant's, whose connections have the fixed [`WINDOW`].
-fn listen(address: Ipv4Addr, port: u16, transparent: bool) -> io::Result<TcpListener> {
+fn listen(address: Ipv4Addr, port: u16, way: Way) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
-    socket.set_ip_transparent_v4(transparent)?;
+    if way == Way::Ours {
+        // As a ztunnel's own (`ztunnel/src/node/netns.rs`).
+        socket.set_ip_transparent_v4(true)?;
+        socket.bind_device(Some(b"lo"))?;
+        socket.set_mark(MARK_LEG)?;
+    }
     socket.set_reuse_address(true)?;
     setsockopt(&socket, RcvBufForce, &WINDOW).map_err(io::Error::from)?;
     socket.bind(&SocketAddr::from((address, port)).into())?;

@@ -27,7 +27,7 @@ use super::find::{Finder, Found, Process};
 use super::heap::Heap;
 use super::host::Host;
 use super::keep::{Keeper, Keeping};
-use super::netns::{Family, Netns};
+use super::netns::{Callers, Family, Netns};
 use super::orders::Order;
 use super::pod::LocalPod;
 use super::tenure::Tenure;
@@ -122,7 +122,8 @@ impl Deps {
         let mut leaders: Vec<(Slot, OwnedFd)> = Vec::new();
         let mut shares: Vec<Vec<(Role, std::net::TcpListener)>> = (0..workers).map(|_| Vec::new()).collect();
         for (slot, role) in slots(family) {
-            let group = pod.netns.listeners(family, workers).map_err(EnrolError::Listeners)?;
+            let whose = if role == Role::Outbound { Callers::Pod } else { Callers::Network };
+            let group = pod.netns.listeners(family, workers, whose).map_err(EnrolError::Listeners)?;
             for (n, (listener, share)) in group.into_iter().zip(&mut shares).enumerate() {
                 // The kernel spreads connections over the group; one member stands for all of it in the map.
                 if n == 0 {

@@ -133,13 +133,20 @@ impl Netns {
     ///
     /// # Errors
     /// Those of the socket calls; CAP_NET_ADMIN or CAP_NET_RAW is needed for a transparent socket.
-    pub fn listeners(&self, family: Family, count: usize) -> io::Result<Vec<std::net::TcpListener>> {
+    pub fn listeners(&self, family: Family, count: usize, whose: Callers) -> io::Result<Vec<std::net::TcpListener>> {
         self.enter(|| {
             let mut address = SocketAddr::new(family.loopback(), 0);
             (0..count.max(1))
                 .map(|_| {
                     let socket = tcp(family)?;
                     transparent(&socket, family)?;
+                    if whose == Callers::Pod {
+                        // Device and mark lead the answers back over lo. Left to the `local` table, whose route to the
+                        // pod's address names another device, the kernel would make two routes for each connection and
+                        // keep neither.
+                        socket.bind_device(Some(b"lo"))?;
+                        socket.set_mark(MARK_LEG)?;
+                    }
                     // Balances new connections over the workers; the kernel applies it after the steering as well.
                     socket.set_reuse_port(true)?;
                     // Before it listens: what waits to be accepted has its options already.
@@ -246,6 +253,15 @@ impl Netns {
             }))
         })
     }
+}
+
+/// Who calls at a group of listeners.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Callers {
+    /// The pod's own processes, whose captured connections all come over lo.
+    Pod,
+    /// Whoever reaches the pod over the network.
+    Network,
 }
 
 /// A source port for a last leg that its client is not likely to use itself.
