@@ -38,10 +38,16 @@ pub fn steer(ctx: SkLookupContext) -> u32 {
 #[inline(always)]
 fn tcp(ctx: &SkLookupContext) -> u32 {
     let cookie = NETNS_COOKIE.load();
+    let Some(pod) = enrolled(cookie) else {
+        return PASS;
+    };
     let (local, remote) = addresses(ctx);
-    // The second: a process calling an address of its own netns that is not the pod's. Nobody to hand it to, and
-    // ztunnel's own attempt to forward it would come back here without end.
-    if local.is_loopback() || local == remote {
+    if local.is_loopback() {
+        return PASS;
+    }
+    // A process calling an address of its own netns that is not the pod's: nobody to hand it to, and ztunnel's own
+    // attempt to forward it would come back here without end.
+    if local == remote {
         return PASS;
     }
     let to_pod = local.belongs_to(cookie);
@@ -49,14 +55,9 @@ fn tcp(ctx: &SkLookupContext) -> u32 {
     // Over `lo` proper come only ztunnel's leg to the application and what the connect hook marked.
     if ingress(ctx) == LOOPBACK {
         // Captured outbound never passes, not even fail-open: a foreign destination would land on whatever the
-        // application has on that port. Whether the netns is enrolled is asked last: each captured connection comes
-        // this way, and where there is a listener it is.
-        let passes = to_pod || assign(ctx, cookie, (Slot::Out4, Slot::Out6)) || enrolled(cookie).is_none();
-        return if passes { PASS } else { drop() };
+        // application has on that port.
+        return if to_pod || assign(ctx, cookie, (Slot::Out4, Slot::Out6)) { PASS } else { drop() };
     }
-    let Some(pod) = enrolled(cookie) else {
-        return PASS;
-    };
     // The application calls itself.
     if to_pod && remote.belongs_to(cookie) {
         return PASS;
