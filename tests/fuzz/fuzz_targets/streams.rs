@@ -231,7 +231,8 @@ async fn serve(far: DuplexStream, refusals: u8, pauses: u8, side: &mut Side) -> 
 }
 
 async fn call(near: DuplexStream, side: &mut Side) -> Result<(), h2::Error> {
-    let (send, connection) = h2::client::handshake(near).await?;
+    // As for the server: what comes in one go is not taken before the rest of it is read.
+    let (send, connection) = h2::client::Builder::new().data_frame_budget(usize::MAX).handshake(near).await?;
     let driving = tokio::spawn(connection);
     let mut meanwhile = Meanwhile::Say(EarlyBytes::of(side));
     let (body, response) = loop {
