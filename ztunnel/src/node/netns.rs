@@ -129,7 +129,8 @@ impl Netns {
 
     /// A group of listeners on one loopback port, one per worker, that can answer for any address.
     ///
-    /// Port 0 never clashes with the application, and loopback is reachable from outside only by the steering.
+    /// Port 0 never clashes with the application, and loopback is reachable from outside only by the steering. Those of the
+    /// pod's own calls take only what comes over lo.
     ///
     /// # Errors
     /// Those of the socket calls; CAP_NET_ADMIN or CAP_NET_RAW is needed for a transparent socket.
