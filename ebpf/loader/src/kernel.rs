@@ -239,16 +239,6 @@ pub(crate) fn attach_sk_lookup(program: BorrowedFd<'_>, netns: BorrowedFd<'_>) -
     attributes.call_for_fd(BPF_LINK_CREATE)
 }
 
-/// Returns what the allocator keeps of memory that is free: to be called after a burst. The loader does so itself after
-/// reading the kernel's type information, which takes a hundred times what stays of it.
-pub fn give_back_memory() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: takes no pointer and may be called at any time from any thread.
-    unsafe {
-        libc::malloc_trim(0);
-    }
-}
-
 /// The start of the kernel's `bpf_link_info`. What `target` means depends on the kind of link.
 #[repr(C)]
 #[derive(Default)]

@@ -8,6 +8,7 @@ mod capture;
 mod error;
 mod kernel;
 mod maps;
+mod memory;
 mod pins;
 mod pod;
 mod steer;
@@ -16,8 +17,9 @@ pub use capture::Capture;
 pub use ebpf_abi as abi;
 pub use ebpf_abi::Slot;
 pub use error::LoadError;
-pub use kernel::{NetnsCookie, cookie_of, give_back_memory, netns_cookie};
+pub use kernel::{NetnsCookie, cookie_of, netns_cookie};
 pub use maps::Counters;
+pub use memory::{give_back_code, give_back_memory};
 pub use pins::{attached_netns, ensure_bpffs, remove_pins};
 pub use pod::{Dns, FailureMode, Inbound, InvalidPrefix, Phase, PodCapture, Prefix};
 

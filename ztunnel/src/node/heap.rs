@@ -2,7 +2,8 @@
 //!
 //! The C library keeps what is freed for the next allocation, up to tens of megabytes, and a node has its proxy's memory
 //! for nothing until the next transfer. To give it back at once would cost a transfer a third of its speed: its buffers
-//! come and go all the time. So it goes once the process has little to do.
+//! come and go all the time. So it goes once the process has little to do. So does, after the start, the code that only the
+//! start needed.
 
 use std::time::Duration;
 
@@ -19,12 +20,13 @@ pub struct Heap {
     spent: Duration,
     /// There was a burst, the first being the start, and its memory has not been given back yet.
     burst: bool,
+    started: bool,
 }
 
 impl Heap {
     #[must_use]
     pub fn new() -> Self {
-        Self { looked: Instant::now(), spent: spent(), burst: true }
+        Self { looked: Instant::now(), spent: spent(), burst: true, started: false }
     }
 
     /// To be called every few seconds: gives back what was freed if there was little to do since the last time, and more
@@ -32,6 +34,11 @@ impl Heap {
     pub fn look(&mut self) {
         if self.is_quiet(Instant::now(), spent()) {
             ebpf_loader::give_back_memory();
+            if !std::mem::replace(&mut self.started, true)
+                && let Err(error) = ebpf_loader::give_back_code()
+            {
+                tracing::debug!(%error, "code that is not needed any more stays in memory");
+            }
         }
     }
 
@@ -59,7 +66,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn memory_goes_once_after_each_burst() {
-        let mut heap = Heap { looked: Instant::now(), spent: Duration::ZERO, burst: true };
+        let mut heap = Heap { looked: Instant::now(), spent: Duration::ZERO, burst: true, started: true };
         let mut spent = Duration::ZERO;
         let mut gone = Vec::new();
         for millis in [5000, 3000, 10, 10, 0, 400, 100, 0] {
