@@ -58,17 +58,24 @@ pub fn vips(service: &KubeService) -> Vec<IpAddr> {
 }
 
 fn port(port: &ServicePort) -> Option<Port> {
+    let service_port = port_number(port.port)?;
     Some(Port {
-        service_port: u32::try_from(port.port).ok()?,
+        service_port,
         target_port: match &port.target_port {
-            None => u32::try_from(port.port).ok()?,
-            Some(IntOrString::Int(number)) if *number > 0 => u32::try_from(*number).ok()?,
-            // Zero means the same as absent; a name differs from pod to pod.
-            Some(IntOrString::Int(_)) => u32::try_from(port.port).ok()?,
+            // Zero means the same as absent.
+            None | Some(IntOrString::Int(0)) => service_port,
+            Some(IntOrString::Int(number)) => port_number(*number)?,
+            // It differs from pod to pod.
             Some(IntOrString::String(_)) => 0,
         },
         app_protocol: app_protocol(port).into(),
     })
+}
+
+/// The number of a port, 1 to 65535. Not every API server checks that, and a proxy refuses the whole address for one port
+/// that is none.
+pub fn port_number(number: i32) -> Option<u32> {
+    u16::try_from(number).ok().filter(|number| *number > 0).map(u32::from)
 }
 
 /// The protocol that a name, or its part before the first hyphen, stands for.

@@ -96,6 +96,33 @@ fn render_verdict(verdict: &Verdict) -> String {
     out
 }
 
+/// One port that is none would make proxies refuse the whole Service.
+#[test]
+fn a_port_that_is_none_is_left_out() {
+    let translation = translate(&world(
+        "
+kind: Service
+metadata: {name: web, namespace: shop}
+spec:
+  clusterIP: 10.96.0.1
+  ports:
+    - {name: a, port: 80, targetPort: 83306}
+    - {name: b, port: 70000}
+    - {name: c, port: 81, targetPort: -1}
+    - {name: d, port: 82, targetPort: 8082}
+    - {name: e, port: 83, targetPort: 0}
+",
+    ));
+    let resource = translation.resources.iter().find(|resource| resource.type_url == ADDRESS_TYPE).expect("the Service");
+    let address = Address::decode(resource.body.clone()).expect("an Address");
+    let mesh::model::Resource::Service(service) = mesh::model::Resource::try_from(address).expect("proxies accept it")
+    else {
+        panic!("a Service is no workload");
+    };
+    let ports: Vec<u16> = service.ports.into_keys().collect();
+    assert_eq!(ports, [82, 83]);
+}
+
 #[test]
 fn pods_services_and_endpoints_become_addresses() {
     golden("addresses");

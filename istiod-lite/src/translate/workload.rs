@@ -12,7 +12,7 @@ use mesh_proto::workload::{
 };
 
 use super::binding::{self, Binding, TrafficType};
-use super::service::app_protocol;
+use super::service::{app_protocol, port_number};
 use super::service_entry::services_selecting;
 use super::world::{View, World};
 use super::{address_bytes, address_resource};
@@ -171,7 +171,7 @@ pub fn services_of_labels(
             let ports = tcp_ports(service).filter_map(|port| {
                 let target = match (own(port.name.as_deref().unwrap_or_default()), &port.target_port) {
                     (Some(own), _) => own,
-                    (None, Some(IntOrString::Int(number))) if *number > 0 => *number,
+                    (None, Some(IntOrString::Int(number))) if *number != 0 => *number,
                     (None, Some(IntOrString::String(name))) => own(name)?,
                     (None, _) => port.port,
                 };
@@ -204,7 +204,7 @@ fn selected_ports(service: &KubeService, pod: &Pod) -> Vec<Port> {
     tcp_ports(service)
         .filter_map(|port| {
             let target = match &port.target_port {
-                Some(IntOrString::Int(number)) if *number > 0 => *number,
+                Some(IntOrString::Int(number)) if *number != 0 => *number,
                 Some(IntOrString::String(name)) => container_port(pod, name)?,
                 _ => port.port,
             };
@@ -215,8 +215,8 @@ fn selected_ports(service: &KubeService, pod: &Pod) -> Vec<Port> {
 
 fn resolved_port(port: &ServicePort, target: i32) -> Option<Port> {
     Some(Port {
-        service_port: u32::try_from(port.port).ok()?,
-        target_port: u32::try_from(target).ok()?,
+        service_port: port_number(port.port)?,
+        target_port: port_number(target)?,
         app_protocol: app_protocol(port).into(),
     })
 }

@@ -32,8 +32,8 @@ pub enum Mesh {
     Plain,
     /// Our ztunnel, this binary.
     Ours(PathBuf),
-    /// A relay beside the client and one beside each server, which copy.
-    Relay,
+    /// A relay beside the client and one beside each server, which copy; with TLS between the two, or without.
+    Relay { tls: bool },
     /// A command of the user's, run on each node.
     Peer(String),
 }
@@ -98,7 +98,7 @@ impl Arena {
             lab,
         };
         match arena.mesh {
-            Mesh::Relay => arena.start_relays(),
+            Mesh::Relay { tls } => arena.start_relays(tls),
             _ => arena.start_proxies(),
         }
         .with_context(|| format!("starting {name}"))?;
@@ -116,7 +116,7 @@ impl Arena {
             let config = self.lab.scratch("mesh")?.join(format!("{name}.yaml"));
             let enrolled: Vec<&Pod> = match self.mesh {
                 Mesh::Ours(_) => self.pods().into_iter().filter(|(_, of)| of == name).map(|(pod, _)| pod).collect(),
-                Mesh::Plain | Mesh::Relay | Mesh::Peer(_) => Vec::new(),
+                Mesh::Plain | Mesh::Relay { .. } | Mesh::Peer(_) => Vec::new(),
             };
             local::write_file(&config, &local::mesh_file(NAMESPACE, &self.pods(), &enrolled))?;
             let shown = |path: &Path| path.display().to_string();
@@ -133,7 +133,7 @@ impl Arena {
             ];
             let env: Vec<(&str, &str)> = env.iter().map(|(key, value)| (*key, value.as_str())).collect();
             let argv = match &self.mesh {
-                Mesh::Plain | Mesh::Relay => continue,
+                Mesh::Plain | Mesh::Relay { .. } => continue,
                 Mesh::Ours(ztunnel) => unlimited(&[&shown(ztunnel)]),
                 Mesh::Peer(command) => unlimited(&["/bin/sh", "-c", command]),
             };
@@ -146,7 +146,7 @@ impl Arena {
                 let ready = match &self.mesh {
                     Mesh::Ours(_) => local::answers_ready(node, 15021),
                     Mesh::Peer(_) => file.exists(),
-                    Mesh::Plain | Mesh::Relay => true,
+                    Mesh::Plain | Mesh::Relay { .. } => true,
                 };
                 Ok(ready.then_some(()))
             })?;
@@ -155,7 +155,9 @@ impl Arena {
     }
 
     /// In the pods' namespaces, and in the nodes' cgroups, where a mesh has its proxies.
-    fn start_relays(&mut self) -> Result<()> {
+    fn start_relays(&mut self, tls: bool) -> Result<()> {
+        let certificate = self.lab.scratch("relay")?;
+        relay::write_certificate(&certificate)?;
         let from_client = [Target::OtherNode, Target::SameNode].map(|target| {
             let (here, there) = (self.destination(target), self.address(target));
             serve::ALL.map(|port| format!("{here}:{port}={there}:{}", port + RELAYED))
@@ -165,15 +167,18 @@ impl Arena {
             serve::ALL.map(|port| format!("{here}:{}={here}:{port}", port + RELAYED)).to_vec()
         };
         let relays = [
-            ("node-a", &self.client, from_client.concat()),
-            ("node-a", &self.near, to_server(&self.near)),
-            ("node-b", &self.far, to_server(&self.far)),
+            ("node-a", &self.client, "to", from_client.concat()),
+            ("node-a", &self.near, "from", to_server(&self.near)),
+            ("node-b", &self.far, "from", to_server(&self.far)),
         ];
         let mut started = Vec::new();
-        for (node, pod, ways) in relays {
+        for (node, pod, side, ways) in relays {
             let netns = format!("--net={}", pod.net.netns.path().display());
             let program = self.program.display().to_string();
             let mut argv = unlimited(&["nsenter", &netns, &program, "relay"]);
+            if tls {
+                argv.extend(["--tls", side, "--certificate", &certificate.display().to_string()].map(str::to_owned));
+            }
             argv.extend(ways);
             started.push(self.lab.node(node).spawn(&format!("relay-{}", pod.name), &words(&argv), &[])?);
         }
@@ -187,8 +192,8 @@ impl Arena {
     /// What a load is told to dial.
     fn destination(&self, target: Target) -> IpAddr {
         match (&self.mesh, target) {
-            (Mesh::Relay, Target::OtherNode) => [127, 0, 1, 1].into(),
-            (Mesh::Relay, Target::SameNode) => [127, 0, 2, 1].into(),
+            (Mesh::Relay { .. }, Target::OtherNode) => [127, 0, 1, 1].into(),
+            (Mesh::Relay { .. }, Target::SameNode) => [127, 0, 2, 1].into(),
             _ => self.address(target),
         }
     }

@@ -132,6 +132,7 @@ pub fn run(options: &Options) -> Result<()> {
     // Memory first: later the allocator holds what was used before.
     let mut memory = Vec::new();
     if wanted.has(RSS_IDLE) {
+        scale::rest(&interrupt)?;
         memory.push(rss_idle(&arenas)?);
     }
     for arena in &mut arenas {
@@ -205,7 +206,8 @@ fn bring_up(options: &Options, places: &Places, interrupt: &Interrupt) -> Result
     let mut arenas =
         vec![Arena::up("plain", Mesh::Plain, interrupt)?, Arena::up("ours", Mesh::Ours(ztunnel), interrupt)?];
     if options.relay {
-        arenas.push(Arena::up("relay", Mesh::Relay, interrupt)?);
+        arenas.push(Arena::up("relay", Mesh::Relay { tls: false }, interrupt)?);
+        arenas.push(Arena::up("tlsrelay", Mesh::Relay { tls: true }, interrupt)?);
     }
     for (name, command) in &options.peer {
         arenas.push(Arena::up(name, Mesh::Peer(command.clone()), interrupt)?);

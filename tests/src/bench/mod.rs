@@ -11,7 +11,7 @@
 //! - [`l4`] is the suite: which tests, which budgets, in which order
 //! - [`scale`] is its part about meshes of many workloads, without traffic
 //! - [`capture`] is another: the way into a proxy, without one; its two ends are in [`sink`]
-//! - [`relay`] is a contestant that only copies: what two user-space hops cost whatever they do
+//! - [`relay`] makes contestants that only copy, with TLS and without: what two user-space hops cost whatever they do
 //! - [`report`] makes medians, JSON and the table
 
 pub mod arena;
@@ -43,7 +43,8 @@ pub struct Options {
     /// Another mesh to run beside ours; may be given several times
     #[arg(long, value_name = "NAME=COMMAND", value_parser = peer, long_help = PEER_HELP)]
     pub peer: Vec<(String, String)>,
-    /// Run two relays beside ours that copy and do nothing else: what any pair of proxies costs here
+    /// Run two relays beside ours that copy and do nothing else, and two that speak TLS with each other: what any pair of proxies
+    /// costs here
     #[arg(long)]
     pub relay: bool,
     /// Only these tests
@@ -79,7 +80,7 @@ fn peer(text: &str) -> Result<(String, String), String> {
     let (name, command) = text.split_once('=').ok_or("NAME=COMMAND is expected")?;
     let plain = name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit());
     match name {
-        "plain" | "ours" | "relay" => Err(format!("{name} is taken")),
+        "plain" | "ours" | "relay" | "tlsrelay" => Err(format!("{name} is taken")),
         _ if name.is_empty() || name.len() > 12 || !plain => {
             Err("NAME: up to twelve lower case letters and digits".into())
         }

@@ -29,7 +29,11 @@ pub fn prove(arena: &mut Arena) -> Result<String> {
             );
             "readable on the wire, as it should be without a mesh"
         }
-        Mesh::Relay => "readable on the wire, as it only copies",
+        Mesh::Relay { tls: false } => "readable on the wire, as it only copies",
+        Mesh::Relay { tls: true } => {
+            ensure!(across == 0 && within == 0, "the marker is on the wire ({across} and {within} frames)");
+            "not one byte readable, without identities"
+        }
         Mesh::Ours(_) => {
             ensure!(across == 0 && within == 0, "the marker is on the wire ({across} and {within} frames)");
             let versions = wire.tls_versions(HBONE_PORT);

@@ -75,8 +75,7 @@ pub fn measure(ztunnel: &Path, workloads: usize, interrupt: &Interrupt) -> Resul
         }
         Ok(local::answers_ready(node, 15021).then(|| started.elapsed()))
     })?;
-    let end = Instant::now() + REST;
-    interrupt.until("the ztunnel to rest", REST * 2, || Ok((Instant::now() > end).then_some(())))?;
+    rest(interrupt)?;
     let system = node.cgroup.join("system");
     let rest = usage::resident_kib(&system)?;
     let peak = usage::processes(&system)?.into_iter().map(peak_kib).sum::<Result<u64>>()?;
@@ -85,6 +84,15 @@ pub fn measure(ztunnel: &Path, workloads: usize, interrupt: &Interrupt) -> Resul
         bail!("it has not heard of the mesh");
     }
     Ok(Known { rest_mib: rest as f64 / 1024.0, peak_mib: peak as f64 / 1024.0, ready_s: ready.as_secs_f64() })
+}
+
+/// Waits until what was only needed to get ready has been given back.
+///
+/// # Errors
+/// When the user does not want to wait.
+pub fn rest(interrupt: &Interrupt) -> Result<()> {
+    let end = Instant::now() + REST;
+    interrupt.until("the proxies to rest", REST * 2, || Ok((Instant::now() > end).then_some(())))
 }
 
 fn peak_kib(pid: u32) -> Result<u64> {
