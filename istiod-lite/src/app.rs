@@ -1,7 +1,7 @@
 //! Wiring of the control plane: start order, the loop from a changed world to published resources, and the writers that
 //! bring the API up to date. Decisions live elsewhere.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::future::Future;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -14,6 +14,8 @@ use kube::{Api, Client};
 use mesh::clock::Clock;
 use mesh::drain::DrainWatcher;
 use mesh_proto::enrolment::POD_ENROLMENT_TYPE;
+use mesh_proto::security::AUTHORIZATION_TYPE;
+use mesh_proto::waypoint::HTTP_POLICY_TYPE;
 use mesh_proto::workload::ADDRESS_TYPE;
 use serde_json::json;
 use time::OffsetDateTime;
@@ -28,10 +30,10 @@ use crate::enrol::notices::{self, Told};
 use crate::enrol::{
     self, Annotate, LEAVE_DEADLINE, Leaving, PATIENCE as PENDING_PATIENCE, REDIRECTION, Reports, Stays, Written,
 };
-use crate::resources::{Acks, Resource, ResourceStore};
+use crate::resources::{Acks, Resource, ResourceStore, lock};
 use crate::translate::enrolment;
 use crate::translate::translate;
-use crate::translate::verdict::Verdict;
+use crate::translate::verdict::{Kind, Verdict};
 use crate::translate::world::World;
 use crate::types::Key;
 use crate::watch::Watch;
@@ -43,6 +45,8 @@ const QUIET: Duration = Duration::from_millis(20);
 const PATIENCE: Duration = Duration::from_millis(100);
 /// Before writes that failed are tried again, and between attempts to reach the API at start.
 const RETRY: Duration = Duration::from_secs(1);
+/// For proxies to acknowledge a policy, before its status says that some have not.
+const ACK_PATIENCE: Duration = Duration::from_secs(5);
 const CONCURRENT_ANNOTATIONS: usize = 16;
 /// The audience of tokens that proxies present.
 const TOKEN_AUDIENCE: &str = "istio-ca";
@@ -51,6 +55,24 @@ const TOKEN_AUDIENCE: &str = "istio-ca";
 struct Pass {
     world: World,
     verdicts: Vec<Verdict>,
+    /// Of the resources that were published.
+    generation: u64,
+}
+
+/// What keeps waypoints from being deployed, as the writer of their objects found it: part of the next pass.
+type Obstacles = Arc<Mutex<Arc<BTreeMap<Key, String>>>>;
+
+/// What a pass goes to, and what comes back from it.
+struct Published {
+    store: Arc<ResourceStore>,
+    acks: Arc<Acks>,
+    obstacles: Obstacles,
+}
+
+/// Where the writer of objects tells what it could not write.
+struct Applying {
+    watch: Arc<Watch>,
+    obstacles: Obstacles,
 }
 
 type Passes = watch::Receiver<Option<Arc<Pass>>>;
@@ -73,10 +95,13 @@ pub async fn run(config: Config, client: Client, drain: DrainWatcher) -> anyhow:
     let (store, acks, reports) =
         (Arc::new(ResourceStore::new()), Arc::new(Acks::default()), Arc::new(Reports::default()));
     let (passes_in, passes) = watch::channel(None);
-    tasks.spawn(translate_changes(Arc::clone(&watch), Arc::clone(&store), Arc::clone(&acks), passes_in));
-    tasks.spawn(write_statuses(client.clone(), passes.clone()));
+    let obstacles = Obstacles::default();
+    let published = Published { store: Arc::clone(&store), acks: Arc::clone(&acks), obstacles: Arc::clone(&obstacles) };
+    tasks.spawn(translate_changes(Arc::clone(&watch), published, passes_in));
+    tasks.spawn(write_statuses(client.clone(), Arc::clone(&acks), passes.clone()));
     tasks.spawn(write_pods(client.clone(), Arc::clone(&reports), passes.clone()));
-    tasks.spawn(apply_objects(client.clone(), config.clone(), Arc::clone(&authority), passes));
+    let applying = Applying { watch: Arc::clone(&watch), obstacles };
+    tasks.spawn(apply_objects(client.clone(), config.clone(), Arc::clone(&authority), applying, passes));
 
     let deps = serve::Deps {
         store,
@@ -113,8 +138,7 @@ async fn authority(config: &Config, client: &Client) -> anyhow::Result<Arc<Autho
 /// World → resources → store, once per burst of changes.
 async fn translate_changes(
     watch: Arc<Watch>,
-    store: Arc<ResourceStore>,
-    acks: Arc<Acks>,
+    Published { store, acks, obstacles }: Published,
     passes: watch::Sender<Option<Arc<Pass>>>,
 ) {
     let mut leaving = Leaving::default();
@@ -138,6 +162,7 @@ async fn translate_changes(
         let mut world = watch.snapshot();
         world.leaving = leaving.observe(&world);
         world.epochs = stays.epochs();
+        world.obstacles = Arc::clone(&lock(&obstacles));
         let started = Instant::now();
         let translated = tokio::task::spawn_blocking(move || (translate(&world), world)).await;
         let Ok((translation, world)) = translated else {
@@ -161,7 +186,7 @@ async fn translate_changes(
                 }
             });
         }
-        passes.send_replace(Some(Arc::new(Pass { world, verdicts: translation.verdicts })));
+        passes.send_replace(Some(Arc::new(Pass { world, verdicts: translation.verdicts, generation })));
     }
 }
 
@@ -221,23 +246,77 @@ async fn for_each_pass<F: Future<Output = bool>>(mut passes: Passes, write: impl
     }
 }
 
-async fn write_statuses(client: Client, passes: Passes) {
+/// What only depends on us is written at once. That a policy is in force is written once the proxies have it; those that
+/// have not said so after [`ACK_PATIENCE`] are mentioned.
+async fn write_statuses(client: Client, acks: Arc<Acks>, mut passes: Passes) {
     let refused = Mutex::new(status::Refused::default());
-    for_each_pass(passes, |pass| {
-        let (client, refused) = (client.clone(), &refused);
-        async move {
-            let writes = status::differences(&pass.world, &pass.verdicts, OffsetDateTime::now_utc());
-            status::write(&client, writes, refused).await
+    let mut refusals = acks.refusals();
+    // Since when something waits for proxies, over passes that come meanwhile.
+    let mut waiting: Option<Instant> = None;
+    loop {
+        let pass = passes.borrow_and_update().clone();
+        refusals.mark_unchanged();
+        let mut done = true;
+        if let Some(pass) = pass {
+            let (policies, others): (Vec<Verdict>, _) =
+                pass.verdicts.iter().cloned().partition(|verdict| status::is_carried_out_by_proxies(verdict.kind));
+            let write = async |verdicts: &[Verdict]| {
+                let writes = status::differences(&pass.world, verdicts, OffsetDateTime::now_utc());
+                status::write(&client, writes, &refused).await
+            };
+            done &= write(&others).await;
+            let differences = status::differences(&pass.world, &policies, OffsetDateTime::now_utc());
+            let open: BTreeSet<(Kind, Key)> = differences.into_iter().map(|write| (write.kind, write.key)).collect();
+            if open.is_empty() && !acks.any_refused() {
+                waiting = None;
+            } else {
+                let since = *waiting.get_or_insert_with(Instant::now);
+                let left = (since + ACK_PATIENCE).saturating_duration_since(Instant::now());
+                let all_acked = async {
+                    let types = [AUTHORIZATION_TYPE, HTTP_POLICY_TYPE];
+                    let each = types.map(|type_url| acks.wait_acked(type_url, pass.generation, left));
+                    futures_util::future::join_all(each).await.into_iter().all(|acked| acked)
+                };
+                let late = tokio::select! {
+                    acked = all_acked => !acked,
+                    // The newer one holds this one's policies as well.
+                    changed = passes.changed() => match changed {
+                        Ok(()) => continue,
+                        Err(_) => return,
+                    },
+                };
+                waiting = None;
+                let unacknowledged = if late { open } else { BTreeSet::new() };
+                done &= write(&status::answered(policies, &acks, &unacknowledged)).await && !late;
+            }
         }
-    })
-    .await;
+        tokio::select! {
+            changed = passes.changed() => if changed.is_err() { return },
+            _ = refusals.changed() => {}
+            () = tokio::time::sleep(RETRY), if !done => {}
+        }
+    }
 }
 
-async fn apply_objects(client: Client, config: Config, authority: Arc<Authority>, passes: Passes) {
+async fn apply_objects(
+    client: Client,
+    config: Config,
+    authority: Arc<Authority>,
+    Applying { watch, obstacles }: Applying,
+    passes: Passes,
+) {
     for_each_pass(passes, |pass| {
         let objects = deploy::differences(&pass.world, &config.waypoint, &authority.root_bundle_pem());
-        let client = client.clone();
-        async move { deploy::apply(&client, objects).await }
+        let (client, watch, obstacles) = (client.clone(), Arc::clone(&watch), Arc::clone(&obstacles));
+        async move {
+            let applied = deploy::apply(&client, objects).await;
+            let mut known = lock(&obstacles);
+            if **known != applied.obstacles {
+                *known = Arc::new(applied.obstacles);
+                watch.touch();
+            }
+            !applied.again
+        }
     })
     .await;
 }

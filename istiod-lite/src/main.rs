@@ -9,9 +9,9 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use ipnet::IpNet;
-use istiod_lite::app;
 use istiod_lite::config::Config;
 use istiod_lite::standalone::{Server, StandaloneArgs, default_service_cidrs};
+use istiod_lite::{analyze, app};
 use mesh::drain::{self, DrainTrigger, DrainWatcher};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -28,6 +28,14 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Says what of these objects will not be done as it is written, without changing anything. Exit status 1 if there is any.
+    Analyze {
+        /// YAML or JSON files, directories, or - for standard input; without any, what the cluster of KUBECONFIG has.
+        files: Vec<PathBuf>,
+        /// The namespace of objects that name none.
+        #[arg(long, short, default_value = "default")]
+        namespace: String,
+    },
     /// Brings its own Kubernetes API server: for laptops, virtual machines and tests.
     Standalone {
         /// Where objects, keys and certificates are kept.
@@ -63,6 +71,9 @@ fn main() -> ExitCode {
     }
     // An error only says that a provider is installed already.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    if let Some(Command::Analyze { files, namespace }) = &arguments.command {
+        return analyze(files, namespace, config);
+    }
     let outcome = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -77,12 +88,34 @@ fn main() -> ExitCode {
     }
 }
 
+fn analyze(files: &[PathBuf], namespace: &str, config: Config) -> ExitCode {
+    let analysis = if files.is_empty() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        runtime.map_err(anyhow::Error::from).and_then(|runtime| {
+            runtime.block_on(async { analyze::cluster(&kube::Client::try_default().await?, config.mesh).await })
+        })
+    } else {
+        analyze::files(files, namespace, config.mesh)
+    };
+    match analysis {
+        Ok(analysis) => {
+            print!("{analysis}");
+            if analysis.findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+        Err(error) => {
+            eprintln!("istiod-lite: {error:#}");
+            ExitCode::from(BAD_SETTINGS)
+        }
+    }
+}
+
 async fn run(command: Option<Command>, config: Config) -> anyhow::Result<()> {
     let (trigger, drain) = drain::channel();
     let deadline = config.drain_deadline;
     let component = async {
         match command {
             None => app::run(config, kube::Client::try_default().await?, drain).await,
+            Some(Command::Analyze { .. }) => Ok(()),
             Some(Command::Standalone { data_dir, kubeconfig_out, api_only, listen, service_cidr }) => {
                 let service_cidrs = service_cidr;
                 let args = StandaloneArgs { data_dir, kubeconfig_out, api_only, listen, service_cidrs };

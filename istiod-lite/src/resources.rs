@@ -154,17 +154,32 @@ impl ResourceStore {
     }
 }
 
-/// Which generation each connected client has acknowledged, by type.
+/// What each connected client has acknowledged and refused.
 #[derive(Debug)]
 pub struct Acks {
-    clients: Mutex<HashMap<u64, HashMap<String, u64>>>,
+    clients: Mutex<HashMap<u64, Answers>>,
     next: AtomicU64,
     changed: watch::Sender<()>,
+    refusals: watch::Sender<()>,
+}
+
+/// One client's.
+#[derive(Debug, Default)]
+struct Answers {
+    /// The last generation, by type.
+    acked: HashMap<String, u64>,
+    /// Why, by type and name of a resource.
+    refused: BTreeMap<(&'static str, Arc<str>), String>,
 }
 
 impl Default for Acks {
     fn default() -> Self {
-        Self { clients: Mutex::default(), next: AtomicU64::new(0), changed: watch::Sender::new(()) }
+        Self {
+            clients: Mutex::default(),
+            next: AtomicU64::new(0),
+            changed: watch::Sender::new(()),
+            refusals: watch::Sender::new(()),
+        }
     }
 }
 
@@ -172,7 +187,7 @@ impl Acks {
     /// Registers a connected client; it counts for a type from its first [`ClientAcks::subscribed`] on, until dropped.
     pub fn client(self: &Arc<Self>) -> ClientAcks {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        lock(&self.clients).insert(id, HashMap::new());
+        lock(&self.clients).insert(id, Answers::default());
         ClientAcks { acks: Arc::clone(self), id }
     }
 
@@ -192,7 +207,25 @@ impl Acks {
     }
 
     fn all_acked(&self, type_url: &str, generation: u64) -> bool {
-        lock(&self.clients).values().filter_map(|types| types.get(type_url)).all(|acked| *acked >= generation)
+        lock(&self.clients).values().filter_map(|of| of.acked.get(type_url)).all(|acked| *acked >= generation)
+    }
+
+    /// How many clients have refused what they were sent last of a resource, and what one of them says of it.
+    pub fn refused(&self, type_url: &'static str, name: &str) -> Option<(usize, String)> {
+        let place = (type_url, Arc::from(name));
+        let clients = lock(&self.clients);
+        let mut reasons = clients.values().filter_map(|of| of.refused.get(&place));
+        let first = reasons.next()?.clone();
+        Some((1 + reasons.count(), first))
+    }
+
+    pub fn any_refused(&self) -> bool {
+        lock(&self.clients).values().any(|of| !of.refused.is_empty())
+    }
+
+    /// Changes when [`Self::refused`] may have.
+    pub fn refusals(&self) -> watch::Receiver<()> {
+        self.refusals.subscribe()
     }
 }
 
@@ -206,26 +239,48 @@ pub struct ClientAcks {
 impl ClientAcks {
     /// The client asked for `type_url` and is waited for from now on.
     pub fn subscribed(&self, type_url: &str) {
-        if let Some(types) = lock(&self.acks.clients).get_mut(&self.id) {
-            types.entry(type_url.to_owned()).or_insert(0);
+        if let Some(of) = lock(&self.acks.clients).get_mut(&self.id) {
+            of.acked.entry(type_url.to_owned()).or_insert(0);
         }
     }
 
     /// The client has acknowledged everything of `type_url` up to `generation`, or that generation holds no change for
     /// it. A NACK counts: the good resources were applied.
     pub fn acked(&self, type_url: &str, generation: u64) {
-        if let Some(types) = lock(&self.acks.clients).get_mut(&self.id) {
-            let last = types.entry(type_url.to_owned()).or_insert(0);
+        if let Some(of) = lock(&self.acks.clients).get_mut(&self.id) {
+            let last = of.acked.entry(type_url.to_owned()).or_insert(0);
             *last = generation.max(*last);
         }
         self.acks.changed.send_replace(());
+    }
+
+    /// Of the resources `names` of one response the client has refused these, and taken the others.
+    pub fn answered(&self, type_url: &'static str, names: Vec<Arc<str>>, mut refused: BTreeMap<Arc<str>, String>) {
+        let mut changed = false;
+        if let Some(of) = lock(&self.acks.clients).get_mut(&self.id) {
+            for name in names {
+                let now = refused.remove(&name);
+                let place = (type_url, name);
+                changed |= of.refused.get(&place) != now.as_ref();
+                match now {
+                    Some(reason) => _ = of.refused.insert(place, reason),
+                    None => _ = of.refused.remove(&place),
+                }
+            }
+        }
+        if changed {
+            self.acks.refusals.send_replace(());
+        }
     }
 }
 
 impl Drop for ClientAcks {
     fn drop(&mut self) {
-        lock(&self.acks.clients).remove(&self.id);
+        let gone = lock(&self.acks.clients).remove(&self.id);
         self.acks.changed.send_replace(());
+        if gone.is_some_and(|of| !of.refused.is_empty()) {
+            self.acks.refusals.send_replace(());
+        }
     }
 }
 

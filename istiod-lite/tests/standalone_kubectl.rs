@@ -225,6 +225,57 @@ fn a_custom_resource_is_validated_defaulted_pruned_and_printed() {
     });
 }
 
+/// What users have lying about is mostly of v1beta1; clients of either version see the same object.
+#[test]
+fn kinds_of_the_mesh_are_served_in_the_versions_they_were_written_for() {
+    const OLDER: &str = "
+apiVersion: security.istio.io/v1beta1
+kind: AuthorizationPolicy
+metadata: {name: older, namespace: shop}
+spec: {action: DENY, rules: [{from: [{source: {namespaces: [other]}}]}]}
+---
+apiVersion: security.istio.io/v1beta1
+kind: PeerAuthentication
+metadata: {name: older, namespace: shop}
+spec: {mtls: {mode: STRICT}}
+---
+apiVersion: gateway.networking.k8s.io/v1beta1
+kind: Gateway
+metadata: {name: older, namespace: shop}
+spec: {gatewayClassName: istio-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}
+---
+apiVersion: gateway.networking.k8s.io/v1beta1
+kind: HTTPRoute
+metadata: {name: older, namespace: shop}
+spec: {parentRefs: [{group: '', kind: Service, name: web}]}
+---
+apiVersion: networking.istio.io/v1alpha3
+kind: ServiceEntry
+metadata: {name: older, namespace: shop}
+spec: {hosts: [a.example.org], ports: [{name: http, number: 80}], resolution: DNS}
+";
+    with_each_kubectl(|kubectl| {
+        kubectl.ok(&format!("apply -f {}/../manifests/crds", env!("CARGO_MANIFEST_DIR")));
+        kubectl.ok("wait --for=condition=Established crd --all --timeout=10s");
+        kubectl.apply(OLDER);
+        for (plural, group, field, value) in [
+            ("authorizationpolicies", "security.istio.io", ".spec.action", "DENY"),
+            ("peerauthentications", "security.istio.io", ".spec.mtls.mode", "STRICT"),
+            ("gateways", "gateway.networking.k8s.io", ".spec.gatewayClassName", "istio-waypoint"),
+            ("httproutes", "gateway.networking.k8s.io", ".spec.parentRefs[0].name", "web"),
+            ("serviceentries", "networking.istio.io", ".spec.resolution", "DNS"),
+        ] {
+            for version in ["v1", "v1beta1"] {
+                let get =
+                    format!("get {plural}.{version}.{group} older -n shop -o jsonpath={{.apiVersion}},{{{field}}}");
+                assert_eq!(kubectl.ok(&get), format!("{group}/{version},{value}"));
+            }
+        }
+        let again = kubectl.apply(&OLDER.replace("v1beta1", "v1"));
+        assert!(!again.contains("created") && again.lines().count() == 5, "{again}");
+    });
+}
+
 #[test]
 fn built_in_kinds_are_explained_and_checked() {
     with_each_kubectl(|kubectl| {

@@ -4,6 +4,7 @@
 
 mod waypoint;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use futures_util::{StreamExt, stream};
@@ -14,10 +15,10 @@ use kube::{Api, Client};
 use serde_json::{Value, json};
 use xxhash_rust::xxh64::xxh64;
 
-use crate::translate::binding::waypoints;
+use crate::translate::binding::{MANAGED_LABEL, waypoints};
 use crate::translate::gateway::refusal;
 use crate::translate::world::World;
-use crate::types::{Key, annotation};
+use crate::types::{Key, annotation, label};
 use crate::watch::ROOT_CERT_CONFIG_MAP;
 
 pub use waypoint::WaypointSettings;
@@ -33,6 +34,15 @@ pub struct Apply {
     kind: AppliedKind,
     key: Key,
     object: Value,
+}
+
+/// What became of a round of objects.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Applied {
+    /// Something failed that may succeed later.
+    pub again: bool,
+    /// By Gateway, what keeps its waypoint from being deployed.
+    pub obstacles: BTreeMap<Key, String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,7 +79,9 @@ pub fn differences(world: &World, settings: &WaypointSettings, root_bundle_pem: 
     let mut out = Vec::new();
     for (key, gateway) in waypoints(world) {
         let Ok(spec) = &gateway.spec else { continue };
-        if refusal(spec).is_some() || gateway.meta.deletion_timestamp.is_some() || is_terminating(world, &key.namespace)
+        if refusal(key, spec).is_some()
+            || gateway.meta.deletion_timestamp.is_some()
+            || is_terminating(world, &key.namespace)
         {
             continue;
         }
@@ -111,31 +123,56 @@ fn outdated(world: &World, kind: AppliedKind, key: Key, mut object: Value) -> Op
     Some(Apply { kind, key, object })
 }
 
-/// Applies them. False: some failed; try again.
-pub async fn apply(client: &Client, objects: Vec<Apply>) -> bool {
-    let outcomes = stream::iter(objects).map(|object| apply_one(client, object)).buffer_unordered(CONCURRENCY);
-    outcomes.fold(true, |all, one| std::future::ready(all && one)).await
-}
-
-async fn apply_one(client: &Client, apply: Apply) -> bool {
-    let resource = apply.kind.api_resource();
-    let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), &apply.key.namespace, &resource);
-    let params = PatchParams::apply(FIELD_MANAGER).force();
-    match api.patch(&apply.key.name, &params, &Patch::Apply(&apply.object)).await {
-        Ok(_) => {
-            tracing::info!(kind = ?apply.kind, object = %apply.key, "applied");
-            true
-        }
-        // The namespace has gone or is going.
-        Err(kube::Error::Api(status)) if matches!(status.code, 403 | 404) && apply.kind == AppliedKind::ConfigMap => {
-            tracing::debug!(object = %apply.key, error = %status, "root certificate not written");
-            true
-        }
-        Err(error) => {
-            tracing::warn!(kind = ?apply.kind, object = %apply.key, error = %error, "not applied");
-            false
+/// Applies them.
+pub async fn apply(client: &Client, objects: Vec<Apply>) -> Applied {
+    let outcomes = stream::iter(objects).map(|apply| async {
+        let outcome = apply_one(client, &apply).await;
+        (apply, outcome)
+    });
+    let mut outcomes = std::pin::pin!(outcomes.buffer_unordered(CONCURRENCY));
+    let mut applied = Applied::default();
+    while let Some((Apply { kind, key, .. }, outcome)) = outcomes.next().await {
+        let Err(reason) = outcome else { continue };
+        tracing::warn!(?kind, object = %key, %reason, "not applied");
+        applied.again = true;
+        if kind != AppliedKind::ConfigMap {
+            applied.obstacles.entry(key).or_insert(reason);
         }
     }
+    applied
+}
+
+/// # Errors
+/// Why not, as the Gateway's status says it.
+async fn apply_one(client: &Client, apply: &Apply) -> Result<(), String> {
+    let Apply { kind, key, object } = apply;
+    let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), &key.namespace, &kind.api_resource());
+    let failed = |error: kube::Error| format!("{kind:?} {key} cannot be written: {error}");
+    let current = match kind {
+        // Ours by its name, as everywhere in Istio.
+        AppliedKind::ConfigMap => None,
+        // Asked, as those without our label are not watched.
+        _ => api.get_metadata_opt(&key.name).await.map_err(failed)?,
+    };
+    if current.is_some_and(|current| !belongs(&current.metadata, &object["metadata"]["ownerReferences"][0]["uid"])) {
+        return Err(format!("{kind:?} {key} exists and is not this Gateway's: it is not taken over"));
+    }
+    let params = PatchParams::apply(FIELD_MANAGER).force();
+    match api.patch(&key.name, &params, &Patch::Apply(object)).await {
+        Ok(_) => tracing::info!(?kind, object = %key, "applied"),
+        // The namespace has gone or is going.
+        Err(kube::Error::Api(status)) if matches!(status.code, 403 | 404) && *kind == AppliedKind::ConfigMap => {
+            tracing::debug!(object = %key, error = %status, "root certificate not written");
+        }
+        Err(error) => return Err(failed(error)),
+    }
+    Ok(())
+}
+
+/// Made for that Gateway, or for an earlier one of its name, by whatever controls the class.
+fn belongs(meta: &ObjectMeta, gateway_uid: &Value) -> bool {
+    let owned = meta.owner_references.iter().flatten().any(|owner| owner.uid == *gateway_uid);
+    owned || label(meta, MANAGED_LABEL).is_some()
 }
 
 #[cfg(test)]

@@ -1,4 +1,8 @@
+use std::sync::Mutex;
+
 use super::*;
+use crate::resources::lock;
+use crate::testing::FakeApi;
 use crate::translate::fixture::world;
 
 const GATEWAY: &str = "
@@ -66,5 +70,65 @@ fn a_gateway_that_is_refused_or_foreign_is_not_deployed() {
     for (from, to) in [("protocol: HBONE", "protocol: HTTP"), ("istio-waypoint", "someone-elses"), ("15008", "15009")] {
         let objects = differences(&world(&GATEWAY.replace(from, to)), &WaypointSettings::default(), "ROOT");
         assert!(objects.iter().all(|apply| apply.kind == AppliedKind::ConfigMap), "{to}");
+    }
+}
+
+#[test]
+fn a_gateway_whose_service_could_have_no_such_name_is_refused() {
+    for (name, good) in [("w".repeat(63), true), ("w".repeat(64), false), ("1st".into(), false), ("a.b".into(), false)]
+    {
+        let world = world(&GATEWAY.replace("name: waypoint,", &format!("name: {name:?},")));
+        let objects = differences(&world, &WaypointSettings::default(), "ROOT");
+        assert_eq!(objects.iter().any(|apply| apply.kind == AppliedKind::Deployment), good, "{name}");
+    }
+}
+
+/// What is asked of the API, and what was changed there.
+fn api(foreign: Value) -> (Client, Arc<Mutex<Vec<String>>>) {
+    let changed = Arc::new(Mutex::new(Vec::new()));
+    let client = FakeApi::answering({
+        let changed = Arc::clone(&changed);
+        move |method, path, _| match method {
+            "GET" if path.ends_with("/services/waypoint") => (200, foreign.clone()),
+            "GET" => (404, json!({"kind": "Status", "code": 404, "reason": "NotFound", "message": "no"})),
+            _ => {
+                lock(&changed).push(path.rsplit('/').nth(1).unwrap_or_default().to_owned());
+                (200, json!({"apiVersion": "v1", "kind": "Any", "metadata": {"name": "waypoint"}}))
+            }
+        }
+    });
+    (client, changed)
+}
+
+#[tokio::test]
+async fn what_somebody_else_made_is_not_taken_over_and_the_status_says_so() {
+    let mut world = world(GATEWAY);
+    let meta = |labels: Value, owner: &str| {
+        json!({
+            "apiVersion": "meta.k8s.io/v1",
+            "kind": "PartialObjectMetadata",
+            "metadata": {
+                "name": "waypoint", "namespace": "shop", "labels": labels,
+                "ownerReferences": [{"apiVersion": "v1", "kind": "Gateway", "name": "waypoint", "uid": owner}],
+            },
+        })
+    };
+    let settings = WaypointSettings::default();
+    for (found, ours) in [
+        (meta(json!({}), "other"), false),
+        (meta(json!({}), "g-1"), true),
+        (meta(json!({MANAGED_LABEL: "istio.io-mesh-controller"}), "g-0"), true),
+    ] {
+        let (client, changed) = api(found);
+        let applied = apply(&client, differences(&world, &settings, "ROOT")).await;
+        assert_eq!(lock(&changed).iter().any(|plural| plural == "services"), ours);
+        assert_eq!((applied.again, applied.obstacles.is_empty()), (!ours, ours));
+        if !ours {
+            world.obstacles = Arc::new(applied.obstacles);
+            let (key, gateway) = waypoints(&world).next().expect("one");
+            let verdict = crate::translate::gateway::gateway(&world, key, gateway, 0).expect("a verdict");
+            let said = format!("{verdict:?}");
+            assert!(said.contains("Service shop/waypoint exists and is not this Gateway's"), "{said}");
+        }
     }
 }

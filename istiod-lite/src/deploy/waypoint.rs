@@ -181,6 +181,8 @@ fn deployment(meta: &Meta<'_>, settings: &WaypointSettings) -> Value {
                     "serviceAccountName": &*meta.key.name,
                     "automountServiceAccountToken": false,
                     "terminationGracePeriodSeconds": 30,
+                    // What the level "restricted" of Pod Security asks for, with the container's own.
+                    "securityContext": {"seccompProfile": {"type": "RuntimeDefault"}},
                     "containers": [container],
                     "volumes": [
                         {"name": "istio-token", "projected": {"sources": [{"serviceAccountToken": token}]}},

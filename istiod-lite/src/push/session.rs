@@ -15,6 +15,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use mesh_proto::ads::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource as WireResource};
+use mesh_proto::security::AUTHORIZATION_TYPE;
+use mesh_proto::waypoint::HTTP_POLICY_TYPE;
 use mesh_proto::workload::{ADDRESS_TYPE, WORKLOAD_TYPE};
 
 use super::view::{Changed, Scope, TYPES, View, payload};
@@ -22,6 +24,11 @@ use crate::resources::Resource;
 
 /// On-demand names one client may hold per type; beyond that the stream is ended, for the memory is ours.
 const MAX_NAMES: usize = 200_000;
+
+/// Types whose refusals go into a status. Of others, of which a response may hold a hundred thousand, names are not kept.
+const ANSWERED_BY_NAME: [&str; 2] = [AUTHORIZATION_TYPE, HTTP_POLICY_TYPE];
+/// Of a client's reason for a refusal, in bytes.
+const LONGEST_REASON: usize = 1024;
 
 /// What a step of the state machine tells its driver beside responses.
 #[derive(Debug, PartialEq, Eq)]
@@ -32,6 +39,8 @@ pub enum Event {
     Acked(&'static str, u64),
     /// The client rejected part of a response; the text is its.
     Nacked(&'static str, String),
+    /// Of these resources the client refused some, and why, and took the others. Before the acknowledgement.
+    Answered { type_url: &'static str, names: Vec<Arc<str>>, refused: BTreeMap<Arc<str>, String> },
     /// Nobody here serves this type; it was answered with nothing.
     UnknownType(String),
 }
@@ -80,6 +89,8 @@ struct Subscription {
 struct Outstanding {
     nonce: String,
     generation: u64,
+    /// What it holds, for the types of [`ANSWERED_BY_NAME`].
+    names: Vec<Arc<str>>,
 }
 
 /// What the client holds.
@@ -174,7 +185,11 @@ impl Session {
         let with_aliases = !subscription.wildcard;
         self.nonce += 1;
         let nonce = self.nonce.to_string();
-        subscription.outstanding = Some(Outstanding { nonce: nonce.clone(), generation: view.generation() });
+        let names = match ANSWERED_BY_NAME.contains(&type_url) {
+            true => changes.updated.iter().map(|resource| &resource.name).chain(&changes.removed).cloned().collect(),
+            false => Vec::new(),
+        };
+        subscription.outstanding = Some(Outstanding { nonce: nonce.clone(), generation: view.generation(), names });
         output.responses.push(DeltaDiscoveryResponse {
             system_version_info: view.generation().to_string(),
             resources: changes.updated.iter().filter_map(|resource| encode(type_url, resource, with_aliases)).collect(),
@@ -188,6 +203,24 @@ impl Session {
         self.nonce += 1;
         self.nonce.to_string()
     }
+}
+
+/// Which of `names` a client's text speaks of, as `name: reason; name: reason`; a reason may hold anything.
+fn refusals(said: &str, names: &[Arc<str>]) -> BTreeMap<Arc<str>, String> {
+    let starts_at = |name: &Arc<str>| {
+        let prefix = format!("{name}: ");
+        let mut found = said.match_indices(&*prefix).map(|(at, _)| at);
+        let at = found.find(|at| *at == 0 || said[..*at].ends_with("; "))?;
+        Some((at, at + prefix.len(), Arc::clone(name)))
+    };
+    let mut starts: Vec<_> = names.iter().filter_map(starts_at).collect();
+    starts.sort_unstable();
+    let ends: Vec<usize> = starts.iter().skip(1).map(|(at, ..)| *at).chain([said.len()]).collect();
+    let reason = |from: usize, to: usize| {
+        let text = said.get(from..to).unwrap_or_default().trim_end_matches("; ");
+        text[..text.floor_char_boundary(LONGEST_REASON)].to_owned()
+    };
+    starts.into_iter().zip(ends).map(|((_, from, name), to)| (name, reason(from, to))).collect()
 }
 
 #[derive(Debug, Default)]
@@ -232,6 +265,11 @@ impl Subscription {
         if let Some(detail) = &request.error_detail {
             // What was rejected is not sent again until it changes: the same bytes would meet the same fate.
             events.push(Event::Nacked(type_url, detail.message.clone()));
+        }
+        if !outstanding.names.is_empty() {
+            let said = request.error_detail.as_ref().map_or("", |detail| &detail.message);
+            let refused = refusals(said, &outstanding.names);
+            events.push(Event::Answered { type_url, names: outstanding.names, refused });
         }
         self.acked = self.acked.max(outstanding.generation);
         events.push(Event::Acked(type_url, outstanding.generation));

@@ -163,6 +163,7 @@ impl Driver {
         match event {
             Event::Subscribed(type_url) => self.acks.subscribed(type_url),
             Event::Acked(type_url, generation) => self.acks.acked(type_url, generation),
+            Event::Answered { type_url, names, refused } => self.acks.answered(type_url, names, refused),
             Event::Nacked(type_url, reason) => {
                 metrics::counter!("pilot_total_xds_rejects", "type" => type_label(type_url)).increment(1);
                 let caller = &self.client.caller;

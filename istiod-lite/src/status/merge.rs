@@ -4,7 +4,7 @@
 use serde_json::{Map, Value, json};
 
 use crate::translate::verdict::{LONGEST_MESSAGE, ListenerReport, ParentReport, Report, Wanted};
-use crate::types::gateway::ROUTE_CONTROLLER;
+use crate::types::gateway::{GROUP, ROUTE_CONTROLLER};
 
 /// The changed fields of `status`; `None` when it already says so. `now` is RFC 3339.
 pub fn status(current: &Value, report: &Report, generation: i64, now: &str) -> Option<Value> {
@@ -85,7 +85,7 @@ fn listener(current: &Value, report: &ListenerReport, generation: i64, now: &str
     json!({
         "name": report.name,
         "attachedRoutes": report.attached,
-        "supportedKinds": [],
+        "supportedKinds": report.kinds.iter().map(|kind| json!({"group": GROUP, "kind": kind})).collect::<Vec<_>>(),
         "conditions": conditions(last_conditions, &owned, &report.conditions, generation, now),
     })
 }

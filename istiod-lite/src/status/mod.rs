@@ -4,19 +4,21 @@
 
 mod merge;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 
 use futures_util::{StreamExt, stream};
 use kube::api::{DynamicObject, Patch, PatchParams};
 use kube::core::{ApiResource, GroupVersionKind};
 use kube::{Api, Client};
+use mesh_proto::security::AUTHORIZATION_TYPE;
+use mesh_proto::waypoint::HTTP_POLICY_TYPE;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use crate::resources::lock;
-use crate::translate::verdict::{Kind, Report, Verdict};
+use crate::resources::{Acks, lock};
+use crate::translate::verdict::{Kind, Report, Status, Verdict};
 use crate::translate::world::World;
 use crate::types::gateway::{GatewayClassSpec, GatewaySpec, HttpRouteSpec};
 use crate::types::networking::{ServiceEntrySpec, WorkloadEntrySpec};
@@ -75,6 +77,40 @@ pub fn differences(world: &World, verdicts: &[Verdict], now: OffsetDateTime) -> 
             Some(Write { kind: verdict.kind, key: verdict.key.clone(), version, report, status })
         })
         .collect()
+}
+
+/// Whether such an object is in force only where proxies have taken it.
+pub fn is_carried_out_by_proxies(kind: Kind) -> bool {
+    matches!(kind, Kind::AuthorizationPolicy | Kind::PeerAuthentication)
+}
+
+/// The verdicts on policies, with what proxies said to them: a policy that one refuses is not accepted. To those that are
+/// `unacknowledged` some have said nothing for too long.
+pub fn answered(mut verdicts: Vec<Verdict>, acks: &Acks, unacknowledged: &BTreeSet<(Kind, Key)>) -> Vec<Verdict> {
+    for verdict in &mut verdicts {
+        let late = unacknowledged.contains(&(verdict.kind, verdict.key.clone()));
+        let key = verdict.key.to_string();
+        let Report::Conditions { wanted, .. } = &mut verdict.report else { continue };
+        let refused = match verdict.kind {
+            Kind::AuthorizationPolicy => {
+                let at_waypoints = format!("AuthorizationPolicy/{key}");
+                acks.refused(AUTHORIZATION_TYPE, &key)
+                    .or_else(|| acks.refused(HTTP_POLICY_TYPE, &at_waypoints))
+                    .or_else(|| acks.refused(HTTP_POLICY_TYPE, &format!("{at_waypoints}/gateways")))
+            }
+            _ => None,
+        };
+        for condition in wanted.iter_mut().filter(|condition| condition.status == Status::True) {
+            if let Some((proxies, reason)) = &refused {
+                condition.status = Status::False;
+                condition.reason = "RefusedByProxy";
+                condition.message = format!("refused by {proxies} of the proxies, one of which says: {reason}");
+            } else if late {
+                condition.message.push_str("; not every proxy has acknowledged it");
+            }
+        }
+    }
+    verdicts
 }
 
 /// Carries out `writes`. False: some failed for a reason that will not bring a watch event, so try again.
@@ -175,6 +211,8 @@ fn api_resource(kind: Kind) -> ApiResource {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::testing::FakeApi;
     use crate::translate::fixture;
@@ -222,5 +260,52 @@ mod tests {
         assert_eq!(sent(&refused, &addressed(2), "other").await, ["conditions"], "something else to say");
         assert_eq!(sent(&refused, &addressed(2), "other").await, [""; 0]);
         assert_eq!(sent(&refused, &addressed(3), "other").await, ["conditions"], "another object");
+    }
+
+    #[tokio::test]
+    async fn a_policy_is_accepted_when_no_proxy_refuses_it() {
+        let policy = |name: &str| Verdict {
+            kind: Kind::AuthorizationPolicy,
+            key: Key::new("shop", name),
+            generation: 1,
+            report: Report::Conditions {
+                owned: &["ZtunnelAccepted"],
+                wanted: vec![Wanted::new("ZtunnelAccepted", Status::True, "Accepted", "attached")],
+            },
+        };
+        let said = |acks: &Acks, late: &BTreeSet<(Kind, Key)>| -> Vec<String> {
+            let verdicts = answered(vec![policy("a"), policy("b")], acks, late);
+            let mut out = Vec::new();
+            for verdict in verdicts {
+                let Report::Conditions { wanted, .. } = verdict.report else { unreachable!() };
+                out.push(format!("{} {}", wanted[0].reason, wanted[0].message));
+            }
+            out
+        };
+        let acks = Arc::new(Acks::default());
+        let (one, other) = (acks.client(), acks.client());
+        assert_eq!(said(&acks, &BTreeSet::new()), ["Accepted attached", "Accepted attached"]);
+        let late = [(Kind::AuthorizationPolicy, Key::new("shop", "b"))].into();
+        assert_eq!(said(&acks, &late), ["Accepted attached", "Accepted attached; not every proxy has acknowledged it"]);
+        let mut refusals = acks.refusals();
+        let names: Vec<Arc<str>> = vec!["shop/a".into(), "shop/b".into()];
+        let refused: BTreeMap<Arc<str>, String> = [("shop/b".into(), "no such action".to_owned())].into();
+        one.answered(AUTHORIZATION_TYPE, names.clone(), refused.clone());
+        other.answered(AUTHORIZATION_TYPE, names.clone(), BTreeMap::new());
+        assert!(refusals.has_changed().unwrap() && acks.any_refused());
+        assert_eq!(
+            said(&acks, &BTreeSet::new())[1],
+            "RefusedByProxy refused by 1 of the proxies, one of which says: no such action"
+        );
+        refusals.mark_unchanged();
+        one.answered(AUTHORIZATION_TYPE, names.clone(), refused);
+        assert!(!refusals.has_changed().unwrap());
+        drop(one);
+        assert!(refusals.has_changed().unwrap() && !acks.any_refused());
+        assert_eq!(said(&acks, &BTreeSet::new())[1], "Accepted attached");
+        other.subscribed(AUTHORIZATION_TYPE);
+        assert!(!acks.wait_acked(AUTHORIZATION_TYPE, 1, Duration::ZERO).await);
+        other.acked(AUTHORIZATION_TYPE, 1);
+        assert!(acks.wait_acked(AUTHORIZATION_TYPE, 1, Duration::ZERO).await);
     }
 }

@@ -42,6 +42,7 @@ pub fn translate(
     };
     let mut problems: Vec<String> =
         spec.unreadable.iter().map(|reason| format!("{reason}; denies wherever the policy could reach")).collect();
+    problems.extend(spec.unused.iter().cloned());
     let groups = match closed {
         // An ALLOW that matches nothing.
         Some(_) => Vec::new(),

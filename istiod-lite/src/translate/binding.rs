@@ -3,7 +3,7 @@
 //! refuse rather than skip L7 policy, unless the annotation [`FAILURE_MODE`] says `open`.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use mesh_proto::workload::{GatewayAddress, NamespacedHostname, gateway_address};
+use mesh_proto::workload::{GatewayAddress, NamespacedHostname, WeightedWaypoint, gateway_address};
 
 use super::verdict::{Status, Wanted};
 use super::world::World;
@@ -17,6 +17,9 @@ pub const MANAGED_LABEL: &str = "gateway.istio.io/managed";
 pub const USE_WAYPOINT: &str = "istio.io/use-waypoint";
 const USE_WAYPOINT_NAMESPACE: &str = "istio.io/use-waypoint-namespace";
 const USE_WAYPOINT_CANARY: &str = "istio.io/use-waypoint-canary";
+const USE_WAYPOINT_CANARY_NAMESPACE: &str = "istio.io/use-waypoint-canary-namespace";
+/// Of a hundred connections, how many; none when absent.
+const CANARY_WEIGHT: &str = "istio.io/use-waypoint-canary-weight";
 const WAYPOINT_FOR: &str = "istio.io/waypoint-for";
 const INGRESS_USE_WAYPOINT: &str = "istio.io/ingress-use-waypoint";
 pub const HBONE_PORT: u32 = 15008;
@@ -36,12 +39,36 @@ pub struct Binding {
     /// The Gateway it names and may use, or could if it existed. What only that waypoint may reach stays closed
     /// without it.
     pub waypoint: Option<Key>,
+    /// A second one that takes a part of the connections.
+    pub canary: Option<Canary>,
     /// The condition `istio.io/WaypointBound`; `None` when nothing was asked for.
     pub condition: Option<Wanted>,
 }
 
+/// A waypoint beside the one an object uses. It has all routes and policies of the object, whatever its share.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Canary {
+    pub waypoint: Key,
+    /// Of a hundred connections.
+    pub weight: u32,
+    address: GatewayAddress,
+}
+
 impl Binding {
-    const NONE: Self = Self { address: None, waypoint: None, condition: None };
+    const NONE: Self = Self { address: None, waypoint: None, canary: None, condition: None };
+
+    /// All that carry the object's traffic.
+    pub fn waypoints(&self) -> impl Iterator<Item = &Key> {
+        self.waypoint.iter().chain(self.canary.as_ref().map(|canary| &canary.waypoint))
+    }
+
+    /// What clients choose from, for each connection anew; empty without a canary.
+    pub fn weighted(&self) -> Vec<WeightedWaypoint> {
+        let (Some(address), Some(canary)) = (&self.address, &self.canary) else { return Vec::new() };
+        let weighted =
+            |destination: &GatewayAddress, weight| WeightedWaypoint { destination: Some(destination.clone()), weight };
+        vec![weighted(address, 100 - canary.weight), weighted(&canary.address, canary.weight)]
+    }
 }
 
 /// A Gateway of a class that this control plane implements as a waypoint.
@@ -84,12 +111,23 @@ pub fn resolve(world: &World, meta: &ObjectMeta, traffic: TrafficType) -> Bindin
             if ingress_uses_waypoint(world, meta) {
                 message.push_str(". Ingress traffic will traverse the waypoint");
             }
-            if label(level, USE_WAYPOINT_CANARY).is_some() {
-                message.push_str(". Canary waypoints are not supported: this one takes all");
-            }
+            let asked = (traffic == TrafficType::Service).then(|| canary(world, level, own_namespace, &waypoint));
+            let canary = match asked.flatten() {
+                Some(Ok(canary)) => {
+                    let Canary { waypoint, weight, .. } = &canary;
+                    message.push_str(&format!(". Canary waypoint {waypoint} takes {weight} of 100 connections"));
+                    Some(canary)
+                }
+                Some(Err(problem)) => {
+                    message.push_str(&format!(". Canary: {problem}; all traffic takes {waypoint}"));
+                    None
+                }
+                None => None,
+            };
             Binding {
                 address: Some(address(&waypoint, world.hostname(&waypoint))),
                 waypoint: Some(waypoint),
+                canary,
                 condition: Some(Wanted::new("istio.io/WaypointBound", Status::True, "WaypointAccepted", message)),
             }
         }
@@ -110,10 +148,29 @@ pub fn resolve(world: &World, meta: &ObjectMeta, traffic: TrafficType) -> Bindin
             Binding {
                 address: (!fails_open).then(|| address(&waypoint, hostname)),
                 waypoint: allowed.then_some(waypoint),
+                canary: None,
                 condition: Some(problem.condition(consequence)),
             }
         }
     }
+}
+
+/// The canary that the labels beside those of `primary` ask for, or why it takes nothing.
+fn canary(world: &World, level: &ObjectMeta, from: &str, primary: &Key) -> Option<Result<Canary, String>> {
+    let name = label(level, USE_WAYPOINT_CANARY).filter(|name| !name.is_empty())?;
+    let waypoint = Key::new(label(level, USE_WAYPOINT_CANARY_NAMESPACE).unwrap_or(from), name);
+    let weight = match annotation(level, CANARY_WEIGHT).map(str::parse::<u32>) {
+        None => Some(0),
+        Some(weight) => weight.ok().filter(|weight| *weight <= 100),
+    };
+    let Some(weight) = weight else { return Some(Err(format!("{CANARY_WEIGHT} is not a number from 0 to 100"))) };
+    if waypoint == *primary {
+        return Some(Err(format!("{USE_WAYPOINT_CANARY} names the same waypoint as {USE_WAYPOINT}")));
+    }
+    Some(match usable(world, &waypoint, from, TrafficType::Service) {
+        Ok(()) => Ok(Canary { address: address(&waypoint, world.hostname(&waypoint)), waypoint, weight }),
+        Err(problem) => Err(problem.message()),
+    })
 }
 
 /// `istio.io/ingress-use-waypoint` of the object, else of its namespace.
@@ -131,6 +188,12 @@ enum Unusable {
 }
 
 impl Unusable {
+    fn message(self) -> String {
+        let (Self::Missing(message) | Self::NotReady(message) | Self::Denied(message) | Self::TrafficType(message)) =
+            self;
+        message
+    }
+
     fn condition(self, consequence: &str) -> Wanted {
         let (reason, message) = match self {
             Self::Missing(message) | Self::NotReady(message) => ("WaypointIsNotReady", message),

@@ -3,8 +3,11 @@
 use super::binding::HBONE_PORT;
 use super::verdict::{Kind, ListenerReport, Report, Status, Verdict, Wanted};
 use super::world::World;
-use crate::types::gateway::{GatewayClassSpec, GatewaySpec, Listener, MESH_CONTROLLER};
+use crate::types::gateway::{GROUP, GatewayClassSpec, GatewaySpec, Listener, MESH_CONTROLLER, RouteKind};
 use crate::types::{Key, Object};
+
+/// What waypoints carry out of the Gateway API.
+const HTTP_ROUTE: &str = "HTTPRoute";
 
 /// `None` for classes of other controllers.
 pub fn class(key: &Key, class: &Object<GatewayClassSpec>) -> Option<Verdict> {
@@ -22,8 +25,18 @@ pub fn class(key: &Key, class: &Object<GatewayClassSpec>) -> Option<Verdict> {
     Some(Verdict { kind: Kind::GatewayClass, key: key.clone(), generation: class.generation(), report })
 }
 
+/// Longest name of a Service, and longest value of a label.
+const LONGEST_NAME: usize = 63;
+
 /// Why this Gateway is not deployed; `None` = it is.
-pub fn refusal(spec: &GatewaySpec) -> Option<(&'static str, String)> {
+pub fn refusal(key: &Key, spec: &GatewaySpec) -> Option<(&'static str, String)> {
+    if !is_service_name(&key.name) {
+        let message = format!(
+            "metadata.name: the Service of the same name cannot exist: at most {LONGEST_NAME} of a-z, 0-9 and -, \
+             with a letter first and no - last"
+        );
+        return Some(("Invalid", message));
+    }
     if spec.infrastructure.parameters_ref.is_some() {
         return Some(("InvalidParameters", "spec.infrastructure.parametersRef: is not supported yet".into()));
     }
@@ -37,6 +50,15 @@ pub fn refusal(spec: &GatewaySpec) -> Option<(&'static str, String)> {
     None
 }
 
+/// As RFC 1035 has labels, which is what Services are called by.
+fn is_service_name(name: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+    name.len() <= LONGEST_NAME
+        && name.starts_with(|first: char| first.is_ascii_lowercase())
+        && !name.ends_with('-')
+        && name.bytes().all(plain)
+}
+
 fn is_hbone(listener: &Listener) -> bool {
     listener.protocol == "HBONE" && u32::from(listener.port) == HBONE_PORT
 }
@@ -44,7 +66,8 @@ fn is_hbone(listener: &Listener) -> bool {
 /// `attached` is the number of routes that this waypoint carries out.
 pub fn gateway(world: &World, key: &Key, gateway: &Object<GatewaySpec>, attached: usize) -> Option<Verdict> {
     let spec = gateway.spec.as_ref().ok()?;
-    let refusal = refusal(spec);
+    let refusal = refusal(key, spec);
+    let obstacle = world.obstacles.get(key);
     let ready = world
         .deployments
         .get(key)
@@ -55,15 +78,16 @@ pub fn gateway(world: &World, key: &Key, gateway: &Object<GatewaySpec>, attached
         Some((reason, message)) => Wanted::new("Accepted", Status::False, reason, message.clone()),
     };
     let was_ready = gateway.status["addresses"].as_array().is_some_and(|addresses| !addresses.is_empty());
-    let programmed = match (&refusal, ready) {
-        (Some((_, message)), _) => Wanted::new("Programmed", Status::False, "Invalid", message.clone()),
+    let programmed = match (refusal.as_ref().map(|(_, message)| message).or(obstacle), ready) {
+        (Some(message), _) => Wanted::new("Programmed", Status::False, "Invalid", message.clone()),
         (None, true) => Wanted::new("Programmed", Status::True, "Programmed", "A waypoint pod is ready"),
         (None, false) if was_ready => Wanted::new("Programmed", Status::False, "Pending", "No waypoint pod is ready"),
         (None, false) => {
             Wanted::new("Programmed", Status::False, "AddressNotAssigned", "Waiting for the first waypoint pod")
         }
     };
-    let listeners = spec.listeners.iter().map(|listener| listener_report(listener, ready, attached)).collect();
+    let serves = ready && refusal.is_none();
+    let listeners = spec.listeners.iter().map(|listener| listener_report(listener, serves, attached)).collect();
     let report = Report::Gateway {
         conditions: vec![accepted, programmed],
         addresses: ready.then(|| addresses(world, key)).flatten(),
@@ -82,22 +106,41 @@ fn addresses(world: &World, key: &Key) -> Option<Vec<(&'static str, String)>> {
 fn listener_report(listener: &Listener, ready: bool, attached: usize) -> ListenerReport {
     let supported = is_hbone(listener);
     let refused = format!("only protocol HBONE on port {HBONE_PORT}, not {} on {}", listener.protocol, listener.port);
+    let unused: Vec<&str> = [("hostname", listener.hostname.is_some()), ("tls", listener.tls.is_some())]
+        .into_iter()
+        .filter_map(|(field, set)| set.then_some(field))
+        .collect();
+    let note = match unused.is_empty() {
+        true => String::new(),
+        false => format!("{}: means nothing to a waypoint, whose clients come by HBONE", unused.join(", ")),
+    };
     let accepted = match supported {
-        true => Wanted::new("Accepted", Status::True, "Accepted", ""),
+        true => Wanted::new("Accepted", Status::True, "Accepted", note),
         false => Wanted::new("Accepted", Status::False, "UnsupportedProtocol", refused),
     };
     let programmed = match supported && ready {
         true => Wanted::new("Programmed", Status::True, "Programmed", ""),
         false => Wanted::new("Programmed", Status::False, if supported { "Pending" } else { "Invalid" }, ""),
     };
+    let asked = &listener.allowed_routes.kinds;
+    let carried =
+        |kind: &&RouteKind| kind.kind == HTTP_ROUTE && kind.group.as_deref().is_none_or(|group| group == GROUP);
+    let others: Vec<&str> = asked.iter().filter(|kind| !carried(kind)).map(|kind| kind.kind.as_str()).collect();
+    let resolved = match others.is_empty() {
+        true => Wanted::new("ResolvedRefs", Status::True, "ResolvedRefs", ""),
+        false => {
+            let message = format!("allowedRoutes.kinds: only {HTTP_ROUTE} is carried out, not {}", others.join(", "));
+            Wanted::new("ResolvedRefs", Status::False, "InvalidRouteKinds", message)
+        }
+    };
     ListenerReport {
         name: listener.name.clone(),
+        kinds: if supported && (asked.is_empty() || asked.iter().any(|kind| carried(&kind))) {
+            &[HTTP_ROUTE]
+        } else {
+            &[]
+        },
         attached: if supported { i32::try_from(attached).unwrap_or(i32::MAX) } else { 0 },
-        conditions: vec![
-            accepted,
-            Wanted::new("Conflicted", Status::False, "NoConflicts", ""),
-            programmed,
-            Wanted::new("ResolvedRefs", Status::True, "ResolvedRefs", ""),
-        ],
+        conditions: vec![accepted, Wanted::new("Conflicted", Status::False, "NoConflicts", ""), programmed, resolved],
     }
 }

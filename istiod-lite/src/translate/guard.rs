@@ -25,10 +25,11 @@ pub fn for_workload(
 ) -> Vec<Authorization> {
     let mut guarded = Guarded::new();
     for (name, ports) in services {
-        let Some((service, Binding { waypoint: Some(waypoint), .. })) = service_bindings.get(name) else { continue };
-        if reach.services.contains(*service) || reach.covers(waypoint) {
+        let Some((service, binding)) = service_bindings.get(name) else { continue };
+        // A policy of one of them is to hold for all of the traffic; the other is behind the same label.
+        if reach.services.contains(*service) || binding.waypoints().any(|waypoint| reach.covers(waypoint)) {
             for port in &ports.ports {
-                guarded.entry(port.target_port).or_default().insert(waypoint.clone());
+                guarded.entry(port.target_port).or_default().extend(binding.waypoints().cloned());
             }
         }
     }

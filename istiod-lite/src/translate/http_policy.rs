@@ -8,8 +8,9 @@ use mesh_proto::waypoint::{
 };
 
 use super::authorization::is_dry_run;
-use super::binding::{self, Binding};
+use super::binding::{self, Binding, TrafficType};
 use super::parse::{self, Action, DropRule, Polarity, Reader, Text};
+use super::service_entry;
 use super::verdict::{Status, Wanted, joined};
 use super::world::World;
 use crate::types::gateway::{MESH_CONTROLLER, WAYPOINT_CLASS};
@@ -65,6 +66,7 @@ pub fn translate(
         targets.add(world, policy.namespace(), target, bindings);
     }
     let (http_policy, mut problems) = http_policy(policy, spec);
+    problems.extend(spec.unused.iter().cloned());
     // What only watches closes nothing.
     if !http_policy.dry_run && http_policy.action() != WireAction::Audit {
         reach.services.extend(targets.guarded.iter().cloned());
@@ -77,11 +79,8 @@ pub fn translate(
     if !targets.services.is_empty() {
         attached.push(Attached {
             name: name.clone(),
-            policy: HttpPolicy {
-                services: targets.services.keys().map(|service| world.service_name(service)).collect(),
-                ..http_policy.clone()
-            },
-            waypoints: targets.services.values().cloned().collect(),
+            policy: HttpPolicy { services: targets.services.keys().cloned().collect(), ..http_policy.clone() },
+            waypoints: targets.services.values().flatten().cloned().collect(),
         });
     }
     if !targets.waypoints.is_empty() {
@@ -110,8 +109,8 @@ pub fn translate(
 
 #[derive(Default)]
 struct Targets {
-    /// Service → its waypoint.
-    services: BTreeMap<Key, Key>,
+    /// xDS name of a Service → its waypoints.
+    services: BTreeMap<String, BTreeSet<Key>>,
     /// Those and the Services whose waypoint does not exist: nothing may go around it all the same.
     guarded: BTreeSet<Key>,
     waypoints: BTreeSet<Key>,
@@ -130,19 +129,24 @@ impl Targets {
         match (target.group.as_str(), target.kind.as_str()) {
             ("" | "core", "Service") => match bindings.get(&key) {
                 None => self.problem("TargetNotFound", format!("targetRefs: Service {key} does not exist")),
-                Some(Binding { waypoint: Some(waypoint), .. }) => {
-                    self.guarded.insert(key.clone());
-                    if world.gateways.contains_key(waypoint) {
-                        self.services.insert(key, waypoint.clone());
-                    } else {
-                        let message = format!("targetRefs: waypoint {waypoint} of Service {key} does not exist");
-                        self.problem("AncestorNotBound", message);
-                    }
-                }
-                Some(_) => {
-                    self.problem("AncestorNotBound", format!("targetRefs: Service {key} is not bound to a waypoint"));
+                Some(binding) => {
+                    let named = vec![(key.clone(), world.service_name(&key))];
+                    self.add_services(world, &format!("Service {key}"), named, binding);
                 }
             },
+            ("networking.istio.io", "ServiceEntry") => {
+                match world.service_entries.get(&key).map(|found| (found, &found.spec)) {
+                    None => self.problem("TargetNotFound", format!("targetRefs: ServiceEntry {key} does not exist")),
+                    Some((_, Err(_))) => {
+                        self.problem("Invalid", format!("targetRefs: ServiceEntry {key} cannot be read"))
+                    }
+                    Some((entry, Ok(spec))) => {
+                        let binding = binding::resolve(world, &entry.meta, TrafficType::Service);
+                        let named = spec.hosts.iter().map(|host| service_entry::names(&key.namespace, host)).collect();
+                        self.add_services(world, &format!("ServiceEntry {key}"), named, &binding);
+                    }
+                }
+            }
             ("gateway.networking.k8s.io", "Gateway") => match world.gateways.get(&key) {
                 Some(gateway) if binding::is_waypoint(world, gateway) => {
                     self.waypoints.insert(key);
@@ -169,6 +173,24 @@ impl Targets {
                 }
             }
             (group, kind) => self.problem("Invalid", format!("targetRefs: kind {group}/{kind} is not supported")),
+        }
+    }
+
+    /// What `target` is to the mesh, each by its key among bindings and its xDS name.
+    fn add_services(&mut self, world: &World, target: &str, services: Vec<(Key, String)>, binding: &Binding) {
+        let Some(waypoint) = &binding.waypoint else {
+            return self.problem("AncestorNotBound", format!("targetRefs: {target} is not bound to a waypoint"));
+        };
+        let exists = world.gateways.contains_key(waypoint);
+        if !exists {
+            let message = format!("targetRefs: waypoint {waypoint} of {target} does not exist");
+            self.problem("AncestorNotBound", message);
+        }
+        for (key, name) in services {
+            self.guarded.insert(key);
+            if exists {
+                self.services.insert(name, binding.waypoints().cloned().collect());
+            }
         }
     }
 

@@ -7,6 +7,7 @@
 pub mod allocate;
 pub mod authorization;
 pub mod binding;
+pub mod documents;
 pub mod enrolment;
 pub mod gateway;
 pub mod guard;
@@ -240,6 +241,8 @@ fn address_bytes(address: IpAddr) -> Bytes {
     }
 }
 
+#[cfg(test)]
+mod fields_tests;
 #[cfg(any(test, fuzzing))]
 pub mod fixture;
 #[cfg(test)]

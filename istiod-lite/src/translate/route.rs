@@ -1,4 +1,4 @@
-//! HTTPRoute with Service parents → one resolved route for the waypoints of those Services.
+//! HTTPRoute with Services or ServiceEntries as parents → one resolved route for the waypoints of those.
 //!
 //! A rule we cannot carry out is not skipped: requests that match it are answered 500, and the status names the field.
 
@@ -11,7 +11,8 @@ use mesh_proto::waypoint::{
 };
 use prost_types::Duration;
 
-use super::binding::Binding;
+use super::binding::{self, Binding, TrafficType};
+use super::service_entry;
 use super::verdict::{ParentReport, Status, Wanted, joined};
 use super::world::World;
 use crate::types::gateway::{self as api, HttpRouteSpec, ParentRef};
@@ -43,21 +44,23 @@ pub fn translate(world: &World, object: &Object<HttpRouteSpec>, bindings: &BTree
     let whole = problems.accepted(spec.rules.as_ref().map_or(1, Vec::len));
     let mut translated = Translated::default();
     let mut parents = Vec::new();
-    for parent_ref in spec.parent_refs.iter().filter(|parent| is_service(parent)) {
-        let (accepted, parent, waypoints) = parent(world, object, parent_ref, bindings);
-        let mut conditions = match (&parent, &whole) {
-            (Some(_), (accepted, partial)) => {
-                let mut conditions = vec![accepted.clone()];
-                conditions.extend(partial.clone());
-                conditions
+    for parent_ref in spec.parent_refs.iter().filter(|parent| is_service(parent) || is_service_entry(parent)) {
+        let taken = match is_service(parent_ref) {
+            true => of_service(world, object, parent_ref, bindings),
+            false => of_entry(world, object, parent_ref),
+        };
+        let (mut conditions, waypoints) = match taken {
+            Ok((taken, waypoints)) => {
+                let (accepted, partial) = &whole;
+                let conditions: Vec<Wanted> = std::iter::once(accepted).chain(partial).cloned().collect();
+                parents.extend(taken);
+                (conditions, Some(waypoints))
             }
-            (None, _) => vec![accepted],
+            Err(message) => (vec![Wanted::new("Accepted", Status::False, "NoMatchingParent", message)], None),
         };
         conditions.push(resolved.clone());
-        if parent.is_some() {
-            conditions.push(waypoint_condition(&waypoints));
-        }
-        parents.extend(parent);
+        conditions.extend(waypoints.as_deref().map(waypoint_condition));
+        let waypoints = waypoints.unwrap_or_default();
         translated.waypoints.extend(waypoints);
         let parent = serde_json::to_value(parent_ref).unwrap_or_default();
         translated.parents.push(ParentReport { parent, conditions });
@@ -78,44 +81,78 @@ fn is_service(parent: &ParentRef) -> bool {
     matches!(parent.group.as_deref(), Some("" | "core")) && parent.kind.as_deref() == Some("Service")
 }
 
-/// Whether the Service takes the route; what is sent; and the waypoint that serves it.
-fn parent(
+fn is_service_entry(parent: &ParentRef) -> bool {
+    parent.group.as_deref() == Some("networking.istio.io") && parent.kind.as_deref() == Some("ServiceEntry")
+}
+
+/// What takes the route, and the waypoints that carry it out; or why nothing does.
+type Taken = Result<(Vec<Parent>, Vec<Key>), String>;
+
+fn of_service(
     world: &World,
     route: &Object<HttpRouteSpec>,
     parent: &ParentRef,
     bindings: &BTreeMap<Key, Binding>,
-) -> (Wanted, Option<Parent>, Option<Key>) {
-    let refuse = |message: String| (Wanted::new("Accepted", Status::False, "NoMatchingParent", message), None, None);
-    let key = Key::new(parent.namespace.as_deref().unwrap_or(route.namespace()), parent.name.as_str());
-    let Some(service) = world.services.get(&key) else { return refuse(format!("Service {key} does not exist")) };
+) -> Taken {
+    let key = parent_key(route, parent);
+    let service = world.services.get(&key).ok_or_else(|| format!("Service {key} does not exist"))?;
     let spec = service.spec.as_ref();
     if spec.is_some_and(|spec| spec.type_.as_deref() == Some("ExternalName")) {
-        return refuse(format!("Service {key} is an ExternalName"));
+        return Err(format!("Service {key} is an ExternalName"));
     }
     if spec.is_some_and(|spec| spec.cluster_ip.as_deref() == Some("None")) {
-        return refuse(format!("Service {key} is headless: no address to attach to"));
+        return Err(format!("Service {key} is headless: no address to attach to"));
     }
     if let Some(port) = parent.port
         && !has_port(service, port)
     {
-        return refuse(format!("Service {key} has no port {port}"));
+        return Err(format!("Service {key} has no port {port}"));
     }
     if parent.section_name.is_some() {
-        return refuse("parentRefs: sectionName of a Service is not supported (use port)".into());
+        return Err("parentRefs: sectionName of a Service is not supported (use port)".into());
     }
-    let accepted = Wanted::new("Accepted", Status::True, "Accepted", "Route was valid");
-    let waypoint = bindings.get(&key).and_then(|binding| binding.waypoint.clone());
-    let waypoint = waypoint.filter(|waypoint| world.gateways.contains_key(waypoint));
-    let parent = Parent { service: world.service_name(&key), port: parent.port.unwrap_or_default().into() };
-    (accepted, Some(parent), waypoint)
+    let waypoints = bindings.get(&key).map(|binding| existing(world, binding)).unwrap_or_default();
+    Ok((vec![parent_of(world.service_name(&key), parent)], waypoints))
 }
 
-fn waypoint_condition(waypoint: &Option<Key>) -> Wanted {
-    match waypoint {
-        Some(waypoint) => {
-            Wanted::new("ResolvedWaypoints", Status::True, "ResolvedWaypoints", format!("carried out by {waypoint}"))
+/// Each of its hosts takes the route.
+fn of_entry(world: &World, route: &Object<HttpRouteSpec>, parent: &ParentRef) -> Taken {
+    let key = parent_key(route, parent);
+    let entry = world.service_entries.get(&key).ok_or_else(|| format!("ServiceEntry {key} does not exist"))?;
+    let spec = entry.spec.as_ref().map_err(|_| format!("ServiceEntry {key} cannot be read"))?;
+    if let Some(port) = parent.port
+        && !spec.ports.iter().any(|found| matches!(found, Lenient::Good(found) if found.number == port))
+    {
+        return Err(format!("ServiceEntry {key} has no port {port}"));
+    }
+    if parent.section_name.is_some() {
+        return Err("parentRefs: sectionName of a ServiceEntry is not supported (use port)".into());
+    }
+    let binding = binding::resolve(world, &entry.meta, TrafficType::Service);
+    let names = spec.hosts.iter().map(|host| service_entry::names(&key.namespace, host).1);
+    Ok((names.map(|name| parent_of(name, parent)).collect(), existing(world, &binding)))
+}
+
+fn parent_key(route: &Object<HttpRouteSpec>, parent: &ParentRef) -> Key {
+    Key::new(parent.namespace.as_deref().unwrap_or(route.namespace()), parent.name.as_str())
+}
+
+fn parent_of(service: String, parent: &ParentRef) -> Parent {
+    Parent { service, port: parent.port.unwrap_or_default().into() }
+}
+
+fn existing(world: &World, binding: &Binding) -> Vec<Key> {
+    binding.waypoints().filter(|waypoint| world.gateways.contains_key(*waypoint)).cloned().collect()
+}
+
+fn waypoint_condition(waypoints: &[Key]) -> Wanted {
+    match waypoints {
+        [_, ..] => {
+            let names: Vec<String> = waypoints.iter().map(ToString::to_string).collect();
+            let message = format!("carried out by {}", names.join(" and "));
+            Wanted::new("ResolvedWaypoints", Status::True, "ResolvedWaypoints", message)
         }
-        None => Wanted::new(
+        [] => Wanted::new(
             "ResolvedWaypoints",
             Status::False,
             "MissingUseWaypointLabel",

@@ -37,7 +37,8 @@ pub fn translate(world: &World, service: &KubeService) -> Option<(Resource, Bind
             .collect(),
         ports: spec.ports.iter().flatten().filter_map(port).collect(),
         waypoint: binding.address.clone(),
-        load_balancing: load_balancing(service),
+        weighted_waypoints: binding.weighted(),
+        load_balancing: load_balancing(world, service),
         ip_families: ip_families(spec.ip_families.as_deref().unwrap_or_default()).into(),
         canonical: true,
         ingress_use_waypoint: binding::ingress_uses_waypoint(world, &service.metadata),
@@ -132,10 +133,14 @@ pub fn distributed(asked: Option<&str>) -> (load_balancing::Mode, &'static [load
     }
 }
 
-fn load_balancing(service: &KubeService) -> Option<LoadBalancing> {
+/// Which of the places that can ask for it decides is Istio's order.
+fn load_balancing(world: &World, service: &KubeService) -> Option<LoadBalancing> {
     use load_balancing::{HealthPolicy, Mode, Scope};
     let spec = service.spec.as_ref()?;
-    let distribution = annotation(&service.metadata, TRAFFIC_DISTRIBUTION).or(spec.traffic_distribution.as_deref());
+    let own = spec.traffic_distribution.as_deref().or_else(|| annotation(&service.metadata, TRAFFIC_DISTRIBUTION));
+    let of_namespace =
+        || annotation(&world.namespace(service.metadata.namespace.as_deref()?)?.metadata, TRAFFIC_DISTRIBUTION);
+    let distribution = own.or_else(of_namespace);
     let (mode, scopes): (Mode, &[Scope]) = match spec.internal_traffic_policy.as_deref() {
         Some("Local") => (Mode::Strict, &[Scope::Node]),
         _ => distributed(distribution),

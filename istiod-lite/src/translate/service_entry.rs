@@ -255,6 +255,12 @@ impl<'a> Entry<'a> {
     }
 }
 
+/// A host of an entry among the bindings, where no Service has such a name, and in xDS.
+pub fn names(namespace: &str, host: &str) -> (Key, String) {
+    let host = host.to_ascii_lowercase();
+    (Key::new(namespace, format!("ServiceEntry/{host}")), format!("{namespace}/{host}"))
+}
+
 /// The names of services that select what has these labels, with its ports behind each.
 pub fn services_selecting(
     entries: &Entries<'_>,
@@ -300,6 +306,7 @@ pub fn translate(view: &View<'_>, policies: &Selecting<'_>, out: &mut Translatio
                 ports: entry.ports.iter().map(|port| port_of(port, None)).collect(),
                 subject_alt_names: spiffe_names(entry.spec),
                 waypoint: binding.address.clone(),
+                weighted_waypoints: binding.weighted(),
                 load_balancing: load_balancing(world, entry),
                 canonical: is_canonical,
                 ingress_use_waypoint: binding::ingress_uses_waypoint(world, &entry.object.meta),
@@ -310,8 +317,7 @@ pub fn translate(view: &View<'_>, policies: &Selecting<'_>, out: &mut Translatio
             let name = entry.service_name(host);
             let resource = Address { r#type: Some(address::Type::Service(message)) };
             out.resources.push(address_resource(name.clone(), &resource, aliases));
-            // No Service has such a name.
-            bindings.insert(name, (Key::new(&*entry.key.namespace, format!("ServiceEntry/{host}")), binding.clone()));
+            bindings.insert(name, (names(&entry.key.namespace, host).0, binding.clone()));
         }
         if entry.visibility.is_some() && !entry.hosts.is_empty() {
             endpoints(view, entry, policies, out, &mut problems);

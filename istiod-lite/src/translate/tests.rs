@@ -113,7 +113,8 @@ spec:
     - {name: e, port: 83, targetPort: 0}
 ",
     ));
-    let resource = translation.resources.iter().find(|resource| resource.type_url == ADDRESS_TYPE).expect("the Service");
+    let resource =
+        translation.resources.iter().find(|resource| resource.type_url == ADDRESS_TYPE).expect("the Service");
     let address = Address::decode(resource.body.clone()).expect("an Address");
     let mesh::model::Resource::Service(service) = mesh::model::Resource::try_from(address).expect("proxies accept it")
     else {
@@ -126,6 +127,11 @@ spec:
 #[test]
 fn pods_services_and_endpoints_become_addresses() {
     golden("addresses");
+}
+
+#[test]
+fn a_canary_takes_its_share_and_has_all_routes_and_policies() {
+    golden("waypoint-canary");
 }
 
 #[test]
@@ -146,6 +152,11 @@ fn request_policies_go_to_their_waypoints_and_close_the_way_around() {
 #[test]
 fn a_policy_of_the_class_closes_the_way_around_every_waypoint() {
     golden("authorization-class");
+}
+
+#[test]
+fn policies_and_routes_of_a_service_entry_reach_each_of_its_hosts() {
+    golden("attached-to-entries");
 }
 
 #[test]

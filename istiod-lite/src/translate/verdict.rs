@@ -75,6 +75,22 @@ pub enum Kind {
     WorkloadEntry,
 }
 
+impl Kind {
+    /// As the API has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Service => "Service",
+            Self::GatewayClass => "GatewayClass",
+            Self::Gateway => "Gateway",
+            Self::HttpRoute => "HTTPRoute",
+            Self::AuthorizationPolicy => "AuthorizationPolicy",
+            Self::PeerAuthentication => "PeerAuthentication",
+            Self::ServiceEntry => "ServiceEntry",
+            Self::WorkloadEntry => "WorkloadEntry",
+        }
+    }
+}
+
 /// What is to be said about one object.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Verdict {
@@ -104,6 +120,8 @@ pub enum Report {
 #[derive(Debug, Clone, PartialEq)]
 pub struct ListenerReport {
     pub name: String,
+    /// Kinds of routes it takes, all of the Gateway API's group.
+    pub kinds: &'static [&'static str],
     pub attached: i32,
     pub conditions: Vec<Wanted>,
 }

@@ -72,6 +72,8 @@ pub struct World {
     pub leaving: Arc<BTreeSet<String>>,
     /// By pod UID: which stay in the mesh this is, where it is not the first.
     pub epochs: Arc<BTreeMap<String, u64>>,
+    /// By Gateway: why what its waypoint consists of could not be written last time.
+    pub obstacles: Arc<BTreeMap<Key, String>>,
 }
 
 impl World {

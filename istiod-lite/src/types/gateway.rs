@@ -62,6 +62,8 @@ pub struct Listener {
     pub name: String,
     pub port: u16,
     pub protocol: String,
+    pub hostname: Option<String>,
+    pub tls: Option<Value>,
     #[serde(default)]
     pub allowed_routes: AllowedRoutes,
 }
@@ -70,6 +72,16 @@ pub struct Listener {
 #[serde(default)]
 pub struct AllowedRoutes {
     pub namespaces: RouteNamespaces,
+    /// All that the protocol can carry when empty.
+    pub kinds: Vec<RouteKind>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct RouteKind {
+    /// Gateway API's own when absent.
+    pub group: Option<String>,
+    #[serde(default)]
+    pub kind: String,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]

@@ -44,6 +44,8 @@ pub struct AuthorizationPolicySpec {
     pub rules: Vec<Lenient<Rule>>,
     /// Why parts of it cannot be read, with the field.
     pub unreadable: Vec<String>,
+    /// Fields that mean nothing without another value of `action`.
+    pub unused: Vec<String>,
 }
 
 impl<'de> Deserialize<'de> for AuthorizationPolicySpec {
@@ -70,10 +72,14 @@ impl<'de> Deserialize<'de> for AuthorizationPolicySpec {
             let target = spec.read("targetRefs", target);
             spec.targets.extend(target);
         }
+        let provider = take("provider");
         spec.action = take("action").map(|action| action.as_str().map_or_else(|| action.to_string(), str::to_owned));
         if let Some(rules) = take("rules") {
             spec.rules =
                 Vec::deserialize(rules).unwrap_or_else(|error| vec![Lenient::Bad(format!("not a list: {error}"))]);
+        }
+        if provider.is_some() && spec.action.as_deref() != Some("CUSTOM") {
+            spec.unused.push("provider: is only asked by action CUSTOM".into());
         }
         Ok(spec)
     }

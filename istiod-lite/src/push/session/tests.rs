@@ -394,3 +394,17 @@ fn random_world(random: &mut StdRng) -> Vec<Resource> {
     }
     resources
 }
+
+#[test]
+fn a_refusal_says_of_which_resources_it_speaks() {
+    let names: Vec<Arc<str>> = ["ns/a", "ns/ab", "ns/c"].map(Arc::from).into();
+    let said = |text: &str| -> Vec<(String, String)> {
+        refusals(text, &names).into_iter().map(|(name, reason)| (name.to_string(), reason)).collect()
+    };
+    let pair = |name: &str, reason: &str| (name.to_owned(), reason.to_owned());
+    assert_eq!(said(""), []);
+    assert_eq!(said("something else went wrong: ns/a"), []);
+    assert_eq!(said("ns/ab: bad: 1; 2; ns/c: worse"), [pair("ns/ab", "bad: 1; 2"), pair("ns/c", "worse")]);
+    assert_eq!(said("ns/c: x; ns/a: y"), [pair("ns/a", "y"), pair("ns/c", "x")]);
+    assert_eq!(said(&format!("ns/a: {}", "ö".repeat(1000)))[0].1.len(), LONGEST_REASON);
+}
