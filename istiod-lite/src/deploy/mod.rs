@@ -132,22 +132,31 @@ pub async fn apply(client: &Client, objects: Vec<Apply>) -> Applied {
     let mut outcomes = std::pin::pin!(outcomes.buffer_unordered(CONCURRENCY));
     let mut applied = Applied::default();
     while let Some((Apply { kind, key, .. }, outcome)) = outcomes.next().await {
-        let Err(reason) = outcome else { continue };
+        let Err(Failure { reason, lasts }) = outcome else { continue };
         tracing::warn!(?kind, object = %key, %reason, "not applied");
         applied.again = true;
-        if kind != AppliedKind::ConfigMap {
+        if lasts && kind != AppliedKind::ConfigMap {
             applied.obstacles.entry(key).or_insert(reason);
         }
     }
     applied
 }
 
-/// # Errors
-/// Why not, as the Gateway's status says it.
-async fn apply_one(client: &Client, apply: &Apply) -> Result<(), String> {
+/// Why an object was not applied.
+struct Failure {
+    /// As the Gateway's status says it.
+    reason: String,
+    /// Somebody has to do something about it. Else it may be gone before anybody reads of it.
+    lasts: bool,
+}
+
+async fn apply_one(client: &Client, apply: &Apply) -> Result<(), Failure> {
     let Apply { kind, key, object } = apply;
     let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), &key.namespace, &kind.api_resource());
-    let failed = |error: kube::Error| format!("{kind:?} {key} cannot be written: {error}");
+    let failed = |error: kube::Error| Failure {
+        lasts: matches!(&error, kube::Error::Api(status) if (400..500).contains(&status.code) && !matches!(status.code, 408 | 409 | 429)),
+        reason: format!("{kind:?} {key} cannot be written: {error}"),
+    };
     let current = match kind {
         // Ours by its name, as everywhere in Istio.
         AppliedKind::ConfigMap => None,
@@ -155,7 +164,8 @@ async fn apply_one(client: &Client, apply: &Apply) -> Result<(), String> {
         _ => api.get_metadata_opt(&key.name).await.map_err(failed)?,
     };
     if current.is_some_and(|current| !belongs(&current.metadata, &object["metadata"]["ownerReferences"][0]["uid"])) {
-        return Err(format!("{kind:?} {key} exists and is not this Gateway's: it is not taken over"));
+        let reason = format!("{kind:?} {key} exists and is not this Gateway's: it is not taken over");
+        return Err(Failure { reason, lasts: true });
     }
     let params = PatchParams::apply(FIELD_MANAGER).force();
     match api.patch(&key.name, &params, &Patch::Apply(object)).await {

@@ -132,3 +132,15 @@ async fn what_somebody_else_made_is_not_taken_over_and_the_status_says_so() {
         }
     }
 }
+
+#[tokio::test]
+async fn what_may_pass_by_itself_is_tried_again_and_is_no_obstacle() {
+    let world = world(GATEWAY);
+    for (code, lasts) in [(500, false), (429, false), (409, false), (403, true), (422, true)] {
+        let client = FakeApi::answering(move |_, _, _| {
+            (code, json!({"kind": "Status", "status": "Failure", "code": code, "reason": "R", "message": "no"}))
+        });
+        let applied = apply(&client, differences(&world, &WaypointSettings::default(), "ROOT")).await;
+        assert_eq!((applied.again, !applied.obstacles.is_empty()), (true, lasts), "{code}");
+    }
+}

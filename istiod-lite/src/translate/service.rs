@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 
 use k8s_openapi::api::core::v1::{Service as KubeService, ServicePort};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use mesh_proto::workload::{
     Address, AppProtocol, IpFamilies, LoadBalancing, NetworkAddress, Port, Service, address, load_balancing,
@@ -15,7 +16,7 @@ use crate::resources::Resource;
 use crate::types::{Key, annotation};
 
 /// The annotation that says which endpoints are preferred.
-pub const TRAFFIC_DISTRIBUTION: &str = "networking.istio.io/traffic-distribution";
+const TRAFFIC_DISTRIBUTION: &str = "networking.istio.io/traffic-distribution";
 
 /// The service and what it is bound to; `None` for those the mesh does not know (ExternalName).
 pub fn translate(world: &World, service: &KubeService) -> Option<(Resource, Binding)> {
@@ -133,14 +134,18 @@ pub fn distributed(asked: Option<&str>) -> (load_balancing::Mode, &'static [load
     }
 }
 
-/// Which of the places that can ask for it decides is Istio's order.
+/// The traffic distribution that an object's annotation asks for, else that of its namespace.
+pub fn annotated_distribution<'a>(world: &'a World, meta: &'a ObjectMeta) -> Option<&'a str> {
+    let of_namespace = || annotation(&world.namespace(meta.namespace.as_deref()?)?.metadata, TRAFFIC_DISTRIBUTION);
+    annotation(meta, TRAFFIC_DISTRIBUTION).or_else(of_namespace)
+}
+
+/// The field comes before annotations, as in Istio.
 fn load_balancing(world: &World, service: &KubeService) -> Option<LoadBalancing> {
     use load_balancing::{HealthPolicy, Mode, Scope};
     let spec = service.spec.as_ref()?;
-    let own = spec.traffic_distribution.as_deref().or_else(|| annotation(&service.metadata, TRAFFIC_DISTRIBUTION));
-    let of_namespace =
-        || annotation(&world.namespace(service.metadata.namespace.as_deref()?)?.metadata, TRAFFIC_DISTRIBUTION);
-    let distribution = own.or_else(of_namespace);
+    let distribution =
+        spec.traffic_distribution.as_deref().or_else(|| annotated_distribution(world, &service.metadata));
     let (mode, scopes): (Mode, &[Scope]) = match spec.internal_traffic_policy.as_deref() {
         Some("Local") => (Mode::Strict, &[Scope::Node]),
         _ => distributed(distribution),

@@ -14,13 +14,13 @@ use mesh_proto::workload::{
 use super::allocate::{self, Allocation};
 use super::binding::{self, Binding, TrafficType};
 use super::owned::Owned;
-use super::service::{TRAFFIC_DISTRIBUTION, app_protocol_named, distributed};
+use super::service::{annotated_distribution, app_protocol_named, distributed};
 use super::verdict::{Kind, Report, Status, Verdict, Wanted, joined};
 use super::workload_entry::{self, Endpoint};
 use super::world::{View, World};
 use super::{Translation, address_bytes, address_resource};
 use crate::types::networking::{self, ServiceEntrySpec, WorkloadEntrySpec};
-use crate::types::{Key, Lenient, Object, annotation, label, matches_labels};
+use crate::types::{Key, Lenient, Object, label, matches_labels};
 
 /// Whether all of an entry is enforced.
 pub const ACCEPTED: &str = "Accepted";
@@ -371,8 +371,7 @@ fn load_balancing(world: &World, entry: &Entry<'_>) -> Option<LoadBalancing> {
             ..LoadBalancing::default()
         });
     }
-    let of_namespace = || annotation(&world.namespace(&entry.key.namespace)?.metadata, TRAFFIC_DISTRIBUTION);
-    let (mode, scopes) = distributed(annotation(&entry.object.meta, TRAFFIC_DISTRIBUTION).or_else(of_namespace));
+    let (mode, scopes) = distributed(annotated_distribution(world, &entry.object.meta));
     (mode != Mode::UnspecifiedMode).then(|| LoadBalancing {
         routing_preference: scopes.iter().map(|scope| i32::from(*scope)).collect(),
         mode: mode.into(),

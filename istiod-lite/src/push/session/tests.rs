@@ -168,6 +168,28 @@ fn a_rejected_resource_is_reported_and_not_sent_again_until_it_changes() {
 }
 
 #[test]
+fn of_policies_it_is_told_which_were_refused_and_which_taken() {
+    let policy = |name: &str| Resource::new(AUTHORIZATION_TYPE, name, &Authorization::default());
+    let mut world = World::of([policy("ns/a"), policy("ns/b")]);
+    let first = world.ask(request(AUTHORIZATION_TYPE));
+    let nack =
+        DeltaDiscoveryRequest { error_detail: Some(Status { code: 0, message: "ns/b: no".into() }), ..ack(&first) };
+    let names: Vec<Arc<str>> = vec!["ns/a".into(), "ns/b".into()];
+    let answered = |refused: &[(&str, &str)], names: &[Arc<str>]| Event::Answered {
+        type_url: AUTHORIZATION_TYPE,
+        names: names.to_vec(),
+        refused: refused.iter().map(|(name, reason)| (Arc::from(*name), (*reason).to_owned())).collect(),
+    };
+    let [nacked, said, acked] = world.send(nack).events.try_into().expect("three events");
+    assert_eq!(nacked, Event::Nacked(AUTHORIZATION_TYPE, "ns/b: no".into()));
+    assert_eq!(said, answered(&[("ns/b", "no")], &names));
+    assert_eq!(acked, Event::Acked(AUTHORIZATION_TYPE, 1));
+    // What is withdrawn is refused no longer.
+    let second = only(world.publish([policy("ns/a")]));
+    assert_eq!(world.send(ack(&second)).events[0], answered(&[], &names[1..]));
+}
+
+#[test]
 fn a_generation_without_change_for_the_client_counts_as_acknowledged() {
     let mut world = World::of([]);
     let first = world.ask(request(AUTHORIZATION_TYPE));
