@@ -458,7 +458,7 @@ fn processes(stage: &Stage) -> Result<BTreeMap<String, (u32, i32)>> {
 }
 
 fn memory(processes: &BTreeMap<String, (u32, i32)>) -> Result<BTreeMap<String, u64>> {
-    processes.iter().map(|(name, (pid, _))| Ok((name.clone(), garbage::resident(*pid)?))).collect()
+    processes.iter().map(|(name, (pid, _))| Ok((name.clone(), garbage::written(*pid)?))).collect()
 }
 
 /// What the whole attack may cost a process at most, in KiB. Debug builds; each huge header alone has 4 MiB.

@@ -287,10 +287,10 @@ fn out_of_descriptors_new_connections_wait_or_are_refused_by_name_and_all_comes_
     lives(&beat)
 }
 
-/// What a process has in memory, in KiB.
-fn resident(pid: u32) -> Result<u64> {
+/// What a process has written to, in KiB: its code comes and goes by its own rules.
+fn written(pid: u32) -> Result<u64> {
     let text = fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("smaps_rollup"))?;
-    let line = text.lines().find(|line| line.starts_with("Rss:")).context("no Rss")?;
+    let line = text.lines().find(|line| line.starts_with("Anonymous:")).context("no Anonymous")?;
     Ok(line.split_whitespace().nth(1).context("no value")?.parse()?)
 }
 
@@ -300,7 +300,7 @@ fn readers_that_stall_cost_a_bounded_amount_of_memory_and_give_it_back() -> Resu
     const CONNECTIONS: usize = 100;
     let Some(mut mesh) = Mesh::up("stall")? else { return Ok(()) };
     let pids = NODES.map(|node| mesh.ztunnel(node).pid());
-    let sizes = || -> Result<Vec<u64>> { pids.iter().map(|pid| resident(*pid)).collect() };
+    let sizes = || -> Result<Vec<u64>> { pids.iter().map(|pid| written(*pid)).collect() };
     let before = sizes()?;
     let mut rounds = Vec::new();
     for round in 0..2 {

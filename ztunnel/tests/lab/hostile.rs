@@ -96,18 +96,16 @@ impl Lab {
         format!("/proc/{}", child.id())
     }
 
-    /// Bytes that b's ztunnel has in memory.
-    fn resident(&self) -> u64 {
-        self.memory("VmRSS:")
+    /// What b's ztunnel has in memory from now on counts for [`Self::cost`].
+    fn before(&self) -> Before {
+        fs::write(format!("{}/clear_refs", self.process()), "5").expect("the kernel forgets its peak");
+        Before { written: self.memory("RssAnon:"), code: self.memory("RssFile:") }
     }
 
-    /// The most it had since [`Self::forget_peak`].
-    fn peak(&self) -> u64 {
-        self.memory("VmHWM:")
-    }
-
-    fn forget_peak(&self) {
-        fs::write(format!("{}/clear_refs", self.process()), "5").expect("the kernel forgets it");
+    /// Bytes it wrote to at most beyond what it had. The kernel's peak has its code in it, which comes and goes.
+    fn cost(&self, before: &Before) -> u64 {
+        let code = self.memory("RssFile:").max(before.code);
+        self.memory("VmHWM:").saturating_sub(code + before.written)
     }
 
     fn memory(&self, what: &str) -> u64 {
@@ -125,6 +123,12 @@ impl Lab {
         let log = self.log('b');
         log[known..].lines().filter(|line| parts.iter().all(|part| line.contains(part))).count()
     }
+}
+
+/// Bytes that a ztunnel had in memory.
+struct Before {
+    written: u64,
+    code: u64,
 }
 
 /// An attack under way.
@@ -251,8 +255,7 @@ fn who_breaks_or_overdoes_http2_is_cut_and_told_of_while_others_are_served() {
         lab.attack("stream_window_overflow", APP_PORT).end();
         let files = lab.open_files();
         for Attack { name, ends, trace } in CUT {
-            let (known, before) = (lab.log('b').len(), lab.resident());
-            lab.forget_peak();
+            let (known, before) = (lab.log('b').len(), lab.before());
             let port = match name {
                 "slow_reset" => DEAF_PORT,
                 "tiny_windows" => TALKER_PORT,
@@ -260,7 +263,7 @@ fn who_breaks_or_overdoes_http2_is_cut_and_told_of_while_others_are_served() {
             };
             let started = Instant::now();
             let outcome = lab.attack(name, port).end();
-            let cost = lab.peak().saturating_sub(before);
+            let cost = lab.cost(&before);
             eprintln!("{name}: {outcome} in {:?}, {} MiB", started.elapsed(), cost >> 20);
             assert!(ends.contains(&outcome["end"].as_str().expect("a word")), "{name} ended as {outcome}");
             eventually(&format!("{name} is told of"), || lab.lines_after(known, &[&source, trace]) > 0);
@@ -301,8 +304,7 @@ fn who_is_slow_or_silent_is_cut_in_time_and_costs_little_until_then() {
         let timed_out = |connection| lab.lines_after(0, &[&source, connection, "response_flags=\"TIMEOUT\""]);
 
         // Thousands that never begin, or never finish, a handshake: the oldest make room for the others.
-        let before = lab.resident();
-        lab.forget_peak();
+        let before = lab.before();
         let mut half_open = lab.attack("half_open", APP_PORT);
         let mut dripping = lab.attack("dripping", APP_PORT);
         half_open.await_ready();
@@ -310,7 +312,7 @@ fn who_is_slow_or_silent_is_cut_in_time_and_costs_little_until_then() {
         let mut silent = lab.attack("silent_after_tls", APP_PORT);
         silent.await_ready();
         let [half_open, dripping, silent] = [half_open, dripping, silent].map(Running::end);
-        let cost = lab.peak().saturating_sub(before);
+        let cost = lab.cost(&before);
         eprintln!("half open: {half_open}, dripping: {dripping}, silent: {silent}, {} MiB", cost >> 20);
         for outcome in [&half_open, &dripping, &silent] {
             assert_eq!(outcome["end"], "closed", "{outcome}");
@@ -333,14 +335,13 @@ fn who_is_slow_or_silent_is_cut_in_time_and_costs_little_until_then() {
         );
 
         // A header block without an end, and a client that takes all it can get and reads nothing.
-        let before = lab.resident();
-        lab.forget_peak();
+        let before = lab.before();
         let mut endless = lab.attack("endless_headers", APP_PORT);
         endless.await_ready();
         let mut deaf = lab.attack("full_windows", TALKER_PORT);
         deaf.await_ready();
         within(Duration::from_secs(90), "both are cut", || timed_out("HBONE connection failed") >= 2);
-        let cost = lab.peak().saturating_sub(before);
+        let cost = lab.cost(&before);
         let [endless, deaf] = [endless, deaf].map(Running::end);
         eprintln!("endless: {endless}, deaf: {deaf}, {} MiB", cost >> 20);
         assert_ne!(endless["end"], "open", "{endless}");
@@ -356,14 +357,13 @@ fn who_takes_nothing_or_a_byte_at_a_time_costs_little_and_may_stay() {
     let lab = Lab::hostile();
     Innocent::beside(&lab, || {
         for name in ["zero_window", "byte_by_byte"] {
-            let before = lab.resident();
-            lab.forget_peak();
+            let before = lab.before();
             let mut running = lab.attack(name, TALKER_PORT);
             running.await_ready();
             let open = || lab.metric('b', &["istio_tcp_sockets_open", "destination"]).unwrap_or_default();
             eventually("its streams are open", || open() >= 200.0);
             std::thread::sleep(Duration::from_secs(3));
-            let cost = lab.peak().saturating_sub(before);
+            let cost = lab.cost(&before);
             let outcome = running.end();
             eprintln!("{name}: {outcome}, {} MiB", cost >> 20);
             // As an application may that is slow to read.
