@@ -31,6 +31,12 @@ pub const HBONE_PORT: u16 = 15008;
 /// Bytes a stream may have waiting for its connection. It bridges the time until the connection's task runs, not the
 /// way to the peer, and is what a stream costs whose peer does not read.
 const SEND_BUFFER: usize = 512 * 1024;
+/// Streams that one end has reset and still knows: what the other had sent before it heard of that is then dropped quietly. A
+/// refused CONNECT is one, whose client may have said something already, and one whose client has gone.
+const RESET_STREAMS: usize = 1024;
+/// Resets in a connection's life that the other end is the cause of, after which h2 takes it for an attacker. It never
+/// forgets one, and a pooled connection lives long.
+const RESETS: usize = 1 << 20;
 
 /// What a CONNECT asks for.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]

@@ -385,7 +385,7 @@ fn memory_row(test: &str, metric: &'static str, values: BTreeMap<String, f64>, (
 /// KiB that one idle connection adds to each of the two proxies it crosses, on average.
 fn per_connection(arena: &mut Arena, interrupt: &Interrupt) -> Result<f64> {
     let cgroups = arena.proxy_cgroups().context("there are proxies")?;
-    let resident = || cgroups.iter().map(|cgroup| usage::resident_kib(cgroup)).sum::<Result<u64>>();
+    let written = || cgroups.iter().map(|cgroup| usage::written_kib(cgroup)).sum::<Result<u64>>();
     let mut held = Vec::new();
     let mut at = Vec::new();
     for connections in [IDLE_BEFORE, IDLE] {
@@ -394,7 +394,7 @@ fn per_connection(arena: &mut Arena, interrupt: &Interrupt) -> Result<f64> {
             ensure!(load.running(), "the load has ended: {}", load.output().trim());
             Ok(load.output().contains(OPEN).then_some(()))
         })?;
-        at.push(resident()?);
+        at.push(written()?);
         held.push(load);
     }
     let grown = at[1].saturating_sub(at[0]);

@@ -119,12 +119,21 @@ fn switches_in(status: &str) -> u64 {
 
 /// Resident memory of all processes of a cgroup in KiB.
 pub fn resident_kib(cgroup: &Path) -> Result<u64> {
+    memory_kib(cgroup, "Rss:")
+}
+
+/// What all processes of a cgroup have written to, in KiB: without their code, which comes and goes.
+pub fn written_kib(cgroup: &Path) -> Result<u64> {
+    memory_kib(cgroup, "Anonymous:")
+}
+
+fn memory_kib(cgroup: &Path, kind: &str) -> Result<u64> {
     let mut total = 0;
     for pid in processes(cgroup)? {
         // Exact, unlike what `status` says of a process with many threads.
         let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
-        let line = text.lines().find(|line| line.starts_with("Rss:")).context("no Rss in smaps_rollup")?;
-        total += line.split_whitespace().nth(1).context("Rss has no value")?.parse::<u64>()?;
+        let line = text.lines().find(|line| line.starts_with(kind)).with_context(|| format!("no {kind}"))?;
+        total += line.split_whitespace().nth(1).context("no value")?.parse::<u64>()?;
     }
     Ok(total)
 }

@@ -23,7 +23,8 @@ use tokio::{
 };
 
 use super::{
-    Authority, ConnectHeaders, H2Settings, HboneStream, Meanwhile, PoolSettings, SEND_BUFFER, StreamName, TunnelError,
+    Authority, ConnectHeaders, H2Settings, HboneStream, Meanwhile, PoolSettings, RESET_STREAMS, RESETS, SEND_BUFFER,
+    StreamName, TunnelError,
     keepalive::{self, Heard, Pulse},
     sending::Sending,
 };
@@ -202,6 +203,8 @@ where
         .max_frame_size(settings.frame_size)
         .data_frame_budget(settings.frame_budget())
         .max_header_list_size(MAX_HEADER_LIST)
+        .max_concurrent_reset_streams(RESET_STREAMS)
+        .max_local_error_reset_streams(Some(RESETS))
         .initial_max_send_streams(ASSUMED_STREAMS)
         .max_send_buffer_size(SEND_BUFFER)
         .enable_push(false);

@@ -16,7 +16,8 @@ use tokio::{
 };
 
 use super::{
-    Authority, Baggage, ConnectHeaders, H2Settings, HboneStream, SEND_BUFFER, StreamName, TunnelError,
+    Authority, Baggage, ConnectHeaders, H2Settings, HboneStream, RESET_STREAMS, RESETS, SEND_BUFFER, StreamName,
+    TunnelError,
     allowance::{Allowance, Rationed},
     keepalive,
     outbox::Outbox,
@@ -32,12 +33,6 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// To say goodbye to a peer that may not be listening.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
 const MAX_HEADER_LIST: u32 = 64 * 1024;
-/// Streams we have reset and still know: what their client had sent before it heard of that is then dropped quietly. A
-/// refused CONNECT is one, and its client may have said something already.
-const RESET_STREAMS: usize = 1024;
-/// Resets of ours in a connection's life, after which h2 takes its peer for an attacker. It never forgets one, and a
-/// pooled connection lives long.
-const RESETS: usize = 1 << 20;
 
 /// How a connection ended when it did not end well.
 #[derive(Debug, thiserror::Error)]
