@@ -7,20 +7,27 @@ use std::net::SocketAddr;
 use std::str::FromStr;
 use std::time::Duration;
 
+use mesh::grpc::TokenSource;
 use mesh::telemetry::LogFormat;
 
 use crate::auth::TrustedNodeAccounts;
-use crate::ca::LeafLifetime;
+use crate::ca::{self, LeafLifetime};
 use crate::deploy::WaypointSettings;
-use crate::serve;
+use crate::replica::peers::Credentials;
 use crate::translate::allocate::Prefixes;
 use crate::translate::world::MeshSettings;
+use crate::{leader, serve};
 
 #[derive(Debug, Clone)]
 pub struct Config {
     pub mesh: MeshSettings,
     pub serve: serve::Settings,
+    pub ca: ca::Settings,
     pub waypoint: WaypointSettings,
+    /// Who this is in the election of a leader: no other living process.
+    pub identity: String,
+    /// What other replicas are asked with.
+    pub replica: Credentials,
     pub log_filter: String,
     pub log_format: LogFormat,
     /// From SIGTERM to the end of the process.
@@ -55,12 +62,16 @@ impl Config {
             cluster_domain: env.text("CLUSTER_DOMAIN", &defaults.cluster_domain),
             excluded_namespaces: env.list("EXCLUDE_NAMESPACES").unwrap_or(defaults.excluded_namespaces),
             allocation: env.allocation(defaults.allocation),
+            revision: env.parsed("REVISION").unwrap_or_default(),
         };
         let serve = serve::Settings {
             grpc: env.parsed::<SocketAddr>("ISTIOD_GRPC_ADDR").unwrap_or(serve_defaults.grpc),
             http: env.parsed::<SocketAddr>("ISTIOD_MONITORING_ADDR").unwrap_or(serve_defaults.http),
+            webhook: env.parsed::<SocketAddr>("ISTIOD_WEBHOOK_ADDR").unwrap_or(serve_defaults.webhook),
             namespace: mesh.root_namespace.clone(),
+            service_account: env.text("SERVICE_ACCOUNT", &serve_defaults.service_account),
             trust_domain: mesh.trust_domain.clone(),
+            revision: mesh.revision.clone(),
             custom_host: env.vars.get("ISTIOD_CUSTOM_HOST").cloned().filter(|host| !host.is_empty()),
             trusted_node_accounts: env.parsed::<TrustedNodeAccounts>("CA_TRUSTED_NODE_ACCOUNTS").unwrap_or_default(),
             lifetime: LeafLifetime {
@@ -71,22 +82,38 @@ impl Config {
         if serve.lifetime.default > serve.lifetime.max {
             env.mistakes.push("DEFAULT_WORKLOAD_CERT_TTL: longer than MAX_WORKLOAD_CERT_TTL".into());
         }
+        let ca = env.ca(ca::Settings::default());
         let log_filter = env.text("RUST_LOG", "info");
         let waypoint = WaypointSettings {
             image: env.text("WAYPOINT_IMAGE", "waypoint"),
-            control_plane: env.text("WAYPOINT_CONTROL_PLANE", &format!("istiod.{}.svc:15012", mesh.root_namespace)),
+            control_plane: env.text(
+                "WAYPOINT_CONTROL_PLANE",
+                &format!("{}.{}.svc:15012", mesh.revision.named("istiod"), mesh.root_namespace),
+            ),
             cluster_id: mesh.cluster_id.clone(),
             trust_domain: mesh.trust_domain.clone(),
             log_filter: env.text("WAYPOINT_LOG", "info"),
         };
+        // A container that is restarted goes on as the same; its pod's name is nobody else's.
+        let pod = Some(env.text("POD_NAME", "")).filter(|name| !name.is_empty());
+        let replica = Credentials {
+            token: TokenSource::from_setting(&env.text("AUTH_TOKEN", "/var/run/secrets/tokens/istio-token")),
+            namespace: mesh.root_namespace.clone(),
+            cluster_id: mesh.cluster_id.clone(),
+            pod: pod.clone(),
+        };
+        let identity = pod.unwrap_or_else(leader::anonymous);
         let log_format = env.parsed::<LogFormat>("LOG_FORMAT").unwrap_or_default();
         let drain_deadline = env.duration("TERMINATION_DRAIN_DURATION", Duration::from_secs(5));
         if !env.mistakes.is_empty() {
             return Err(Mistakes(env.mistakes));
         }
-        Ok(Self { mesh, serve, waypoint, log_filter, log_format, drain_deadline })
+        Ok(Self { mesh, serve, ca, waypoint, identity, replica, log_filter, log_format, drain_deadline })
     }
 }
+
+/// Certificates know no year after 9999, and clocks none that are much later.
+const LONGEST: Duration = Duration::from_secs(1000 * 366 * 24 * 3600);
 
 struct Env {
     vars: BTreeMap<String, String>,
@@ -128,8 +155,34 @@ impl Env {
         prefixes
     }
 
+    fn ca(&mut self, defaults: ca::Settings) -> ca::Settings {
+        let grace = "CITADEL_SELF_SIGNED_ROOT_CERT_GRACE_PERIOD_PERCENTILE";
+        let directory = self.vars.get("ROOT_CA_DIR").filter(|value| !value.is_empty());
+        let settings = ca::Settings {
+            directory: directory.map_or(defaults.directory, Into::into),
+            root_ttl: self.duration("CITADEL_SELF_SIGNED_CA_CERT_TTL", defaults.root_ttl),
+            root_check: self.duration("CITADEL_SELF_SIGNED_ROOT_CERT_CHECK_INTERVAL", defaults.root_check),
+            root_grace_percent: self.parsed(grace).unwrap_or(defaults.root_grace_percent),
+            root_check_jitter: self
+                .parsed("CITADEL_ENABLE_JITTER_FOR_ROOT_CERT_ROTATOR")
+                .unwrap_or(defaults.root_check_jitter),
+            staged: self.parsed("CA_STAGED_ROOT_CHANGE").unwrap_or(defaults.staged),
+        };
+        if settings.root_ttl.is_zero() {
+            self.mistakes.push("CITADEL_SELF_SIGNED_CA_CERT_TTL: no time at all".into());
+        }
+        if settings.root_grace_percent > 99 {
+            self.mistakes.push(format!("{grace}: a root would be renewed at each look; 99 at most"));
+        }
+        settings
+    }
+
     fn duration(&mut self, name: &str, default: Duration) -> Duration {
-        self.parsed::<humantime::Duration>(name).map_or(default, Into::into)
+        let duration = self.parsed::<humantime::Duration>(name).map_or(default, Into::into);
+        if duration > LONGEST {
+            self.mistakes.push(format!("{name}: more than a thousand years"));
+        }
+        duration
     }
 }
 
@@ -146,7 +199,44 @@ mod tests {
         let config = config(&[("UNRELATED", "x")]).unwrap();
         assert_eq!(config.mesh, MeshSettings::default());
         assert_eq!(config.serve.grpc.port(), 15012);
+        assert_eq!(config.serve.webhook.port(), 15017);
         assert_eq!(config.waypoint, WaypointSettings::default());
+        assert_eq!(config.ca, ca::Settings::default());
+    }
+
+    #[test]
+    fn a_pods_name_is_who_it_is_and_without_one_everybody_is_somebody_else() {
+        assert_eq!(config(&[("POD_NAME", "istiod-1")]).unwrap().identity, "istiod-1");
+        assert_ne!(config(&[]).unwrap().identity, config(&[]).unwrap().identity);
+    }
+
+    #[test]
+    fn waypoints_ask_the_control_plane_of_the_revision_that_deployed_them() {
+        let asked = |vars: &[(&str, &str)]| config(vars).unwrap().waypoint.control_plane;
+        assert_eq!(asked(&[("REVISION", "")]), asked(&[("REVISION", "default")]));
+        assert_eq!(asked(&[("REVISION", "canary")]), "istiod-canary.istio-system.svc:15012");
+        assert_eq!(asked(&[("REVISION", "canary"), ("WAYPOINT_CONTROL_PLANE", "other:15012")]), "other:15012");
+    }
+
+    #[test]
+    fn the_authoritys_settings_have_istios_names() {
+        let config = config(&[
+            ("ROOT_CA_DIR", "/etc/cacerts"),
+            ("CITADEL_SELF_SIGNED_CA_CERT_TTL", "8760h0m0s"),
+            ("CITADEL_SELF_SIGNED_ROOT_CERT_CHECK_INTERVAL", "10m"),
+            ("CITADEL_SELF_SIGNED_ROOT_CERT_GRACE_PERIOD_PERCENTILE", "30"),
+            ("CITADEL_ENABLE_JITTER_FOR_ROOT_CERT_ROTATOR", "false"),
+            ("CA_STAGED_ROOT_CHANGE", "false"),
+        ]);
+        let expected = ca::Settings {
+            directory: "/etc/cacerts".into(),
+            root_ttl: Duration::from_secs(8760 * 3600),
+            root_check: Duration::from_secs(600),
+            root_grace_percent: 30,
+            root_check_jitter: false,
+            staged: false,
+        };
+        assert_eq!(config.unwrap().ca, expected);
     }
 
     #[test]
@@ -162,14 +252,19 @@ mod tests {
     fn every_mistake_is_listed() {
         let Mistakes(mistakes) = config(&[
             ("ISTIOD_GRPC_ADDR", "nowhere"),
+            ("ISTIOD_WEBHOOK_ADDR", "15017"),
             ("DEFAULT_WORKLOAD_CERT_TTL", "soon"),
             ("CA_TRUSTED_NODE_ACCOUNTS", "ztunnel"),
             ("LOG_FORMAT", "xml"),
+            ("REVISION", "1.30"),
             ("PILOT_ENABLE_IP_AUTOALLOCATE", "maybe"),
             ("PILOT_IP_AUTOALLOCATE_IPV4_PREFIX", "2001:2::/48"),
             ("PILOT_IP_AUTOALLOCATE_IPV6_PREFIX", "2001:2::1/128"),
+            ("CITADEL_SELF_SIGNED_CA_CERT_TTL", "0s"),
+            ("CITADEL_SELF_SIGNED_ROOT_CERT_CHECK_INTERVAL", "100000years"),
+            ("CITADEL_SELF_SIGNED_ROOT_CERT_GRACE_PERIOD_PERCENTILE", "100"),
         ])
         .unwrap_err();
-        assert_eq!(mistakes.len(), 7, "{mistakes:?}");
+        assert_eq!(mistakes.len(), 12, "{mistakes:?}");
     }
 }

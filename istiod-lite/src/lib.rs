@@ -6,19 +6,25 @@
 
 #![forbid(unsafe_code)]
 
-pub mod analyze;
+pub mod admission;
 pub mod app;
 pub mod auth;
 pub mod ca;
+pub mod cli;
 pub mod config;
 pub mod deploy;
 pub mod enrol;
+pub mod leader;
 pub mod placement;
 pub mod push;
+pub mod replica;
 pub mod resources;
+pub mod revision;
+mod schema;
 pub mod serve;
 pub mod standalone;
 pub mod status;
+mod strategic;
 pub mod translate;
 pub mod types;
 pub mod watch;

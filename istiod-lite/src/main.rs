@@ -7,13 +7,18 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 use ipnet::IpNet;
 use istiod_lite::config::Config;
 use istiod_lite::standalone::{Server, StandaloneArgs, default_service_cidrs};
-use istiod_lite::{analyze, app};
+use istiod_lite::{app, cli};
 use mesh::drain::{self, DrainTrigger, DrainWatcher};
 use tokio::signal::unix::{SignalKind, signal};
+
+/// Lists come in bursts, from many threads, and most of what is allocated for them is freed at once: the C library's allocator
+/// keeps more of that than all that is held. How soon this one gives back is in `.cargo/config.toml`.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 /// A mistake of whoever started us; nothing was tried.
 const BAD_SETTINGS: u8 = 2;
@@ -28,32 +33,29 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Says what of these objects will not be done as it is written, without changing anything. Exit status 1 if there is any.
-    Analyze {
-        /// YAML or JSON files, directories, or - for standard input; without any, what the cluster of KUBECONFIG has.
-        files: Vec<PathBuf>,
-        /// The namespace of objects that name none.
-        #[arg(long, short, default_value = "default")]
-        namespace: String,
-    },
     /// Brings its own Kubernetes API server: for laptops, virtual machines and tests.
-    Standalone {
-        /// Where objects, keys and certificates are kept.
-        #[arg(long)]
-        data_dir: PathBuf,
-        /// Where to write a kubeconfig with the administrator's token.
-        #[arg(long)]
-        kubeconfig_out: Option<PathBuf>,
-        /// Serve the API only; a control plane is started elsewhere.
-        #[arg(long)]
-        api_only: bool,
-        /// Where to serve the API, unless sockets are handed over (LISTEN_FDS). May be given more than once.
-        #[arg(long, default_value = "127.0.0.1:6443")]
-        listen: Vec<SocketAddr>,
-        /// Addresses for Services, at most one range of each family.
-        #[arg(long, default_values_t = default_service_cidrs())]
-        service_cidr: Vec<IpNet>,
-    },
+    Standalone(Standalone),
+    #[command(flatten)]
+    Ask(cli::Command),
+}
+
+#[derive(Args)]
+struct Standalone {
+    /// Where objects, keys and certificates are kept.
+    #[arg(long)]
+    data_dir: PathBuf,
+    /// Where to write a kubeconfig with the administrator's token.
+    #[arg(long)]
+    kubeconfig_out: Option<PathBuf>,
+    /// Serve the API only; a control plane is started elsewhere.
+    #[arg(long)]
+    api_only: bool,
+    /// Where to serve the API, unless sockets are handed over (LISTEN_FDS). May be given more than once.
+    #[arg(long, default_value = "127.0.0.1:6443")]
+    listen: Vec<SocketAddr>,
+    /// Addresses for Services, at most one range of each family.
+    #[arg(long, default_values_t = default_service_cidrs())]
+    service_cidr: Vec<IpNet>,
 }
 
 fn main() -> ExitCode {
@@ -65,20 +67,23 @@ fn main() -> ExitCode {
             return ExitCode::from(BAD_SETTINGS);
         }
     };
+    // An error only says that a provider is installed already.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    let standalone = match arguments.command {
+        None => None,
+        Some(Command::Standalone(standalone)) => Some(standalone),
+        // Answers go where the log would go, so there is none.
+        Some(Command::Ask(command)) => return ask(command, config),
+    };
     if let Err(error) = mesh::telemetry::init_logging(&config.log_filter, config.log_format) {
         eprintln!("istiod-lite: {error}");
         return ExitCode::from(BAD_SETTINGS);
-    }
-    // An error only says that a provider is installed already.
-    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
-    if let Some(Command::Analyze { files, namespace }) = &arguments.command {
-        return analyze(files, namespace, config);
     }
     let outcome = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .map_err(anyhow::Error::from)
-        .and_then(|runtime| runtime.block_on(run(arguments.command, config)));
+        .and_then(|runtime| runtime.block_on(run(standalone, config)));
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -88,35 +93,23 @@ fn main() -> ExitCode {
     }
 }
 
-fn analyze(files: &[PathBuf], namespace: &str, config: Config) -> ExitCode {
-    let analysis = if files.is_empty() {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        runtime.map_err(anyhow::Error::from).and_then(|runtime| {
-            runtime.block_on(async { analyze::cluster(&kube::Client::try_default().await?, config.mesh).await })
-        })
-    } else {
-        analyze::files(files, namespace, config.mesh)
-    };
-    match analysis {
-        Ok(analysis) => {
-            print!("{analysis}");
-            if analysis.findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-        }
+fn ask(command: cli::Command, config: Config) -> ExitCode {
+    match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime.block_on(command.run(config)),
         Err(error) => {
-            eprintln!("istiod-lite: {error:#}");
-            ExitCode::from(BAD_SETTINGS)
+            eprintln!("istiod-lite: {error}");
+            ExitCode::FAILURE
         }
     }
 }
 
-async fn run(command: Option<Command>, config: Config) -> anyhow::Result<()> {
+async fn run(own_api: Option<Standalone>, config: Config) -> anyhow::Result<()> {
     let (trigger, drain) = drain::channel();
     let deadline = config.drain_deadline;
     let component = async {
-        match command {
+        match own_api {
             None => app::run(config, kube::Client::try_default().await?, drain).await,
-            Some(Command::Analyze { .. }) => Ok(()),
-            Some(Command::Standalone { data_dir, kubeconfig_out, api_only, listen, service_cidr }) => {
+            Some(Standalone { data_dir, kubeconfig_out, api_only, listen, service_cidr }) => {
                 let service_cidrs = service_cidr;
                 let args = StandaloneArgs { data_dir, kubeconfig_out, api_only, listen, service_cidrs };
                 standalone(args, config, drain).await
@@ -134,6 +127,9 @@ async fn run(command: Option<Command>, config: Config) -> anyhow::Result<()> {
     outcome
 }
 
+/// Who it is that serves the API too: the data are one process', so whoever was of this name has ended.
+const STANDALONE: &str = "standalone";
+
 /// The API server, and beside it the control plane as its administrator.
 async fn standalone(args: StandaloneArgs, config: Config, drain: DrainWatcher) -> anyhow::Result<()> {
     let server = Server::start(&args).await?;
@@ -144,7 +140,7 @@ async fn standalone(args: StandaloneArgs, config: Config, drain: DrainWatcher) -
         let kubeconfig = kube::config::Kubeconfig::read_from(server.kubeconfig())?;
         let options = kube::config::KubeConfigOptions::default();
         let client = kube::Client::try_from(kube::Config::from_custom_kubeconfig(kubeconfig, &options).await?)?;
-        app::run(config, client, drain).await
+        app::run(Config { identity: STANDALONE.to_owned(), ..config }, client, drain).await
     };
     server.shutdown().await;
     outcome

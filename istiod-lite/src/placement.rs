@@ -7,10 +7,7 @@ use prost::Message as _;
 use crate::enrol::rules::{self, DATAPLANE_MODE, Outside};
 use crate::translate::enrolment;
 use crate::translate::world::World;
-use crate::types::{Key, annotation, label};
-
-/// On the objects of static pods: the UID by which the kubelet and the container runtime know them.
-const STATIC_POD_UID: &str = "kubernetes.io/config.hash";
+use crate::types::{Key, STATIC_POD_UID, annotation, label};
 
 /// Nothing can be said.
 pub fn unknown() -> Verdict {
@@ -20,8 +17,8 @@ pub fn unknown() -> Verdict {
 /// What is decided about `asked`, if it is placed on `node`.
 pub fn resolve(world: &World, node: &str, asked: &ResolveRequest) -> Verdict {
     let Some(pod) = world.pods.get(&Key::new(&*asked.namespace, &*asked.name)) else { return unknown() };
-    let placed = pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()) == Some(node) && !node.is_empty();
-    let uids = [pod.metadata.uid.as_deref(), annotation(&pod.metadata, STATIC_POD_UID)];
+    let placed = pod.node.as_deref() == Some(node);
+    let uids = [pod.uid.as_deref(), annotation(&**pod, STATIC_POD_UID)];
     // Another UID: a pod of that name is gone, or not known yet.
     if !placed || !uids.contains(&Some(asked.uid.as_str())) {
         return unknown();
@@ -36,7 +33,8 @@ pub fn resolve(world: &World, node: &str, asked: &ResolveRequest) -> Verdict {
         None => {
             let namespace = world.namespace(&asked.namespace);
             let mode = namespace.map(|namespace| label(&namespace.metadata, DATAPLANE_MODE));
-            let namespace_outside = mode.is_some_and(|mode| mode != Some("ambient"));
+            let is_hidden = world.hidden.contains(&*asked.namespace);
+            let namespace_outside = is_hidden || mode.is_some_and(|mode| mode != Some("ambient"));
             Verdict::Outside(OutsideMesh { namespace_outside })
         }
     }
@@ -44,19 +42,18 @@ pub fn resolve(world: &World, node: &str, asked: &ResolveRequest) -> Verdict {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::translate::world::Table;
+    use crate::types::Held;
 
     fn world(namespace_mode: &str, pod: Value) -> World {
         let mut world = World::default();
         let namespace = json!({"metadata": {"name": "shop", "labels": {DATAPLANE_MODE: namespace_mode}}});
         let pod: k8s_openapi::api::core::v1::Pod = serde_json::from_value(pod).unwrap();
-        Arc::make_mut(&mut world.namespaces)
-            .insert(Key::new("", "shop"), Arc::new(serde_json::from_value(namespace).unwrap()));
-        Arc::make_mut(&mut world.pods).insert(Key::of(&pod.metadata), Arc::new(pod));
+        world.namespaces.insert(Key::new("", "shop"), Held::new(serde_json::from_value(namespace).unwrap()));
+        world.pods.insert(Key::of(&pod.metadata), Held::new(crate::types::Pod::new(pod)));
         world
     }
 
@@ -103,12 +100,12 @@ mod tests {
     #[test]
     fn a_namespace_that_has_not_been_heard_of_is_not_outside() {
         let mut early = world("ambient", pod());
-        early.namespaces = Arc::default();
+        early.namespaces = Table::default();
         assert_eq!(ask(&early, "n1", "u1"), unknown());
         let mut opted_out = pod();
         opted_out["metadata"]["labels"] = json!({DATAPLANE_MODE: "none"});
         let mut early = world("ambient", opted_out);
-        early.namespaces = Arc::default();
+        early.namespaces = Table::default();
         let outside = Verdict::Outside(OutsideMesh { namespace_outside: false });
         assert_eq!(ask(&early, "n1", "u1"), outside, "the pod speaks for itself, not for its namespace");
     }

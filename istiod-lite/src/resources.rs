@@ -2,13 +2,18 @@
 //! plane know each other: the store of mesh resources, who has acknowledged which generation, which pod runs where,
 //! and what node proxies report. Nothing here knows Kubernetes or gRPC.
 
-use std::collections::{BTreeMap, HashMap};
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fmt;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
+use imbl::OrdMap;
+use imbl::ordmap::DiffItem;
 use mesh_proto::enrolment::resolve_response::Verdict;
 use mesh_proto::enrolment::{PodState, ResolveRequest};
 use prost::Message;
@@ -26,41 +31,65 @@ pub enum Audience {
     Waypoint { namespace: Arc<str>, name: Arc<str> },
 }
 
+/// xxh64 of a resource's bytes: equal bytes have equal versions, across restarts too. On the wire it is written in hex.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Version(u64);
+
+impl Version {
+    /// In bytes, as text.
+    pub const LENGTH: usize = 16;
+
+    /// None: it is none of ours.
+    pub fn parse(text: &str) -> Option<Self> {
+        let version = Self(u64::from_str_radix(text, 16).ok()?);
+        (version.to_string() == text).then_some(version)
+    }
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
 /// One mesh resource, encoded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Resource {
     pub type_url: &'static str,
     pub name: Arc<str>,
-    /// Hex xxh64 of `body`: equal bytes have equal versions, across restarts too.
-    pub version: Arc<str>,
+    pub version: Version,
     /// The protobuf message (value of the `Any`).
     pub body: Bytes,
     /// Other names an on-demand client may ask for (`<network>/<ip>` of workloads and VIPs).
     pub aliases: Vec<Arc<str>>,
     /// Any of these may see it; never empty.
-    pub audience: Vec<Audience>,
+    pub audience: Cow<'static, [Audience]>,
 }
 
 impl Resource {
     /// Encodes `message` as a resource that every proxy may see.
     pub fn new(type_url: &'static str, name: impl Into<Arc<str>>, message: &impl Message) -> Self {
         let body = Bytes::from(message.encode_to_vec());
-        let version = format!("{:016x}", xxh64(&body, 0)).into();
-        Self { type_url, name: name.into(), version, body, aliases: Vec::new(), audience: vec![Audience::All] }
+        let version = Version(xxh64(&body, 0));
+        let audience = Cow::Borrowed(&[Audience::All][..]);
+        Self { type_url, name: name.into(), version, body, aliases: Vec::new(), audience }
     }
 
     /// Restricts who may see it.
     pub fn for_audience(mut self, audience: Vec<Audience>) -> Self {
-        self.audience = audience;
+        self.audience = Cow::Owned(audience);
         self
     }
 }
 
-/// All resources of one generation. Cheap to hold; never changes.
-#[derive(Debug, Default)]
+/// The resources of one type by name. Equality of what is shared costs nothing.
+type ByName = OrdMap<Arc<str>, Arc<Resource>>;
+
+/// All resources of one generation. Cheap to hold; never changes. What did not change is shared with the one before.
+#[derive(Debug, Clone, Default)]
 pub struct Snapshot {
     generation: u64,
-    types: BTreeMap<&'static str, BTreeMap<Arc<str>, Arc<Resource>>>,
+    types: BTreeMap<&'static str, ByName>,
 }
 
 impl Snapshot {
@@ -71,7 +100,7 @@ impl Snapshot {
 
     /// The resources of a type by name.
     pub fn of_type(&self, type_url: &str) -> impl Iterator<Item = &Arc<Resource>> + '_ {
-        self.types.get(type_url).into_iter().flat_map(BTreeMap::values)
+        self.types.get(type_url).into_iter().flat_map(OrdMap::values)
     }
 
     pub fn get(&self, type_url: &str, name: &str) -> Option<&Arc<Resource>> {
@@ -79,11 +108,24 @@ impl Snapshot {
     }
 
     pub fn len(&self) -> usize {
-        self.types.values().map(BTreeMap::len).sum()
+        self.types.values().map(OrdMap::len).sum()
     }
 
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// The names of one type under which `newer` has something else, or one of the two nothing. Costs what differs.
+    pub fn differing(&self, newer: &Self, type_url: &str) -> Vec<Arc<str>> {
+        let none = ByName::new();
+        let of = |snapshot: &Self| snapshot.types.get(type_url).unwrap_or(&none).clone();
+        let (old, new) = (of(self), of(newer));
+        let names = old.diff(&new).map(|item| match item {
+            DiffItem::Add(name, _) | DiffItem::Update { new: (name, _), .. } | DiffItem::Remove(name, _) => {
+                Arc::clone(name)
+            }
+        });
+        names.collect()
     }
 }
 
@@ -110,32 +152,48 @@ impl ResourceStore {
         }
     }
 
-    /// Makes `resources` the whole content. Resources whose version, audience and aliases did not change keep their
-    /// identity (`Arc::ptr_eq`), so a reader can tell cheaply. Wakes subscribers when anything changed; the first
-    /// publication always does. Returns the generation that holds `resources`.
+    /// Makes `resources` the whole content, as [`Self::change`] would.
     pub fn publish(&self, resources: impl IntoIterator<Item = Resource>) -> u64 {
+        let resources: Vec<Resource> = resources.into_iter().collect();
+        let last = self.current.load_full();
+        let removed = {
+            let kept: HashSet<(&str, &str)> =
+                resources.iter().map(|resource| (resource.type_url, &*resource.name)).collect();
+            let all = last.types.iter().flat_map(|(type_url, by_name)| by_name.keys().map(|name| (*type_url, name)));
+            let gone = all.filter(|(type_url, name)| !kept.contains(&(*type_url, &**name)));
+            gone.map(|(type_url, name)| (type_url, Arc::clone(name))).collect::<Vec<_>>()
+        };
+        self.change(resources, removed)
+    }
+
+    /// Takes out those `removed` and puts in `resources`. One whose version, audience and aliases did not change keeps its
+    /// identity (`Arc::ptr_eq`), so a reader can tell cheaply. Wakes subscribers when anything changed; the first
+    /// publication always does. Returns the generation that holds the outcome. Costs what is given, not what is there.
+    pub fn change(
+        &self,
+        resources: impl IntoIterator<Item = Resource>,
+        removed: impl IntoIterator<Item = (&'static str, Arc<str>)>,
+    ) -> u64 {
         let _one_writer = lock(&self.publishing);
         let last = self.current.load_full();
-        let mut types: BTreeMap<&'static str, BTreeMap<Arc<str>, Arc<Resource>>> = BTreeMap::new();
+        let mut next = Snapshot::clone(&last);
         let mut changed = last.generation == 0;
-        let mut count = 0;
+        for (type_url, name) in removed {
+            changed |= next.types.get_mut(type_url).and_then(|by_name| by_name.remove(&*name)).is_some();
+        }
         for resource in resources {
-            let kept = match last.get(resource.type_url, &resource.name) {
-                Some(old) if **old == resource => Arc::clone(old),
-                _ => {
-                    changed = true;
-                    Arc::new(resource)
-                }
-            };
-            if types.entry(kept.type_url).or_default().insert(Arc::clone(&kept.name), kept).is_none() {
-                count += 1;
+            let by_name = next.types.entry(resource.type_url).or_default();
+            if by_name.get(&*resource.name).is_none_or(|old| **old != resource) {
+                by_name.insert(Arc::clone(&resource.name), Arc::new(resource));
+                changed = true;
             }
         }
-        if !changed && count == last.len() {
+        if !changed {
             return last.generation;
         }
-        let generation = last.generation + 1;
-        self.current.store(Arc::new(Snapshot { generation, types }));
+        next.generation += 1;
+        let generation = next.generation;
+        self.current.store(Arc::new(next));
         self.generation.send_replace(generation);
         generation
     }
@@ -154,6 +212,11 @@ impl ResourceStore {
     }
 }
 
+/// Of what a client says of a response, in bytes.
+const LONGEST_REASON: usize = 1024;
+/// How long acknowledgements are gathered before they are looked at.
+const GATHER: Duration = Duration::from_millis(5);
+
 /// What each connected client has acknowledged and refused.
 #[derive(Debug)]
 pub struct Acks {
@@ -163,13 +226,65 @@ pub struct Acks {
     refusals: watch::Sender<()>,
 }
 
+/// Who a client is, for those who look.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClientInfo {
+    pub namespace: Arc<str>,
+    pub service_account: Arc<str>,
+    pub pod: Option<Arc<str>>,
+    /// Of a node proxy.
+    pub node: Option<Arc<str>>,
+    /// Of a waypoint's pod: the Gateway's name.
+    pub waypoint: Option<Arc<str>>,
+    pub address: Option<SocketAddr>,
+    pub since: SystemTime,
+}
+
+/// Who a client is, and how far it is with each type.
+pub type ClientStatus = (Arc<ClientInfo>, Vec<TypeStatus>);
+
+/// How far a client is with one type.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TypeStatus {
+    pub type_url: String,
+    /// The generation of the last response that was sent; 0 = none was.
+    pub sent: u64,
+    /// The generation that it has, as far as it has said; 0 = none.
+    pub acked: u64,
+    /// What it says of what it did not take.
+    pub rejected: Option<String>,
+}
+
 /// One client's.
 #[derive(Debug, Default)]
 struct Answers {
-    /// The last generation, by type.
-    acked: HashMap<String, u64>,
+    info: Option<Arc<ClientInfo>>,
+    types: HashMap<String, Progress>,
     /// Why, by type and name of a resource.
     refused: BTreeMap<(&'static str, Arc<str>), String>,
+}
+
+/// Generations of one type.
+#[derive(Debug, Default)]
+struct Progress {
+    acked: u64,
+    sent: u64,
+    /// What was said of the last response that was not taken as a whole, and which that was.
+    rejected: Option<(u64, String)>,
+}
+
+impl Answers {
+    fn rejected(&self, type_url: &str) -> Option<String> {
+        let mut by_name = self.refused.iter().filter(|((of, _), _)| *of == type_url);
+        match by_name.next() {
+            Some(((_, name), reason)) => {
+                let more = by_name.count();
+                let others = if more == 0 { String::new() } else { format!(" (and {more} more)") };
+                Some(format!("{name}: {reason}{others}"))
+            }
+            None => self.types.get(type_url)?.rejected.as_ref().map(|(_, reason)| reason.clone()),
+        }
+    }
 }
 
 impl Default for Acks {
@@ -200,6 +315,9 @@ impl Acks {
                 if changed.changed().await.is_err() {
                     return;
                 }
+                // Each look is at all clients, and they all answer at about the same time.
+                tokio::time::sleep(GATHER).await;
+                changed.mark_unchanged();
             }
         })
         .await
@@ -207,7 +325,23 @@ impl Acks {
     }
 
     fn all_acked(&self, type_url: &str, generation: u64) -> bool {
-        lock(&self.clients).values().filter_map(|of| of.acked.get(type_url)).all(|acked| *acked >= generation)
+        lock(&self.clients).values().filter_map(|of| of.types.get(type_url)).all(|of| of.acked >= generation)
+    }
+
+    /// How far each client is, of `most` of them, and how many there are beyond. Those count that have said who they are.
+    pub fn clients(&self, most: usize) -> (Vec<ClientStatus>, usize) {
+        let clients = lock(&self.clients);
+        let known = || clients.values().filter_map(|of| Some((of, of.info.as_ref()?)));
+        let status = |(of, info): (&Answers, &Arc<ClientInfo>)| {
+            let types = of.types.iter().map(|(type_url, progress)| TypeStatus {
+                type_url: type_url.clone(),
+                sent: progress.sent,
+                acked: progress.acked,
+                rejected: of.rejected(type_url),
+            });
+            (Arc::clone(info), types.collect::<Vec<_>>())
+        };
+        (known().take(most).map(status).collect(), known().count().saturating_sub(most))
     }
 
     /// How many clients have refused what they were sent last of a resource, and what one of them says of it.
@@ -237,10 +371,35 @@ pub struct ClientAcks {
 }
 
 impl ClientAcks {
+    /// Says who it is.
+    pub fn describe(&self, info: ClientInfo) {
+        if let Some(of) = lock(&self.acks.clients).get_mut(&self.id) {
+            of.info = Some(Arc::new(info));
+        }
+    }
+
     /// The client asked for `type_url` and is waited for from now on.
     pub fn subscribed(&self, type_url: &str) {
         if let Some(of) = lock(&self.acks.clients).get_mut(&self.id) {
-            of.acked.entry(type_url.to_owned()).or_insert(0);
+            of.types.entry(type_url.to_owned()).or_default();
+        }
+    }
+
+    /// A response is on its way. Of a type that is not served nothing is kept.
+    pub fn sent(&self, type_url: &str, generation: u64) {
+        if let Some(of) = lock(&self.acks.clients).get_mut(&self.id)
+            && let Some(progress) = of.types.get_mut(type_url)
+        {
+            progress.sent = generation;
+        }
+    }
+
+    /// The client did not take all of the last response. Before the acknowledgement.
+    pub fn rejected(&self, type_url: &str, reason: &str) {
+        if let Some(of) = lock(&self.acks.clients).get_mut(&self.id)
+            && let Some(progress) = of.types.get_mut(type_url)
+        {
+            progress.rejected = Some((progress.sent, reason[..reason.floor_char_boundary(LONGEST_REASON)].to_owned()));
         }
     }
 
@@ -248,8 +407,13 @@ impl ClientAcks {
     /// it. A NACK counts: the good resources were applied.
     pub fn acked(&self, type_url: &str, generation: u64) {
         if let Some(of) = lock(&self.acks.clients).get_mut(&self.id) {
-            let last = of.acked.entry(type_url.to_owned()).or_insert(0);
-            *last = generation.max(*last);
+            let progress = of.types.entry(type_url.to_owned()).or_default();
+            progress.acked = generation.max(progress.acked);
+            let sent = progress.sent;
+            // A later response was taken as it was.
+            if progress.rejected.as_ref().is_some_and(|(of, _)| *of < sent.min(generation)) {
+                progress.rejected = None;
+            }
         }
         self.acks.changed.send_replace(());
     }
@@ -298,6 +462,15 @@ pub struct PodInfo {
     pub labels: BTreeMap<String, String>,
 }
 
+/// Whether an identity is a machine's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Holder {
+    Somebody,
+    Nobody,
+    /// Not all that could have it has been listed.
+    Unknown,
+}
+
 /// Which pods run where, as the control plane knows it now.
 pub trait PodDirectory: Send + Sync {
     /// True once the pods have been listed; until then callers are told to come back.
@@ -305,6 +478,8 @@ pub trait PodDirectory: Send + Sync {
     fn pod(&self, namespace: &str, name: &str) -> Option<PodInfo>;
     /// Whether some pod with `spec.nodeName == node`, not Failed and not Succeeded, has this identity.
     fn node_runs(&self, node: &str, namespace: &str, service_account: &str) -> bool;
+    /// Whether some WorkloadEntry has this identity.
+    fn holder(&self, namespace: &str, service_account: &str) -> Holder;
 }
 
 /// Which pods are to be captured, as decided now: ahead of what has been pushed.
@@ -319,7 +494,8 @@ pub trait Placements: Send + Sync {
 pub trait ReportSink: Send + Sync {
     /// The complete list of the node: a pod that is not named is not enrolled.
     fn report(&self, node: &str, states: Vec<PodState>);
-    /// The node's last stream ended. What it reported stays believed: its capture outlives the stream.
+    /// The node's last stream ended. Its capture outlives that: what it reported is true until it, here or at another replica,
+    /// reports anew.
     fn disconnected(&self, _node: &str) {}
 }
 
@@ -345,6 +521,17 @@ mod tests {
         seen.mark_unchanged();
         assert_eq!(store.publish([resource("a", "1")]), 1);
         assert!(!seen.has_changed().unwrap());
+    }
+
+    #[test]
+    fn versions_are_read_as_they_are_written() {
+        for version in [Version(0), Version(0xab), Version(u64::MAX)] {
+            let text = version.to_string();
+            assert_eq!((text.len(), Version::parse(&text)), (Version::LENGTH, Some(version)));
+        }
+        for text in ["", "1", "+00000000000000a", "00000000000000AB", "00000000000000ab0"] {
+            assert_eq!(Version::parse(text), None, "{text}");
+        }
     }
 
     #[test]
@@ -385,5 +572,46 @@ mod tests {
         assert!(!acks.wait_acked("t", 5, Duration::from_secs(5)).await);
         drop(two);
         assert!(acks.wait_acked("t", 5, Duration::from_secs(5)).await);
+    }
+
+    #[test]
+    fn tells_how_far_each_client_is_and_what_it_did_not_take() {
+        let acks = Arc::new(Acks::default());
+        let (client, _unknown) = (acks.client(), acks.client());
+        let info = ClientInfo {
+            namespace: "istio-system".into(),
+            service_account: "ztunnel".into(),
+            pod: Some("ztunnel-a".into()),
+            node: Some("a".into()),
+            waypoint: None,
+            address: None,
+            since: SystemTime::UNIX_EPOCH,
+        };
+        client.describe(info.clone());
+        client.subscribed("t");
+        let status = || {
+            let (clients, more) = acks.clients(10);
+            let [(found, types)] = &clients[..] else { panic!("{clients:?}") };
+            assert_eq!((&**found, more), (&info, 0));
+            let [TypeStatus { type_url, sent, acked, rejected }] = &types[..] else { panic!("{types:?}") };
+            assert_eq!(type_url, "t");
+            (*sent, *acked, rejected.clone())
+        };
+        assert_eq!(status(), (0, 0, None));
+        client.sent("t", 3);
+        client.sent("nobody's", 3);
+        assert_eq!(status(), (3, 0, None));
+        client.rejected("t", "no");
+        client.acked("t", 3);
+        assert_eq!(status(), (3, 3, Some("no".into())));
+        client.acked("t", 4);
+        assert_eq!(status(), (3, 4, Some("no".into())), "what it refused has not been replaced");
+        client.sent("t", 5);
+        assert_eq!(status(), (5, 4, Some("no".into())));
+        client.acked("t", 5);
+        assert_eq!(status(), (5, 5, None));
+        client.answered("t", vec!["x".into(), "y".into()], [("x".into(), "bad".into())].into());
+        assert_eq!(status(), (5, 5, Some("x: bad".into())));
+        assert_eq!(acks.clients(0), (Vec::new(), 1));
     }
 }

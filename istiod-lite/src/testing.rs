@@ -1,22 +1,31 @@
-//! Stand-ins shared by this crate's unit tests: a pod directory, a Kubernetes API that answers from a closure.
+//! Stand-ins shared by this crate's unit tests: a pod directory, a peer that verifies a certificate, a Kubernetes API that
+//! answers from a closure.
 
-use std::collections::BTreeMap;
-use std::sync::Mutex;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use http_body_util::BodyExt as _;
-
 use mesh_proto::enrolment::resolve_response::Verdict;
 use mesh_proto::enrolment::{PodEnrolment, ResolveRequest};
+use rustls::RootCertStore;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, UnixTime};
+use rustls::server::WebPkiClientVerifier;
+use time::OffsetDateTime;
 use tokio::sync::watch;
 
+use crate::ca::authority::Issued;
 use crate::placement;
-use crate::resources::{Placements, PodDirectory, PodInfo, lock};
+use crate::resources::{Holder, Placements, PodDirectory, PodInfo, lock};
 
 /// A pod directory told as a story. The UID of a pod is `<namespace>/<name>`.
 #[derive(Debug, Default)]
 pub struct Pods {
     synced: bool,
     pods: Mutex<BTreeMap<(String, String), PodInfo>>,
+    /// Namespace and service account of each WorkloadEntry.
+    machines: Mutex<BTreeSet<(String, String)>>,
     news: watch::Sender<u64>,
 }
 
@@ -57,6 +66,15 @@ impl Pods {
         self.add(namespace, name, account, node, BTreeMap::new());
     }
 
+    /// A WorkloadEntry that comes while others look.
+    pub fn enter_machine(&self, namespace: &str, account: &str) {
+        lock(&self.machines).insert((namespace.to_owned(), account.to_owned()));
+    }
+
+    pub fn remove_machine(&self, namespace: &str, account: &str) {
+        lock(&self.machines).remove(&(namespace.to_owned(), account.to_owned()));
+    }
+
     pub fn delete(&self, namespace: &str, name: &str) {
         lock(&self.pods).remove(&(namespace.to_owned(), name.to_owned()));
     }
@@ -76,6 +94,15 @@ impl PodDirectory for Pods {
             .values()
             .any(|pod| *pod.node == *node && *pod.namespace == *namespace && *pod.service_account == *service_account)
     }
+
+    fn holder(&self, namespace: &str, service_account: &str) -> Holder {
+        let is_machines = lock(&self.machines).contains(&(namespace.to_owned(), service_account.to_owned()));
+        match (is_machines, self.synced) {
+            (true, _) => Holder::Somebody,
+            (false, true) => Holder::Nobody,
+            (false, false) => Holder::Unknown,
+        }
+    }
 }
 
 /// All pods are in the mesh.
@@ -92,6 +119,20 @@ impl Placements for Pods {
     fn news(&self) -> watch::Receiver<u64> {
         self.news.subscribe()
     }
+}
+
+/// Whether who trusts `roots` accepts the holder of `issued` at `now`.
+pub fn accepts(roots: &str, issued: &Issued, now: OffsetDateTime) -> Result<(), rustls::Error> {
+    let parse = |pem: &str| CertificateDer::from_pem_slice(pem.as_bytes()).unwrap();
+    let mut store = RootCertStore::empty();
+    for root in CertificateDer::pem_slice_iter(roots.as_bytes()) {
+        store.add(root.unwrap()).unwrap();
+    }
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(store), provider).build().unwrap();
+    let intermediates: Vec<_> = issued.intermediates.iter().map(|pem| parse(pem)).collect();
+    let now = UnixTime::since_unix_epoch(Duration::from_secs(now.unix_timestamp().try_into().unwrap()));
+    verifier.verify_client_cert(&parse(&issued.leaf), &intermediates, now).map(|_| ())
 }
 
 /// A `kube` client without a network.

@@ -225,6 +225,56 @@ fn a_custom_resource_is_validated_defaulted_pruned_and_printed() {
     });
 }
 
+#[test]
+fn rules_of_definitions_refuse_in_their_own_words() {
+    const ROUTE: &str = "
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: web, namespace: shop}
+spec:
+  parentRefs: [{name: gateway}]
+  rules:
+  - matches: [{path: {type: PathPrefix, value: /shop}}]
+    backendRefs: [{name: web, port: 80}]
+";
+    const ENTRY: &str = "
+apiVersion: networking.istio.io/v1
+kind: ServiceEntry
+metadata: {name: bank, namespace: shop}
+spec: {hosts: [bank.example.com], addresses: [192.0.2.0/24], resolution: STATIC, ports: [{number: 443, name: tls}]}
+";
+    with_each_kubectl(|kubectl| {
+        for crd in standalone_support::crds() {
+            kubectl.apply(&crd.to_string());
+            let name = crd["metadata"]["name"].as_str().unwrap();
+            let conditions = kubectl.ok(&format!("get crd {name} -o jsonpath={{.status.conditions[*].type}}"));
+            assert!(!conditions.contains("ValidationRulesIgnored"), "{name}: {conditions}");
+        }
+        for (good, from, to, field, sentence) in [
+            (ROUTE, "/shop", "/shop/../bank", "spec.rules[0].matches[0].path", "no path has /../"),
+            (ROUTE, ", port: 80", "", "spec.rules[0].backendRefs[0]", "a Service has several ports; write which"),
+            (ENTRY, "STATIC", "DNS", "spec", "only resolution STATIC and NONE go with CIDRs; write single addresses"),
+            (ENTRY, "bank.example.com", "'*'", "spec.hosts[0]", "a wildcard stands before a name"),
+        ] {
+            let bad = kubectl.with_input("apply -f -", &good.replace(from, to));
+            assert!(!bad.ok && bad.err.contains(field) && bad.err.contains(sentence), "{to}: {} {}", bad.out, bad.err);
+        }
+        kubectl.apply(ROUTE);
+        kubectl.apply(ENTRY);
+        let worse = kubectl.with_input("apply -f -", &ENTRY.replace("number: 443", "number: 0"));
+        assert!(!worse.ok && worse.err.contains("a port is a number from 1 to 65535"), "{}", worse.err);
+        let rules = "required: [mode]\n            x-kubernetes-validations: [{rule: 'self.mode =='}]";
+        let unreadable = kubectl.with_input("apply -f -", &CRD.replace("required: [mode]", rules));
+        assert!(!unreadable.ok && unreadable.err.contains("compilation failed"), "{}", unreadable.err);
+        let rules =
+            "required: [mode]\n            x-kubernetes-validations: [{rule: 'quantity(self.mode).isInteger()'}]";
+        kubectl.apply(&CRD.replace("required: [mode]", rules));
+        let ignored = kubectl.ok("get crd widgets.example.org -o jsonpath={.status.conditions[*].message}");
+        assert!(ignored.contains("does not evaluate spec: quantity(self.mode).isInteger()"), "{ignored}");
+        kubectl.apply(WIDGET);
+    });
+}
+
 /// What users have lying about is mostly of v1beta1; clients of either version see the same object.
 #[test]
 fn kinds_of_the_mesh_are_served_in_the_versions_they_were_written_for() {

@@ -46,3 +46,7 @@ pub mod waypoint {
     pub const ROUTE_TYPE: &str = "type.googleapis.com/mesh.waypoint.v1.Route";
     pub const HTTP_POLICY_TYPE: &str = "type.googleapis.com/mesh.waypoint.v1.HttpPolicy";
 }
+/// What the replicas of a control plane ask each other.
+pub mod replica {
+    include!("generated/mesh.replica.v1.rs");
+}

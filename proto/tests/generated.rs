@@ -2,13 +2,14 @@
 
 use std::path::Path;
 
-const SCHEMAS: [&str; 7] = [
+const SCHEMAS: [&str; 8] = [
     "envoy/ads.proto",
     "istio/workload.proto",
     "istio/authorization.proto",
     "istio/ca.proto",
     "istio/zds.proto",
     "mesh/enrolment.proto",
+    "mesh/replica.proto",
     "mesh/waypoint.proto",
 ];
 

@@ -12,8 +12,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail};
 
@@ -99,7 +98,7 @@ pub struct NodeNet {
     index: u8,
     prefix: String,
     /// Where the search for a free address goes on: a used address rests as long as possible, as with a real IPAM.
-    next_host: Arc<AtomicU8>,
+    next_host: Arc<Mutex<u8>>,
 }
 
 /// Addresses of one pod and the namespace that has them.
@@ -179,7 +178,7 @@ impl NodeNet {
             ipv6: Ipv6Addr::new(0xfd00, 0x30, 0, 0, 0, 0, 0, 0x10 + u16::from(index)),
             index,
             prefix: record.netns_prefix.clone(),
-            next_host: Arc::new(AtomicU8::new(POD_HOSTS.start)),
+            next_host: Arc::new(Mutex::new(POD_HOSTS.start)),
         };
         let (gateway4, gateway6) = node.gateways();
         sys::ip_batch(
@@ -218,7 +217,10 @@ impl NodeNet {
     /// # Errors
     /// When the subnet is used up.
     pub fn add_pod(&self, label: &str) -> Result<PodNet> {
-        let host = self.free_host()?;
+        // Held until the link is there, by which the next one sees that the address is taken.
+        let mut next_host = self.next_host.lock().unwrap_or_else(PoisonError::into_inner);
+        let host = self.free_host(*next_host)?;
+        *next_host = host + 1;
         let (ipv4, ipv6) = self.host(host);
         let (gateway4, gateway6) = self.gateways();
         let netns = Netns::create(format!("{}{label}", self.prefix))?;
@@ -230,6 +232,7 @@ impl NodeNet {
                 netns.name
             ),
         )?;
+        drop(next_host);
         // Host routes only: pods of one node reach each other through the node, whose connection tracking undoes the DNAT of
         // service addresses on the way back.
         sys::ip_batch(
@@ -250,7 +253,7 @@ impl NodeNet {
         pod.netns.delete()
     }
 
-    fn free_host(&self) -> Result<u8> {
+    fn free_host(&self, next: u8) -> Result<u8> {
         let taken = self.netns.enter(|| {
             let dev = std::fs::read_to_string("/proc/thread-self/net/dev")?;
             Ok(dev
@@ -258,12 +261,10 @@ impl NodeNet {
                 .filter_map(|line| line.split(':').next()?.trim().strip_prefix("veth")?.parse().ok())
                 .collect::<Vec<u8>>())
         })?;
-        let next = self.next_host.load(Ordering::Relaxed);
         let mut hosts = (next..POD_HOSTS.end).chain(POD_HOSTS.start..next);
         let Some(host) = hosts.find(|host| !taken.contains(host)) else {
             bail!("no free pod address on {}", self.name);
         };
-        self.next_host.store(host + 1, Ordering::Relaxed);
         Ok(host)
     }
 }

@@ -21,6 +21,7 @@ use anyhow::{Context, Result, ensure};
 use http::{Method, Request};
 use mesh_tests::cluster::state::Pod;
 use mesh_tests::cluster::{API_PORT, api};
+use mesh_tests::memory;
 use mesh_tests::places::Places;
 use mesh_tests::topology::PARENT_V4;
 use mesh_tests::wait;
@@ -408,7 +409,7 @@ fn targets(stage: &Stage) -> Result<Vec<Target>> {
     for (name, pod, wanted) in [
         ("ztunnel of node-a", ztunnel(stage, "node-a")?, &[15000, 15020, 15021][..]),
         ("ztunnel of node-b", ztunnel(stage, "node-b")?, &[15000, 15020, 15021]),
-        ("istiod", session.pod("istio-system/istiod")?, &[15012, 15014]),
+        ("istiod", session.pod("istio-system/istiod")?, &[15012, 15014, 15017]),
         ("waypoint", session.pod("shop/waypoint")?, &[15000, 15008, 15020, 15021]),
         ("client", session.pod("client")?, &[]),
         ("server", session.pod("server-v1")?, &[]),
@@ -458,7 +459,7 @@ fn processes(stage: &Stage) -> Result<BTreeMap<String, (u32, i32)>> {
 }
 
 fn memory(processes: &BTreeMap<String, (u32, i32)>) -> Result<BTreeMap<String, u64>> {
-    processes.iter().map(|(name, (pid, _))| Ok((name.clone(), garbage::written(*pid)?))).collect()
+    processes.iter().map(|(name, (pid, _))| Ok((name.clone(), memory::written_kib(*pid)?))).collect()
 }
 
 /// What the whole attack may cost a process at most, in KiB. Debug builds; each huge header alone has 4 MiB.

@@ -176,7 +176,7 @@ fn until_it_ends(stage: &Stage) -> Result<()> {
     let script =
         "trap '' TERM; while :; do curl -s -m 2 -o /dev/null -w '%{http_code}\\n' http://server-v1/; sleep 0.1; done";
     let manifest = idle("shop", "stubborn", "", "")
-        .replace("terminationGracePeriodSeconds: 1", "terminationGracePeriodSeconds: 6")
+        .replace("terminationGracePeriodSeconds: 1", "terminationGracePeriodSeconds: 60")
         .replace("image: curl", &format!("image: curl, command: [bash, -c, \"{}\"]", script.replace('\\', "\\\\")));
     stage.teller.session.apply(&manifest)?;
     let stubborn = pod(stage, "shop/stubborn")?;
@@ -200,7 +200,9 @@ fn until_it_ends(stage: &Stage) -> Result<()> {
         Ok(())
     })();
     stage.kubectl(&["delete", "-f", "tests/demo/strict.yaml"])?;
-    outcome?;
+    let ended =
+        stage.kubectl(&["-n", "shop", "delete", "pod", "stubborn", "--force", "--grace-period=0", "--wait=false"]);
+    outcome.and(ended)?;
     wait::until("the pod to be gone", SETTLE, || {
         ensure!(stage.teller.session.pods().iter().all(|pod| pod.uid != stubborn.uid), "it is there");
         Ok(())

@@ -10,7 +10,7 @@ mod world;
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -19,6 +19,7 @@ use mesh_tests::load::Tally;
 use mesh_tests::load::client::Amount;
 use mesh_tests::load::stage::Stage;
 use mesh_tests::lossy::{Faults, Lossy};
+use mesh_tests::memory::written_kib;
 use mesh_tests::places::Places;
 use mesh_tests::raw::{self, NODES, Process};
 use mesh_tests::{sys, wait};
@@ -287,20 +288,13 @@ fn out_of_descriptors_new_connections_wait_or_are_refused_by_name_and_all_comes_
     lives(&beat)
 }
 
-/// What a process has written to, in KiB: its code comes and goes by its own rules.
-fn written(pid: u32) -> Result<u64> {
-    let text = fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("smaps_rollup"))?;
-    let line = text.lines().find(|line| line.starts_with("Anonymous:")).context("no Anonymous")?;
-    Ok(line.split_whitespace().nth(1).context("no value")?.parse()?)
-}
-
 /// Connections whose servers do not read fill what lies between, and no more.
 #[test]
 fn readers_that_stall_cost_a_bounded_amount_of_memory_and_give_it_back() -> Result<()> {
     const CONNECTIONS: usize = 100;
     let Some(mut mesh) = Mesh::up("stall")? else { return Ok(()) };
     let pids = NODES.map(|node| mesh.ztunnel(node).pid());
-    let sizes = || -> Result<Vec<u64>> { pids.iter().map(|pid| written(*pid)).collect() };
+    let sizes = || -> Result<Vec<u64>> { pids.iter().map(|pid| written_kib(*pid)).collect() };
     let before = sizes()?;
     let mut rounds = Vec::new();
     for round in 0..2 {

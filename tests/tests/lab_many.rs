@@ -4,8 +4,9 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use mesh_tests::local;
+use mesh_tests::memory;
 use mesh_tests::places::Places;
 use mesh_tests::raw::{self, Lab, Pod, Process};
 use mesh_tests::wait;
@@ -43,13 +44,6 @@ fn files(directory: &Path) -> Result<usize> {
         count += if entry.file_type()?.is_dir() { files(&entry.path())? } else { 1 };
     }
     Ok(count)
-}
-
-/// What the process has written to, in KiB: its code comes and goes by its own rules.
-fn written_kib(pid: u32) -> Result<u64> {
-    let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
-    let line = text.lines().find_map(|line| line.strip_prefix("Anonymous:")).context("no Anonymous")?;
-    Ok(line.split_whitespace().next().context("no value")?.parse()?)
 }
 
 #[test]
@@ -100,7 +94,7 @@ fn pods_that_come_and_go_fast_leave_nothing_behind() -> Result<()> {
             ensure!(!dump.contains("idle-"), "the admin endpoint still shows pods");
             Ok(())
         })?;
-        written.push(written_kib(ztunnel.pid())?);
+        written.push(memory::written_kib(ztunnel.pid())?);
     }
     let enrolled = ztunnel.output().matches("\tenrolled").count();
     ensure!(enrolled > PODS, "only {enrolled} pods were enrolled: nothing was shown");

@@ -8,7 +8,10 @@ mod support;
 #[path = "support/tunnel.rs"]
 mod tunnel;
 
+use std::fs;
+use std::io::Write as _;
 use std::net::{IpAddr, SocketAddr};
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -27,6 +30,8 @@ const CASES: &[Case] = &[
     ("a client behind a waypoint is named at its destination, in metrics and log", named_at_destination),
     ("policy at the destination decides about the client behind the waypoint", decided_at_destination),
     ("a client is not who a peer says that is no waypoint of the destination", forged_client),
+    ("a waypoint that is rolled out loses no request", rolled_out),
+    ("what a waypoint's parameters ask for is there for as long as they do", by_parameters),
     ("on demand a service, a pod and an address of nobody are told apart at the first connection", asked_for),
     ("on demand a client behind a waypoint is named at its destination", named_at_destination),
     ("on demand policy at the destination decides about the client behind the waypoint", decided_at_destination),
@@ -46,6 +51,12 @@ const UNAVAILABLE: &str = "503";
 const CLIENT: &str = "spiffe://cluster.local/ns/shop/sa/client";
 const OTHER: &str = "spiffe://cluster.local/ns/shop/sa/other";
 const WAYPOINT: &str = "spiffe://cluster.local/ns/shop/sa/waypoint";
+
+/// One request after the other, each on a connection of its own, until it is told something.
+const ASK: &str =
+    "while ! read -t 0; do curl -s -o /dev/null -m 10 -w '%{http_code}\\n' http://server/ </dev/null; done";
+/// Enough of them to have met every moment of two rollouts.
+const MANY: usize = 200;
 
 /// A Gateway that admits its own namespace only, and the Service of `server` for bytes.
 const OBJECTS: &str = r#"
@@ -382,4 +393,83 @@ fn unanswered(stage: &Stage) -> Result<()> {
     stage.kubectl(&["-n", "istio-system", "scale", "deployment/istiod", "--replicas=1"])?;
     stage.kubectl(&["-n", "istio-system", "rollout", "status", "deployment/istiod", "--timeout=60s"])?;
     outcome
+}
+
+/// The shell that asks; it ends with this.
+struct Asking(Child);
+
+impl Drop for Asking {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// As `kubectl rollout restart` does it: the old pods go while requests go on.
+fn rolled_out(stage: &Stage) -> Result<()> {
+    let first = behind_waypoint(stage)?;
+    let session = &stage.teller.session;
+    let log = session.record.run_dir.join("asked.log");
+    let mut command = session.exec("client", &["bash", "-c", ASK])?;
+    let mut asking = Asking(command.stdin(Stdio::piped()).stdout(fs::File::create(&log)?).spawn()?);
+    for _ in 0..2 {
+        stage.kubectl(&["-n", "shop", "rollout", "restart", "deployment/waypoint"])?;
+        stage.kubectl(&["-n", "shop", "rollout", "status", "deployment/waypoint", "--timeout=60s"])?;
+    }
+    wait::until("the old pods to be gone and enough to be asked", SETTLE, || {
+        let left: Vec<_> = session
+            .pods()
+            .into_iter()
+            .filter(|pod| pod.namespace == "shop" && pod.name.starts_with("waypoint-"))
+            .collect();
+        ensure!(left.len() == 1 && left[0].uid != first.uid, "{} waypoints", left.len());
+        let asked = fs::read_to_string(&log)?.lines().count();
+        ensure!(asked >= MANY, "{asked} requests");
+        Ok(())
+    })?;
+    asking.0.stdin.take().context("a pipe")?.write_all(b"\n")?;
+    asking.0.wait()?;
+    let said = fs::read_to_string(&log)?;
+    let lost: Vec<_> = said.lines().enumerate().filter(|(_, status)| *status != "200").collect();
+    ensure!(lost.is_empty(), "of {} requests: {lost:?}", said.lines().count());
+    Ok(())
+}
+
+/// By the rights that `manifests/install.yaml` gives.
+fn by_parameters(stage: &Stage) -> Result<()> {
+    behind_waypoint(stage)?;
+    let there = |what: &str| stage.kubectl(&["-n", "shop", "get", what, "waypoint", "-o", "name"]).map(drop);
+    let gone = |what: &str| {
+        let said =
+            stage.kubectl(&["-n", "shop", "get", what, "--field-selector", "metadata.name=waypoint", "-o", "name"])?;
+        ensure!(said.trim().is_empty(), "there is {said:?}");
+        Ok(())
+    };
+    let refer = |reference: &str| {
+        let patch = format!("{{\"spec\": {{\"infrastructure\": {{\"parametersRef\": {reference}}}}}}}");
+        stage.kubectl(&["-n", "shop", "patch", "gateway", "waypoint", "--type", "merge", "-p", &patch]).map(drop)
+    };
+    stage.teller.session.apply(
+        "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: of-waypoint, namespace: shop}\ndata:\n  \
+         horizontalPodAutoscaler: \"spec: {maxReplicas: 3}\"\n  podDisruptionBudget: \"spec: {minAvailable: 1}\"\n",
+    )?;
+    refer("{\"group\": \"\", \"kind\": \"ConfigMap\", \"name\": \"of-waypoint\"}")?;
+    for what in ["horizontalpodautoscalers", "poddisruptionbudgets"] {
+        wait::until(&format!("{what} to come"), SETTLE, || there(what))?;
+    }
+    refer("null")?;
+    for what in ["horizontalpodautoscalers", "poddisruptionbudgets"] {
+        wait::until(&format!("{what} to go"), SETTLE, || gone(what))?;
+    }
+    stage.kubectl(&["-n", "shop", "delete", "configmap", "of-waypoint"])?;
+    stage.comes_to("client", &[SERVER], "200")?;
+
+    let class = ["get", "gatewayclass", "istio-waypoint", "-o", "jsonpath={.metadata.uid}"];
+    let before = stage.kubectl(&class)?;
+    stage.kubectl(&["delete", "gatewayclass", "istio-waypoint"])?;
+    wait::until("the class to be back", SETTLE, || {
+        let now = stage.kubectl(&class)?;
+        ensure!(!now.is_empty() && now != before, "it is {now:?}");
+        Ok(())
+    })
 }

@@ -80,7 +80,8 @@ pub struct Worker {
 impl Worker {
     pub fn new(shared: Arc<Shared>) -> Self {
         let upstreams = Upstreams::new(shared.identity.clone(), shared.certificates.clone(), shared.config.instance_ip);
-        Self { shared, upstreams, balancer: Balancer::default() }
+        let balancer = Balancer::new(Arc::clone(&shared.me.network));
+        Self { shared, upstreams, balancer }
     }
 
     /// After the last downstream connection has ended: waits until what was sent upstream has left.

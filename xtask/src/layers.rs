@@ -16,12 +16,13 @@ use crate::Workspace;
 const ALLOWED: &[(&str, &[&str])] = &[
     ("mesh-proto", &[]),
     ("ebpf-abi", &[]),
-    ("ebpf-loader", &["ebpf-abi"]),
+    ("mesh-memory", &[]),
+    ("ebpf-loader", &["ebpf-abi", "mesh-memory"]),
     ("mesh", &["mesh-proto"]),
     ("ztunnel-cni", &[]),
-    ("ztunnel", &["mesh", "mesh-proto", "ebpf-loader", "ebpf-abi", "ztunnel-cni"]),
+    ("ztunnel", &["mesh", "mesh-memory", "mesh-proto", "ebpf-loader", "ebpf-abi", "ztunnel-cni"]),
     ("waypoint", &["mesh", "mesh-proto"]),
-    ("istiod-lite", &["mesh", "mesh-proto"]),
+    ("istiod-lite", &["mesh", "mesh-memory", "mesh-proto"]),
     ("mesh-tests", &["mesh", "mesh-proto", "ebpf-loader", "ztunnel", "waypoint", "istiod-lite"]),
     ("xtask", &[]),
 ];

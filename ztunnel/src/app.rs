@@ -153,9 +153,8 @@ pub fn run(mut config: Config, log: LogHandle) -> anyhow::Result<()> {
             };
             ready.push(("control plane", client.synced()));
             if let Some(reports) = reports {
-                let channel = mesh::grpc::channel(grpc.clone()).context("XDS_ADDRESS")?;
-                control_plane = Some(channel.clone());
-                tasks.spawn(report::run(channel, reports, client.connected(), enrolling.clone()));
+                control_plane = Some(mesh::grpc::channel(grpc.clone()).context("XDS_ADDRESS")?);
+                tasks.spawn(report::run(client.link(), reports, enrolling.clone()));
             }
             tasks.spawn(client.run(drain.clone()));
         }

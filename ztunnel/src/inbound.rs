@@ -87,39 +87,76 @@ async fn accept(
 }
 
 /// One tunnel request.
-async fn tunnel(at: Arc<Place>, request: ConnectRequest, here: SocketAddr) {
+fn tunnel(at: Arc<Place>, request: ConnectRequest, here: SocketAddr) -> impl Future<Output = ()> + Send {
+    // As where connections leave: what opening takes is given back before the bytes flow.
+    let opened = Box::pin(open(at.clone(), request, here));
+    async move {
+        if let Some(connected) = opened.await {
+            carry(&at, connected).await;
+        }
+    }
+}
+
+/// Up to where there is something to copy into; whoever gets none has been told.
+async fn open(at: Arc<Place>, request: ConnectRequest, here: SocketAddr) -> Option<Box<Connected>> {
     if at.pod.is_door_closed() {
-        return request.send_away();
+        request.send_away();
+        return None;
     }
     let opening = at.pod.opening();
     let client = request.peer.addr();
-    let refused = |ending: &Ending| access::refused(Direction::Inbound, client, here, ending.flag(), ending);
+    let refused = |request: ConnectRequest, ending: &Ending| {
+        access::refused(Direction::Inbound, client, here, ending.flag(), ending);
+        request.reject(ending.status());
+        None
+    };
     let mut local = match at.local().await {
         Ok(local) => local,
-        Err(ending) => {
-            refused(&ending);
-            return request.reject(ending.status());
-        }
+        Err(ending) => return refused(request, &ending),
     };
     if at.shared.demand.is_some()
         && let Err(error) = Box::pin(ask_first(&at, &mut local, &request)).await
     {
-        let ending = Ending::from(error);
-        refused(&ending);
-        return request.reject(ending.status());
+        return refused(request, &error.into());
     }
     let target = match at.target(&local, here.ip(), &request.authority) {
         Ok(target) => target,
-        Err(error) => {
-            let ending = Ending::from(error);
-            refused(&ending);
-            return request.reject(ending.status());
-        }
+        Err(error) => return refused(request, &error.into()),
     };
     let peer = request.peer.identity();
     let original = resolve::original(&local.world, &local.workload, target.app.port(), peer, &request.headers);
     let record = TcpRecord::open(describe(&at, &local, &request, original.as_ref(), here, target.app));
-    let outcome = Box::pin(forward(&at, &local, opening, (request, original), target, &record)).await;
+    match forward(&at, &local, opening, (request, original), target, &record).await {
+        Ok((tracked, downstream, upstream)) => Some(Box::new(Connected { record, tracked, downstream, upstream })),
+        Err(ending) => {
+            record.close(Err(ending.into()));
+            None
+        }
+    }
+}
+
+/// A tunnel that bytes flow in.
+struct Connected {
+    record: TcpRecord,
+    tracked: Tracked,
+    downstream: HboneStream,
+    upstream: Upstream,
+}
+
+/// Where they go.
+enum Upstream {
+    App(TcpStream),
+    /// The client's side copies.
+    Joined(AcceptorTie),
+}
+
+async fn carry(at: &Place, mut connected: Box<Connected>) {
+    let Connected { record, tracked, downstream, upstream } = &mut *connected;
+    let outcome = match upstream {
+        Upstream::App(app) => copy(tracked, &at.pod, &record.bytes(), downstream, app).await,
+        Upstream::Joined(tie) => joined(tracked, &at.pod, downstream, tie).await,
+    };
+    let Connected { record, .. } = *connected;
     record.close(outcome.map_err(Failure::from));
 }
 
@@ -157,7 +194,7 @@ async fn forward(
     (mut request, original): (ConnectRequest, Option<Original>),
     target: Target,
     record: &TcpRecord,
-) -> Result<(), Ending> {
+) -> Result<(Tracked, HboneStream, Upstream), Ending> {
     let (client, identity) = (request.peer.addr(), request.peer.identity().clone());
     let asked = policy::Connection {
         source: Some(identity.clone()),
@@ -208,19 +245,19 @@ async fn forward(
     if let Some(found) = offer {
         let tie = found.hand_over(upstream.into_std().map_err(CopyError::Upstream)?, record.bytes());
         let downstream = request.accept(answer).map_err(Ending::Answer)?;
-        return joined(&tracked, &at.pod, downstream, tie).await;
+        return Ok((tracked, downstream, Upstream::Joined(tie)));
     }
     let downstream = request.accept(answer).map_err(Ending::Answer)?;
     announce(&mut upstream, at.dialled(target), client, target, &identity).await?;
-    copy(&tracked, &at.pod, &record.bytes(), downstream, upstream).await
+    Ok((tracked, downstream, Upstream::App(upstream)))
 }
 
 /// Stands by while the client's side copies: policy and drain here end it there, and so does the end of the tunnel.
 async fn joined(
     tracked: &Tracked,
     pod: &LocalPod,
-    mut tunnel: HboneStream,
-    mut tie: AcceptorTie,
+    tunnel: &mut HboneStream,
+    tie: &mut AcceptorTie,
 ) -> Result<(), Ending> {
     tracked.established();
     let mut nothing = [0];

@@ -50,7 +50,8 @@ pub struct Handed {
 
 /// The client's hold on the acceptor.
 pub struct ClientTie {
-    over: oneshot::Sender<()>,
+    /// Until it is.
+    over: Option<oneshot::Sender<()>>,
     cut: oneshot::Receiver<Infallible>,
 }
 
@@ -110,7 +111,7 @@ impl Found {
     pub fn hand_over(self, app: TcpStream, bytes: Arc<ByteCounts>) -> AcceptorTie {
         let (over, is_over) = oneshot::channel();
         let (cut, is_cut) = oneshot::channel();
-        let handed = Handed { app, bytes, tie: ClientTie { over, cut: is_cut } };
+        let handed = Handed { app, bytes, tie: ClientTie { over: Some(over), cut: is_cut } };
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(handed);
         AcceptorTie { over: is_over, _cut: cut }
     }
@@ -124,9 +125,9 @@ impl ClientTie {
     }
 
     /// Both applications are done.
-    pub fn over(self) {
+    pub fn over(&mut self) {
         // Nobody is told who has ended it himself.
-        let _ = self.over.send(());
+        let _ = self.over.take().map(|over| over.send(()));
     }
 }
 
@@ -162,7 +163,7 @@ mod tests {
         let found = joins.find(name(1)).expect("it stands");
         assert!(joins.find(name(1)).is_none());
         let mut acceptor = found.hand_over(socket(), Arc::default());
-        let handed = offer.taken().expect("it was handed over");
+        let mut handed = offer.taken().expect("it was handed over");
         handed.tie.over();
         acceptor.over().await;
     }

@@ -9,33 +9,53 @@ use mesh::net::{ByteStream, OriginalDst, is_hang_up};
 use mesh::policy::{self, authorize};
 use mesh::serve::CopyError;
 use mesh::store::Snapshot;
-use mesh::telemetry::ResponseFlag;
 use mesh::telemetry::access::{self, Connection, Direction, Failure, Security, TcpRecord};
+use mesh::telemetry::{ByteCounts, ResponseFlag};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
 use crate::dns;
 use crate::ending::Ending;
 use crate::inbound::announce;
-use crate::join::Handed;
+use crate::join::{ClientTie, Handed};
 use crate::node::pod::{Facts, LocalPod, Opening, Tracked, Transport, Way};
 use crate::resolve::{self, ByName, NoRoute, Route, Tunnel, Via, missing};
 use crate::worker::{Local, Place, SELF_CALL, copy, pool_settings, reset};
 
 /// Serves what the pod's application sent to `dst`.
-pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, dst: SocketAddr) {
+pub fn serve(
+    at: Arc<Place>,
+    stream: TcpStream,
+    client: SocketAddr,
+    dst: SocketAddr,
+) -> impl Future<Output = ()> + Send {
+    // Given back before the bytes flow: most connections are open for long, and what opening took is several times what
+    // they need.
+    let opened = Box::pin(open(at.clone(), stream, client, dst));
+    async move {
+        if let Some(connected) = opened.await {
+            carry(&at, connected).await;
+        }
+    }
+}
+
+/// Up to where there is something to copy into; whoever gets none has been told.
+async fn open(at: Arc<Place>, stream: TcpStream, client: SocketAddr, dst: SocketAddr) -> Option<Box<Connected>> {
     let opening = at.pod.opening();
     if at.is_self_call(dst) {
-        return access::refused(Direction::Outbound, client, dst, ResponseFlag::BadRequest, &SELF_CALL);
+        access::refused(Direction::Outbound, client, dst, ResponseFlag::BadRequest, &SELF_CALL);
+        return None;
     }
     if dst.port() == DNS_PORT && at.pod.dns.is_captured() {
-        return Box::pin(dns::serve::tcp(&at, stream, dst)).await;
+        Box::pin(dns::serve::tcp(&at, stream, dst)).await;
+        return None;
     }
     let mut source = match at.local().await {
         Ok(local) => local,
         Err(ending) => {
             reset(&stream);
-            return access::refused(Direction::Outbound, client, dst, ending.flag(), &ending);
+            access::refused(Direction::Outbound, client, dst, ending.flag(), &ending);
+            return None;
         }
     };
     let decided = match at.shared.demand {
@@ -49,13 +69,46 @@ pub async fn serve(at: Arc<Place>, stream: TcpStream, client: SocketAddr, dst: S
     };
     let captured = Captured { stream, client, dst, opening };
     match route {
-        Ok(route) if route.via == Via::Gateway => Box::pin(beyond(&at, &source, route, captured)).await,
+        Ok(route) if route.via == Via::Gateway => {
+            Box::pin(beyond(&at, &source, route, captured)).await;
+            None
+        }
         route => {
             let record = TcpRecord::open(describe(&source, client, dst, route.as_ref().ok()));
-            let outcome = Box::pin(forward(&at, &source, route, captured, &record)).await;
-            record.close(outcome.map_err(Failure::from));
+            match forward(&at, &source, route, captured, &record).await {
+                Ok(Some((tracked, stream, upstream))) => {
+                    Some(Box::new(Connected { record, tracked, stream, upstream }))
+                }
+                Ok(None) => {
+                    record.close(Ok(()));
+                    None
+                }
+                Err(ending) => {
+                    record.close(Err(ending.into()));
+                    None
+                }
+            }
         }
     }
+}
+
+/// A connection that bytes flow in.
+struct Connected {
+    record: TcpRecord,
+    tracked: Tracked,
+    stream: TcpStream,
+    upstream: Upstream,
+}
+
+async fn carry(at: &Place, mut connected: Box<Connected>) {
+    let Connected { record, tracked, stream, upstream } = &mut *connected;
+    let outcome = match upstream {
+        Upstream::Plain(up) => copy(tracked, &at.pod, &record.bytes(), stream, up).await,
+        Upstream::Tunnel(up) => copy(tracked, &at.pod, &record.bytes(), stream, up).await,
+        Upstream::Joined(joined) => Box::pin(carry_joined(tracked, &at.pod, record, stream, joined)).await,
+    };
+    let Connected { record, .. } = *connected;
+    record.close(outcome.map_err(Failure::from));
 }
 
 fn decide(source: &Local, dst: SocketAddr) -> Result<Route, NoRoute> {
@@ -83,13 +136,14 @@ struct Captured {
     opening: Opening,
 }
 
+/// None: the client is gone already.
 async fn forward(
     at: &Arc<Place>,
     source: &Local,
     route: Result<Route, NoRoute>,
     captured: Captured,
     record: &TcpRecord,
-) -> Result<(), Ending> {
+) -> Result<Option<(Tracked, TcpStream, Upstream)>, Ending> {
     let Captured { mut stream, client, dst, opening } = captured;
     let opened = async {
         let route = route?;
@@ -105,7 +159,10 @@ async fn forward(
                 let up =
                     reached(&tracked, open_tunnel(at, source, &route, tunnel, client, &mut meanwhile).await?)?.stream;
                 match offer.taken() {
-                    Some(handed) => Upstream::Joined(up, handed),
+                    Some(Handed { app, bytes, tie }) => {
+                        let app = TcpStream::from_std(app).map_err(CopyError::Upstream)?;
+                        Upstream::Joined(Box::new(Joined { tunnel: up, app, bytes, tie }))
+                    }
                     None => Upstream::Tunnel(up),
                 }
             }
@@ -129,12 +186,7 @@ async fn forward(
         Ok::<_, Ending>(Some((tracked, upstream)))
     };
     match opened.await {
-        Ok(None) => Ok(()),
-        Ok(Some((tracked, upstream))) => match upstream {
-            Upstream::Plain(up) => copy(&tracked, &at.pod, &record.bytes(), stream, up).await,
-            Upstream::Tunnel(up) => copy(&tracked, &at.pod, &record.bytes(), stream, up).await,
-            Upstream::Joined(tunnel, handed) => joined(&tracked, &at.pod, record, stream, tunnel, handed).await,
-        },
+        Ok(opened) => Ok(opened.map(|(tracked, upstream)| (tracked, stream, upstream))),
         Err(ending) => {
             reset(&stream);
             Err(ending)
@@ -199,25 +251,29 @@ fn reached(tracked: &Tracked, tunnel: hbone::Tunnel) -> Result<hbone::Tunnel, En
 enum Upstream {
     Plain(TcpStream),
     Tunnel(HboneStream),
-    /// The tunnel stands, and the application behind it is reached without it.
-    Joined(HboneStream, Handed),
+    Joined(Box<Joined>),
+}
+
+/// The tunnel stands, and the application behind it is reached without it.
+struct Joined {
+    tunnel: HboneStream,
+    app: TcpStream,
+    bytes: Arc<ByteCounts>,
+    tie: ClientTie,
 }
 
 /// Copies between two applications of this node, for the records of both sides.
-async fn joined(
+async fn carry_joined(
     tracked: &Tracked,
     pod: &LocalPod,
     record: &TcpRecord,
-    mut stream: TcpStream,
-    mut tunnel: HboneStream,
-    handed: Handed,
+    stream: &mut TcpStream,
+    Joined { tunnel, app, bytes, tie }: &mut Joined,
 ) -> Result<(), Ending> {
     metrics::counter!("ztunnel_same_node_joins_total").increment(1);
-    let Handed { app, bytes, mut tie } = handed;
-    let mut app = TcpStream::from_std(app).map_err(CopyError::Upstream)?;
-    let counts = [record.bytes(), bytes];
+    let counts = [record.bytes(), bytes.clone()];
     let done = tokio::select! {
-        done = copy(tracked, pod, &counts, &mut stream, &mut app) => done,
+        done = copy(tracked, pod, &counts, &mut *stream, &mut *app) => done,
         // As when a peer resets the tunnel.
         () = tie.cut() => {
             stream.abort();

@@ -19,13 +19,13 @@ use aya::{
     },
 };
 use ebpf_abi::Slot;
+use mesh_memory::give_back_memory;
 use tracing::{debug, info};
 
 use crate::{
     Counters, LoadError, NetnsCookie, OBJECT, Phase, PodCapture, Prefix, cookie_of, has_programs,
     kernel::{self, check_capabilities, link_info, open_pin, program_by_id, program_maps, program_tag, update_link},
     maps::{self, Maps},
-    memory::give_back_memory,
     pins::{Layout, Pins, check_cgroup2, unpin},
     pod,
     steer::Steer,

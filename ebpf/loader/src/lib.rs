@@ -8,7 +8,6 @@ mod capture;
 mod error;
 mod kernel;
 mod maps;
-mod memory;
 mod pins;
 mod pod;
 mod steer;
@@ -19,7 +18,6 @@ pub use ebpf_abi::Slot;
 pub use error::LoadError;
 pub use kernel::{NetnsCookie, cookie_of, netns_cookie};
 pub use maps::Counters;
-pub use memory::{give_back_code, give_back_memory};
 pub use pins::{attached_netns, ensure_bpffs, remove_pins};
 pub use pod::{Dns, FailureMode, Inbound, InvalidPrefix, Phase, PodCapture, Prefix};
 

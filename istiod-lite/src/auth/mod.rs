@@ -1,8 +1,13 @@
 //! Who is calling: a bearer token becomes a [`Caller`] by asking the Kubernetes API (TokenReview), and a caller becomes
 //! a [`Client`] by looking up the pod its token is bound to. Nothing a caller says about itself counts.
 //!
+//! Where there is no token, the connection's certificate says who calls ([`certificate`]): a service account without a
+//! pod. A token that is not accepted is not made good by a certificate.
+//!
 //! Fails closed: a token the API does not vouch for is `Unauthenticated`; an API that does not answer is
 //! `Unavailable`, so that the client comes back.
+
+pub mod certificate;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -15,9 +20,10 @@ use kube::api::{Api, PostParams};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
-use tonic::Status;
 use tonic::metadata::MetadataMap;
+use tonic::{Extensions, Status};
 
+use self::certificate::{Certificates, Chain};
 use crate::resources::{PodDirectory, PodInfo, lock};
 
 /// A verdict is believed this long; a deleted pod's token may pass for as long here (the pod directory is asked too).
@@ -30,21 +36,42 @@ const REVIEW_TIMEOUT: Duration = Duration::from_secs(5);
 /// TokenReviews in flight. Strangers with made-up tokens must not drown the API server; callers beyond this wait.
 const MAX_REVIEWS: usize = 32;
 
+/// Where a request has its token.
+const AUTHORIZATION: &str = "authorization";
 const USERNAME_PREFIX: &str = "system:serviceaccount:";
 const POD_NAME: &str = "authentication.kubernetes.io/pod-name";
 const POD_UID: &str = "authentication.kubernetes.io/pod-uid";
 /// Pods of a waypoint carry the name of their Gateway here.
 const GATEWAY_LABEL: &str = "gateway.networking.k8s.io/gateway-name";
 
-/// What a token proves.
+/// Who calls, as a token or a certificate proves.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Caller {
     pub namespace: Arc<str>,
     pub service_account: Arc<str>,
     /// The pod the token is bound to, if any.
     pub pod: Option<BoundPod>,
-    /// When the token ends, if it says so.
+    /// When what it has shown ends, if that says so.
     pub expires: Option<SystemTime>,
+    pub proof: Proof,
+}
+
+/// What a caller has shown.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Proof {
+    Token,
+    /// Less than a token: never a pod, and with that no node and no waypoint.
+    Certificate(Chain),
+}
+
+impl Proof {
+    /// For log lines and messages.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Token => "token",
+            Self::Certificate(_) => "certificate",
+        }
+    }
 }
 
 /// The pod in a bound token.
@@ -54,7 +81,7 @@ pub struct BoundPod {
     pub uid: Arc<str>,
 }
 
-/// Why a token was not accepted.
+/// Why a token or a certificate was not accepted.
 #[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
 pub enum AuthError {
     #[error("no bearer token in the authorization metadata")]
@@ -63,13 +90,17 @@ pub enum AuthError {
     Rejected(String),
     #[error("the token could not be reviewed: {0}")]
     ReviewFailed(String),
+    #[error("no token, and the client certificate is not accepted: {0}")]
+    Certificate(String),
 }
 
 impl AuthError {
     /// What the caller is told. Reasons stay in our log: they help whoever tries tokens out.
     pub fn status(&self) -> Status {
         match self {
-            Self::NoToken | Self::Rejected(_) => Status::unauthenticated("authentication failure"),
+            Self::NoToken | Self::Rejected(_) | Self::Certificate(_) => {
+                Status::unauthenticated("authentication failure")
+            }
             Self::ReviewFailed(_) => Status::unavailable("tokens cannot be reviewed now"),
         }
     }
@@ -85,7 +116,7 @@ pub trait Authenticate: Send + Sync {
 /// # Errors
 /// [`AuthError::NoToken`] if the metadata carries none.
 pub fn bearer(metadata: &MetadataMap) -> Result<&str, AuthError> {
-    let value = metadata.get("authorization").and_then(|value| value.to_str().ok()).ok_or(AuthError::NoToken)?;
+    let value = metadata.get(AUTHORIZATION).and_then(|value| value.to_str().ok()).ok_or(AuthError::NoToken)?;
     let (scheme, token) = value.split_once(' ').ok_or(AuthError::NoToken)?;
     match token.trim() {
         token if scheme.eq_ignore_ascii_case("bearer") && !token.is_empty() => Ok(token),
@@ -190,7 +221,8 @@ fn caller(status: &TokenReviewStatus, audiences: &[String]) -> Result<Caller, Au
         (None, None) => None,
         _ => return rejected("half a pod binding"),
     };
-    Ok(Caller { namespace: namespace.into(), service_account: service_account.into(), pod, expires: None })
+    let (namespace, service_account) = (namespace.into(), service_account.into());
+    Ok(Caller { namespace, service_account, pod, expires: None, proof: Proof::Token })
 }
 
 /// The `exp` of a JWT that the API server has vouched for. Only ever shortens trust, so reading it unverified is safe.
@@ -259,19 +291,22 @@ pub struct Client {
 #[derive(Clone)]
 pub struct Gatekeeper {
     pub authenticator: Arc<dyn Authenticate>,
+    pub certificates: Certificates,
     pub pods: Arc<dyn PodDirectory>,
     pub trusted: TrustedNodeAccounts,
 }
 
 impl Gatekeeper {
-    /// The caller of a request.
+    /// The caller of a request: by its token, or by its connection's certificate where it says nothing of a token.
     ///
     /// # Errors
-    /// `Unauthenticated`: no token, a rejected one, or one whose pod is gone. `Unavailable`: we cannot tell yet.
-    pub async fn admit(&self, metadata: &MetadataMap) -> Result<Client, Status> {
+    /// `Unauthenticated`: a rejected token, one whose pod is gone, or neither a token nor a good certificate.
+    /// `Unavailable`: we cannot tell yet.
+    pub async fn admit(&self, metadata: &MetadataMap, extensions: &Extensions) -> Result<Client, Status> {
         let verdict = match bearer(metadata) {
             Ok(token) => self.authenticator.authenticate(token).await,
-            Err(error) => Err(error),
+            Err(error) if metadata.contains_key(AUTHORIZATION) => Err(error),
+            Err(error) => certificate::shown(extensions).map_or(Err(error), |chain| self.certificates.caller(chain)),
         };
         let admitted = match verdict {
             Ok(caller) => self.identify(caller),
@@ -284,6 +319,19 @@ impl Gatekeeper {
             metrics::counter!("citadel_server_authentication_failure_count").increment(1);
         }
         admitted
+    }
+
+    /// Whether the certificate of a caller that has shown one is still good: roots go, and lists of the revoked come.
+    ///
+    /// # Errors
+    /// `Unauthenticated`.
+    pub fn check_certificate(&self, caller: &Caller) -> Result<(), Status> {
+        let Proof::Certificate(chain) = &caller.proof else { return Ok(()) };
+        self.certificates.check(chain).map(drop).map_err(|error| {
+            let Caller { namespace, service_account, .. } = caller;
+            tracing::warn!(%namespace, %service_account, %error, "caller refused");
+            error.status()
+        })
     }
 
     /// What is known of an authenticated caller now. Asked again while a stream lives: pods go, and change.

@@ -151,7 +151,12 @@ fn gatekeeper(pods: Pods) -> Gatekeeper {
             Box::pin(async { Err(AuthError::NoToken) })
         }
     }
-    Gatekeeper { authenticator: Arc::new(Nobody), pods: Arc::new(pods), trusted: TrustedNodeAccounts::default() }
+    Gatekeeper {
+        authenticator: Arc::new(Nobody),
+        certificates: Certificates::new(rustls::server::WebPkiClientVerifier::no_client_auth(), "cluster.local".into()),
+        pods: Arc::new(pods),
+        trusted: TrustedNodeAccounts::default(),
+    }
 }
 
 fn bound(namespace: &str, account: &str, pod: &str, uid: &str) -> Caller {
@@ -160,6 +165,7 @@ fn bound(namespace: &str, account: &str, pod: &str, uid: &str) -> Caller {
         service_account: account.into(),
         pod: Some(BoundPod { name: pod.into(), uid: uid.into() }),
         expires: None,
+        proof: Proof::Token,
     }
 }
 

@@ -1,7 +1,9 @@
 //! `IstioCertificateService`: who may have a certificate for which identity.
 //!
 //! A caller gets its own identity. A trusted node account (a ztunnel) also gets the identities of pods that run on the
-//! node of the very pod its token is bound to, and no others.
+//! node of the very pod its token is bound to, and no others. Who comes with a certificate in place of a token, as machines
+//! outside the cluster do, gets the same identity again, while a WorkloadEntry has it. Pods have tokens: a node has the
+//! certificates of all its pods, and must not keep them alive by themselves once the pods have gone elsewhere.
 
 use std::sync::Arc;
 
@@ -13,16 +15,20 @@ use prost_types::value::Kind;
 use time::OffsetDateTime;
 use tonic::{Request, Response, Status};
 
-use super::authority::{Authority, LeafLifetime, SignError};
-use crate::auth::{Client, Gatekeeper};
+use super::CurrentAuthority;
+use super::authority::{LeafLifetime, SignError};
+use crate::auth::{Client, Gatekeeper, Proof};
+use crate::resources::Holder;
 
+/// Of what a caller asks to be, in bytes: so much is told.
+const SHOWN: usize = 512;
 /// Request metadata that names the workload a node proxy asks for.
 const IMPERSONATED: &str = "ImpersonatedIdentity";
 
 /// Answers CreateCertificate.
 pub struct CertificateService {
     pub gatekeeper: Gatekeeper,
-    pub authority: Arc<Authority>,
+    pub authority: Arc<CurrentAuthority>,
     pub trust_domain: Arc<str>,
     pub lifetime: LeafLifetime,
     pub clock: Clock,
@@ -39,16 +45,41 @@ enum Refusal {
     NotANode,
     #[error("no pod with that identity runs on the caller's node")]
     NotOnNode,
+    #[error("no WorkloadEntry names the identity of the certificate")]
+    NoMachine,
+    #[error("whether a WorkloadEntry names the identity of the certificate is not known yet")]
+    NotYetKnown,
+}
+
+impl Refusal {
+    /// What the caller is told: no reasons, as they help whoever tries.
+    fn status(&self) -> Status {
+        match self {
+            Self::NotAnIdentity(_) | Self::ForeignTrustDomain | Self::NotANode | Self::NotOnNode => {
+                Status::unauthenticated("request impersonation authentication failure")
+            }
+            Self::NoMachine => Status::unauthenticated("authentication failure"),
+            Self::NotYetKnown => Status::unavailable("the control plane has not read the cluster yet"),
+        }
+    }
 }
 
 impl CertificateService {
     fn identity(&self, client: &Client, request: &IstioCertificateRequest) -> Result<Identity, Refusal> {
         let Some(wanted) = impersonated(request) else {
             let (namespace, account) = (&client.caller.namespace, &client.caller.service_account);
+            // A certificate could otherwise renew itself for ever, wherever it has got to.
+            if let Proof::Certificate(_) = client.caller.proof {
+                match self.gatekeeper.pods.holder(namespace, account) {
+                    Holder::Somebody => {}
+                    Holder::Nobody => return Err(Refusal::NoMachine),
+                    Holder::Unknown => return Err(Refusal::NotYetKnown),
+                }
+            }
             return Identity::new(&self.trust_domain, namespace, account)
                 .map_err(|error| Refusal::NotAnIdentity(error.to_string()));
         };
-        let identity: Identity = wanted.parse().map_err(|_| Refusal::NotAnIdentity(wanted.to_owned()))?;
+        let identity: Identity = wanted.parse().map_err(|_| Refusal::NotAnIdentity(shown(wanted).to_owned()))?;
         if **identity.trust_domain() != *self.trust_domain {
             return Err(Refusal::ForeignTrustDomain);
         }
@@ -67,16 +98,17 @@ impl IstioCertificateService for CertificateService {
         request: Request<IstioCertificateRequest>,
     ) -> Result<Response<IstioCertificateResponse>, Status> {
         metrics::counter!("citadel_server_csr_count").increment(1);
-        let client = self.gatekeeper.admit(request.metadata()).await?;
+        let client = self.gatekeeper.admit(request.metadata(), request.extensions()).await?;
         let request = request.get_ref();
         let caller = &client.caller;
         let identity = self.identity(&client, request).map_err(|refusal| {
             metrics::counter!("citadel_server_authentication_failure_count").increment(1);
             tracing::warn!(
                 namespace = %caller.namespace, service_account = %caller.service_account, pod = ?caller.pod,
-                node = ?client.node, wanted = ?impersonated(request), %refusal, "certificate refused"
+                proof = caller.proof.name(), node = ?client.node, wanted = ?impersonated(request).map(shown), %refusal,
+                "certificate refused"
             );
-            Status::unauthenticated("request impersonation authentication failure")
+            refusal.status()
         })?;
         let uri = identity.to_string();
         let now = OffsetDateTime::from(self.clock.now());
@@ -95,6 +127,10 @@ fn impersonated(request: &IstioCertificateRequest) -> Option<&str> {
         Kind::StringValue(text) if !text.is_empty() => Some(text),
         _ => None,
     }
+}
+
+fn shown(text: &str) -> &str {
+    &text[..text.floor_char_boundary(SHOWN)]
 }
 
 fn refuse_signing(identity: &str, error: &SignError) -> Status {

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
-use k8s_openapi::api::core::v1::{Event, Pod};
+use k8s_openapi::api::core::v1::Event;
 use kube::api::PostParams;
 use kube::{Api, Client};
 use mesh_proto::enrolment::pod_state::State;
@@ -19,7 +19,7 @@ use super::rules::{self, AskedBy, DATAPLANE_MODE, Outside};
 use crate::status::FIELD_MANAGER;
 use crate::translate::enrolment::{BYPASS_INBOUND, DNS_CAPTURE, FAILURE_MODE, unreadable};
 use crate::translate::world::World;
-use crate::types::{annotation, flag, label};
+use crate::types::{Key, Pod, annotation, flag, label};
 
 /// As Istio's; what arrives on these interfaces (of virtual machines in the pod) is to be captured as outbound.
 const REROUTE_INTERFACES: &str = "istio.io/reroute-virtual-interfaces";
@@ -71,9 +71,11 @@ pub fn notices(world: &World, pod: &Pod, reports: &Reports, now: Instant) -> Vec
             };
             notices.push(Notice { severity, reason: "NotEnrolled", message: format!("not captured: {bar}") });
         }
-        Err(Outside::NotAsked | Outside::NamespaceUnknown | Outside::OptedOut | Outside::Ended) => {}
+        Err(
+            Outside::NotAsked | Outside::NamespaceUnknown | Outside::OptedOut | Outside::Ended | Outside::NotDiscovered,
+        ) => {}
     }
-    if let Some(mode) = label(&pod.metadata, DATAPLANE_MODE).filter(|mode| !matches!(*mode, "ambient" | "none")) {
+    if let Some(mode) = label(pod, DATAPLANE_MODE).filter(|mode| !matches!(*mode, "ambient" | "none")) {
         let message = format!("label {DATAPLANE_MODE}={mode:?} is neither ambient nor none: the namespace decides");
         notices.push(warning("InvalidLabel", message));
     }
@@ -81,8 +83,8 @@ pub fn notices(world: &World, pod: &Pod, reports: &Reports, now: Instant) -> Vec
 }
 
 fn of_node(world: &World, pod: &Pod, reports: &Reports, now: Instant) -> Option<Notice> {
-    let node = pod.spec.as_ref()?.node_name.as_deref()?;
-    let heard = reports.of(world, node, pod.metadata.uid.as_deref()?)?;
+    let node = pod.node.as_deref()?;
+    let heard = reports.of(world, node, pod.uid.as_deref()?)?;
     let late = heard.is_overdue(now);
     match heard.state {
         State::Failed => Some(warning("NotEnrolled", format!("node {node}: {}", heard.reason))),
@@ -92,19 +94,18 @@ fn of_node(world: &World, pod: &Pod, reports: &Reports, now: Instant) -> Option<
 }
 
 fn of_annotations(pod: &Pod) -> Vec<Notice> {
-    let meta = &pod.metadata;
     let mut notices = Vec::new();
-    if annotation(meta, REROUTE_INTERFACES).is_some_and(|interfaces| !interfaces.trim().is_empty()) {
+    if annotation(pod, REROUTE_INTERFACES).is_some_and(|interfaces| !interfaces.trim().is_empty()) {
         let message = format!("annotation {REROUTE_INTERFACES} is not supported: what arrives there is not captured");
         notices.push(warning("Unsupported", message));
     }
     for (key, default) in [(BYPASS_INBOUND, false), (DNS_CAPTURE, true)] {
-        if let Err(value) = flag(meta, key) {
+        if let Err(value) = flag(pod, key) {
             let message = format!("annotation {key}: {value:?} is neither true nor false; taken as {default}");
             notices.push(warning("InvalidAnnotation", message));
         }
     }
-    if let Some(mode) = annotation(meta, FAILURE_MODE).filter(|mode| !matches!(*mode, "open" | "closed")) {
+    if let Some(mode) = annotation(pod, FAILURE_MODE).filter(|mode| !matches!(*mode, "open" | "closed")) {
         let message = format!("annotation {FAILURE_MODE}: {mode:?} is neither open nor closed; taken as closed");
         notices.push(warning("InvalidAnnotation", message));
     }
@@ -120,14 +121,13 @@ fn of_annotations(pod: &Pod) -> Vec<Notice> {
 pub struct Told(BTreeMap<String, BTreeSet<u64>>);
 
 impl Told {
-    /// Those notices that are still to be told, as Events. Forgets pods that are gone.
-    pub fn fresh(&mut self, world: &World, reports: &Reports) -> Vec<Event> {
+    /// Those notices about `pods` that are still to be told, as Events.
+    pub fn fresh(&mut self, world: &World, reports: &Reports, pods: &BTreeSet<Key>) -> Vec<Event> {
         let now = Instant::now();
         let mut events = Vec::new();
-        let mut known = std::mem::take(&mut self.0);
-        for pod in world.pods.values() {
-            let Some(uid) = pod.metadata.uid.as_deref() else { continue };
-            let mut told = known.remove(uid).unwrap_or_default();
+        for pod in pods.iter().filter_map(|key| world.pods.get(key)) {
+            let Some(uid) = pod.uid.as_deref() else { continue };
+            let mut told = self.0.remove(uid).unwrap_or_default();
             for notice in notices(world, pod, reports, now) {
                 let digest = digest(uid, &notice);
                 if told.len() < MOST_PER_POD && told.insert(digest) {
@@ -139,6 +139,13 @@ impl Told {
             }
         }
         events
+    }
+
+    /// These pods are gone.
+    pub fn forget_pods(&mut self, uids: &[String]) {
+        for uid in uids {
+            self.0.remove(uid);
+        }
     }
 
     /// The event could not be written: it counts as fresh again.
@@ -161,21 +168,20 @@ fn digest(uid: &str, notice: &Notice) -> u64 {
 }
 
 fn event(pod: &Pod, notice: &Notice, digest: u64) -> Option<Event> {
-    let meta = &pod.metadata;
+    let (pod_name, namespace, uid) = (&*pod.key.name, &*pod.key.namespace, pod.uid.as_deref());
     let now = OffsetDateTime::now_utc().replace_nanosecond(0).ok()?.format(&Rfc3339).ok()?;
     let mut message = notice.message.clone();
     message.truncate(message.floor_char_boundary(LONGEST_MESSAGE));
-    let pod_name = meta.name.as_deref()?;
     // No label of a name ends with a hyphen, and none is empty. The digest is of the pod too.
     let name = pod_name[..pod_name.floor_char_boundary(LONGEST_NAME)].trim_end_matches(['-', '.']);
     // The owner lets it go with its pod where Events have no end of their own.
     let event = json!({
         "metadata": {
-            "name": format!("{name}.{digest:016x}"), "namespace": meta.namespace,
-            "ownerReferences": [{"apiVersion": "v1", "kind": "Pod", "name": meta.name, "uid": meta.uid}],
+            "name": format!("{name}.{digest:016x}"), "namespace": namespace,
+            "ownerReferences": [{"apiVersion": "v1", "kind": "Pod", "name": pod_name, "uid": uid}],
         },
-        "involvedObject": {"apiVersion": "v1", "kind": "Pod", "name": meta.name, "namespace": meta.namespace,
-            "uid": meta.uid, "resourceVersion": meta.resource_version},
+        "involvedObject": {"apiVersion": "v1", "kind": "Pod", "name": pod_name, "namespace": namespace,
+            "uid": uid, "resourceVersion": pod.version},
         "type": notice.severity.to_string(), "reason": notice.reason, "message": message, "count": 1,
         "firstTimestamp": now, "lastTimestamp": now, "source": {"component": FIELD_MANAGER},
         "reportingComponent": FIELD_MANAGER, "reportingInstance": FIELD_MANAGER,
@@ -284,12 +290,13 @@ mod tests {
     async fn a_notice_is_told_once_unless_it_could_not_be_written() {
         let (world, reports) = (world("", "", ", hostNetwork: true"), Reports::default());
         let mut told = Told::default();
-        let first = told.fresh(&world, &reports);
+        let pods: BTreeSet<Key> = world.pods.keys().cloned().collect();
+        let first = told.fresh(&world, &reports, &pods);
         assert_eq!(first.len(), 1);
-        assert_eq!(told.fresh(&world, &reports), []);
+        assert_eq!(told.fresh(&world, &reports, &pods), []);
         told.forget(&first[0]);
-        assert_eq!(told.fresh(&world, &reports).len(), 1);
-        let again = Told::default().fresh(&world, &reports);
+        assert_eq!(told.fresh(&world, &reports, &pods).len(), 1);
+        let again = Told::default().fresh(&world, &reports, &pods);
         assert_eq!(again[0].metadata.name, first[0].metadata.name, "a restart finds its own events");
     }
 
@@ -301,9 +308,9 @@ mod tests {
             (format!("{}-.{}", "a".repeat(234), "b".repeat(17)), format!("{}.00000000000000ff", "a".repeat(234))),
             ("a".into(), "a.00000000000000ff".into()),
         ] {
-            let mut long = Pod::default();
+            let mut long = k8s_openapi::api::core::v1::Pod::default();
             long.metadata.name = Some(pod);
-            let name = event(&long, &notice, 255).expect("an Event").metadata.name.expect("a name");
+            let name = event(&Pod::new(long), &notice, 255).expect("an Event").metadata.name.expect("a name");
             assert!(name.len() <= 253, "{name}");
             assert_eq!(name, expected);
         }

@@ -2,12 +2,10 @@
 
 use std::fmt;
 
-use k8s_openapi::api::core::v1::Pod;
-
 use crate::translate::binding::MANAGED_LABEL;
 use crate::translate::workload::has_native_tunnel;
 use crate::translate::world::World;
-use crate::types::{annotation, label};
+use crate::types::{Pod, annotation, label};
 
 pub const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
 /// Present where a sidecar was injected.
@@ -27,6 +25,8 @@ pub enum Outside {
     NamespaceUnknown,
     /// All its containers have ended for good.
     Ended,
+    /// No selector of MeshConfig selects its namespace.
+    NotDiscovered,
     /// Asked for, and not possible.
     Barred(Bar),
 }
@@ -69,21 +69,20 @@ pub fn judge(world: &World, pod: &Pod) -> Result<AskedBy, Outside> {
     if let Some(bar) = bar(world, pod) {
         return Err(Outside::Barred(bar));
     }
-    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
     // A pod that is being deleted serves until its last container has ended, and is captured as long.
-    match phase {
-        Some("Succeeded" | "Failed") => Err(Outside::Ended),
-        _ => Ok(asked),
-    }
+    if pod.phase.is_over() { Err(Outside::Ended) } else { Ok(asked) }
 }
 
 /// Whose labels ask for it: the pod's own, else its namespace's unless the pod says `none`.
 ///
 /// # Errors
-/// [`Outside::NotAsked`], [`Outside::OptedOut`] or [`Outside::NamespaceUnknown`].
+/// [`Outside::NotAsked`], [`Outside::OptedOut`], [`Outside::NamespaceUnknown`] or [`Outside::NotDiscovered`].
 pub fn asked_by(world: &World, pod: &Pod) -> Result<AskedBy, Outside> {
-    let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
-    match label(&pod.metadata, DATAPLANE_MODE) {
+    let namespace = &*pod.key.namespace;
+    if world.hidden.contains(namespace) {
+        return Err(Outside::NotDiscovered);
+    }
+    match label(pod, DATAPLANE_MODE) {
         Some("ambient") => Ok(AskedBy::Pod),
         Some("none") => Err(Outside::OptedOut),
         _ if world.namespace(namespace).is_none() => Err(Outside::NamespaceUnknown),
@@ -95,22 +94,22 @@ pub fn asked_by(world: &World, pod: &Pod) -> Result<AskedBy, Outside> {
 /// What forbids that the pod be captured, if anything does.
 pub fn bar(world: &World, pod: &Pod) -> Option<Bar> {
     // A ztunnel of the pod's own (dedicated mode) is a sidecar too: the pod answers HBONE by itself.
-    let sidecar = || annotation(&pod.metadata, SIDECAR_STATUS).is_some() || has_native_tunnel(&pod.metadata);
+    let sidecar = || annotation(pod, SIDECAR_STATUS).is_some() || has_native_tunnel(pod);
     never(world, pod).or_else(|| sidecar().then_some(Bar::Sidecar))
 }
 
 /// What forbids it from the pod's first day to its last: such a pod was never captured, whatever an annotation claims.
 /// (A sidecar's annotation may come late; then the pod leaves like any other.)
 pub fn never(world: &World, pod: &Pod) -> Option<Bar> {
-    let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
+    let namespace = &*pod.key.namespace;
     let own = namespace == world.mesh.root_namespace;
-    if pod.spec.as_ref().and_then(|spec| spec.host_network) == Some(true) {
+    if pod.template.host_network {
         Some(Bar::HostNetwork)
     } else if world.mesh.excluded_namespaces.contains(namespace) {
         Some(Bar::ExcludedNamespace)
-    } else if own && label(&pod.metadata, "app").is_some_and(|app| OWN_APPS.contains(&app)) {
+    } else if own && label(pod, "app").is_some_and(|app| OWN_APPS.contains(&app)) {
         Some(Bar::MeshItself)
-    } else if label(&pod.metadata, MANAGED_LABEL).is_some() {
+    } else if label(pod, MANAGED_LABEL).is_some() {
         Some(Bar::Gateway)
     } else {
         None

@@ -31,7 +31,7 @@ pub struct Reports {
 #[tonic::async_trait]
 impl EnrolmentService for Reports {
     async fn report(&self, request: Request<EnrolmentReport>) -> Result<Response<EnrolmentReportAck>, Status> {
-        let client = self.gatekeeper.admit(request.metadata()).await?;
+        let client = self.gatekeeper.admit(request.metadata(), request.extensions()).await?;
         let Some(node) = client.node else {
             return Err(Status::permission_denied("only a node proxy reports enrolments"));
         };
@@ -55,7 +55,7 @@ impl EnrolmentService for Reports {
     }
 
     async fn resolve(&self, request: Request<ResolveRequest>) -> Result<Response<ResolveResponse>, Status> {
-        let client = self.gatekeeper.admit(request.metadata()).await?;
+        let client = self.gatekeeper.admit(request.metadata(), request.extensions()).await?;
         let Some(node) = client.node else {
             return Err(Status::permission_denied("only a node proxy asks about pods"));
         };

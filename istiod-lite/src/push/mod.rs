@@ -1,9 +1,13 @@
 //! The delta ADS server and the enrolment service: what goes to the proxies and what they report back.
 //!
-//! [`view`] turns the resource store into shared views, [`session`] is one client's exchange without any I/O,
-//! [`stream`] drives a session over gRPC, [`enrolment`] takes node proxies' reports. Nothing here knows Kubernetes.
+//! [`view`] turns the resource store into shared views, [`session`] is one client's exchange without any I/O, whose
+//! [`answer`]s are written while the transport takes them; [`stream`] drives a session over gRPC, [`enrolment`] takes node
+//! proxies' reports, [`callers`] bounds what one caller may hold of us. Nothing here knows Kubernetes.
 
+pub mod answer;
+pub mod callers;
 pub mod enrolment;
+mod grpc;
 pub mod session;
 pub mod stream;
 pub mod view;

@@ -11,24 +11,30 @@
 //! Invariants: at most one response per type is unacknowledged, so a slow client is sent the difference to the newest
 //! view when it is ready, not every step; and what is sent is filtered by [`Scope`], which no message can widen.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
-use mesh_proto::ads::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource as WireResource};
+use mesh_proto::ads::DeltaDiscoveryRequest;
 use mesh_proto::security::AUTHORIZATION_TYPE;
 use mesh_proto::waypoint::HTTP_POLICY_TYPE;
 use mesh_proto::workload::{ADDRESS_TYPE, WORKLOAD_TYPE};
 
-use super::view::{Changed, Scope, TYPES, View, payload};
-use crate::resources::Resource;
+use super::answer::Answer;
+use super::view::{Changed, Scope, TYPES, View};
+use crate::resources::{Resource, Version};
 
-/// On-demand names one client may hold per type; beyond that the stream is ended, for the memory is ours.
-const MAX_NAMES: usize = 200_000;
+/// Names one stream may ask for or bring along, of all types together, and their bytes; beyond that it is ended, for the memory
+/// is ours. As many resources as the largest mesh has, of which a node uses a part.
+pub(super) const MAX_NAMES: usize = 200_000;
+const MAX_NAME_BYTES: usize = 24 * 1024 * 1024;
 
 /// Types whose refusals go into a status. Of others, of which a response may hold a hundred thousand, names are not kept.
 const ANSWERED_BY_NAME: [&str; 2] = [AUTHORIZATION_TYPE, HTTP_POLICY_TYPE];
 /// Of a client's reason for a refusal, in bytes.
 const LONGEST_REASON: usize = 1024;
+/// Of all reasons for what it refuses of one response; beyond that each is cut to [`SHORT_REASON`].
+const ALL_REASONS: usize = 256 * 1024;
+const SHORT_REASON: usize = 64;
 
 /// What a step of the state machine tells its driver beside responses.
 #[derive(Debug, PartialEq, Eq)]
@@ -37,7 +43,7 @@ pub enum Event {
     Subscribed(&'static str),
     /// The client has all of this type up to this generation.
     Acked(&'static str, u64),
-    /// The client rejected part of a response; the text is its.
+    /// The client rejected part of a response; the text is its, or the beginning of it.
     Nacked(&'static str, String),
     /// Of these resources the client refused some, and why, and took the others. Before the acknowledgement.
     Answered { type_url: &'static str, names: Vec<Arc<str>>, refused: BTreeMap<Arc<str>, String> },
@@ -48,7 +54,7 @@ pub enum Event {
 /// Why a stream cannot go on.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ProtocolError {
-    #[error("more than {MAX_NAMES} names subscribed")]
+    #[error("more names than one stream may hold: {MAX_NAMES}, of {MAX_NAME_BYTES} bytes in all")]
     TooManyNames,
     #[error("a request without type URL")]
     NoType,
@@ -57,7 +63,7 @@ pub enum ProtocolError {
 /// What one input led to.
 #[derive(Debug, Default, PartialEq)]
 pub struct Output {
-    pub responses: Vec<DeltaDiscoveryResponse>,
+    pub responses: Vec<Answer>,
     pub events: Vec<Event>,
 }
 
@@ -75,8 +81,14 @@ struct Subscription {
     wildcard: bool,
     /// Names the client asked for one by one, as it wrote them.
     requested: BTreeSet<Arc<str>>,
+    /// Their bytes.
+    requested_bytes: usize,
     /// Requested names that must be answered even if nothing changed.
     unanswered: BTreeSet<Arc<str>>,
+    /// On demand: resources that may not be wanted any more, as a name was given up that stood for them.
+    suspects: BTreeSet<Arc<str>>,
+    /// On demand: the generation in which what is held was what is wanted, apart from `unanswered` and `suspects`.
+    settled: Option<u64>,
     known: Known,
     /// A response is owed, be it empty.
     due: bool,
@@ -96,8 +108,8 @@ struct Outstanding {
 /// What the client holds.
 #[derive(Debug)]
 enum Known {
-    /// Exactly these, name → version.
-    Listed(BTreeMap<Arc<str>, Arc<str>>),
+    /// Exactly these; of those without a version something that we have not sent.
+    Listed(BTreeMap<Arc<str>, Option<Version>>),
     /// All that was visible in this view: a wildcard client's state, shared instead of copied per client.
     Everything(Arc<View>),
 }
@@ -128,11 +140,13 @@ impl Session {
             // Clients wait for an answer to each subscription; acknowledging that answer must not earn another.
             if request.response_nonce.is_empty() {
                 let nonce = self.next_nonce();
-                output.responses.push(DeltaDiscoveryResponse {
-                    type_url: request.type_url.clone(),
+                output.responses.push(Answer {
+                    type_url: request.type_url.clone().into(),
                     nonce,
-                    system_version_info: view.generation().to_string(),
-                    ..Default::default()
+                    generation: view.generation(),
+                    updated: Vec::new(),
+                    removed: Vec::new(),
+                    with_aliases: false,
                 });
                 output.events.push(Event::UnknownType(request.type_url));
             }
@@ -143,14 +157,21 @@ impl Session {
         match &mut self.types[index] {
             None => {
                 output.events.push(Event::Subscribed(type_url));
-                self.types[index] = Some(Subscription::first(&request));
+                let subscription = Subscription::first(&request);
+                if subscription.unknown_beyond(MAX_NAMES, type_url, view, &self.scope) {
+                    return Err(ProtocolError::TooManyNames);
+                }
+                self.types[index] = Some(subscription);
             }
             Some(subscription) => {
                 subscription.handle_ack(type_url, &request, &mut output.events);
                 subscription.handle_names(type_url, &request, view, &self.scope);
             }
         }
-        if self.types[index].as_ref().is_some_and(|subscription| subscription.requested.len() > MAX_NAMES) {
+        let (names, bytes) = self.types.iter().flatten().fold((0, 0), |(names, bytes), subscription| {
+            (names + subscription.requested.len(), bytes + subscription.requested_bytes)
+        });
+        if names > MAX_NAMES || bytes > MAX_NAME_BYTES {
             return Err(ProtocolError::TooManyNames);
         }
         self.poll(index, view, &mut output);
@@ -190,12 +211,13 @@ impl Session {
             false => Vec::new(),
         };
         subscription.outstanding = Some(Outstanding { nonce: nonce.clone(), generation: view.generation(), names });
-        output.responses.push(DeltaDiscoveryResponse {
-            system_version_info: view.generation().to_string(),
-            resources: changes.updated.iter().filter_map(|resource| encode(type_url, resource, with_aliases)).collect(),
-            type_url: type_url.to_owned(),
+        output.responses.push(Answer {
+            type_url: type_url.into(),
             nonce,
-            removed_resources: changes.removed.iter().map(|name| name.to_string()).collect(),
+            generation: view.generation(),
+            updated: changes.updated,
+            removed: changes.removed.into_iter().collect(),
+            with_aliases,
         });
     }
 
@@ -205,22 +227,32 @@ impl Session {
     }
 }
 
-/// Which of `names` a client's text speaks of, as `name: reason; name: reason`; a reason may hold anything.
+/// Which of `names` a client's text speaks of, as `name: reason; name: reason`; a reason may hold anything. The text may be as
+/// long as a request and the names as many as policies, so it is read once.
 fn refusals(said: &str, names: &[Arc<str>]) -> BTreeMap<Arc<str>, String> {
-    let starts_at = |name: &Arc<str>| {
-        let prefix = format!("{name}: ");
-        let mut found = said.match_indices(&*prefix).map(|(at, _)| at);
-        let at = found.find(|at| *at == 0 || said[..*at].ends_with("; "))?;
-        Some((at, at + prefix.len(), Arc::clone(name)))
-    };
-    let mut starts: Vec<_> = names.iter().filter_map(starts_at).collect();
-    starts.sort_unstable();
+    let mut named: HashMap<&str, &Arc<str>> = names.iter().map(|name| (&**name, name)).collect();
+    let mut starts = Vec::new();
+    let mut at = 0;
+    for part in said.split("; ") {
+        // What is said of it later is part of a reason.
+        if let Some(name) = part.split_once(": ").and_then(|(name, _)| named.remove(name)) {
+            starts.push((at, at + name.len() + 2, Arc::clone(name)));
+        }
+        at += part.len() + 2;
+    }
     let ends: Vec<usize> = starts.iter().skip(1).map(|(at, ..)| *at).chain([said.len()]).collect();
-    let reason = |from: usize, to: usize| {
+    let mut left = ALL_REASONS;
+    let mut reason = |from: usize, to: usize| {
         let text = said.get(from..to).unwrap_or_default().trim_end_matches("; ");
-        text[..text.floor_char_boundary(LONGEST_REASON)].to_owned()
+        let text = cut(text, LONGEST_REASON.min(left).max(SHORT_REASON));
+        left = left.saturating_sub(text.len());
+        text
     };
     starts.into_iter().zip(ends).map(|((_, from, name), to)| (name, reason(from, to))).collect()
+}
+
+fn cut(text: &str, longest: usize) -> String {
+    text[..text.floor_char_boundary(longest)].to_owned()
 }
 
 #[derive(Debug, Default)]
@@ -233,6 +265,23 @@ impl Changes {
     fn is_empty(&self) -> bool {
         self.updated.is_empty() && self.removed.is_empty()
     }
+
+    /// Of what is `wanted`, what is not `held` as it is now; it is from here on.
+    fn update(
+        &mut self,
+        held: &mut BTreeMap<Arc<str>, Option<Version>>,
+        wanted: &BTreeSet<Arc<str>>,
+        type_url: &str,
+        view: &View,
+        scope: &Scope,
+    ) {
+        for resource in wanted.iter().filter_map(|name| view.get(type_url, name, scope)) {
+            if held.get(&resource.name) != Some(&Some(resource.version)) {
+                held.insert(Arc::clone(&resource.name), Some(resource.version));
+                self.updated.push(Arc::clone(resource));
+            }
+        }
+    }
 }
 
 impl Subscription {
@@ -243,17 +292,34 @@ impl Subscription {
         let wildcard = (subscribe.is_empty() || star(subscribe)) && !star(&request.resource_names_unsubscribe);
         let mut requested: BTreeSet<Arc<str>> =
             subscribe.iter().filter(|name| *name != "*").map(|name| Arc::from(name.as_str())).collect();
-        let held: BTreeMap<Arc<str>, Arc<str>> = request
+        let held: BTreeMap<Arc<str>, Option<Version>> = request
             .initial_resource_versions
             .iter()
-            .map(|(name, version)| (Arc::from(name.as_str()), Arc::from(version.as_str())))
+            .map(|(name, version)| (Arc::from(name.as_str()), Version::parse(version)))
             .collect();
         let unanswered = requested.iter().filter(|name| !held.contains_key(*name)).cloned().collect();
         if !wildcard {
             // A returning client goes on with all it retained, whether it lists the names again or not.
             requested.extend(held.keys().cloned());
         }
-        Self { wildcard, unanswered, requested, known: Known::Listed(held), due: true, outstanding: None, acked: 0 }
+        Self {
+            wildcard,
+            unanswered,
+            requested_bytes: requested.iter().map(|name| name.len()).sum(),
+            requested,
+            suspects: BTreeSet::new(),
+            settled: None,
+            known: Known::Listed(held),
+            due: true,
+            outstanding: None,
+            acked: 0,
+        }
+    }
+
+    /// Whether the client has brought along more than `most` names that stand for nothing: each of them is answered.
+    fn unknown_beyond(&self, most: usize, type_url: &str, view: &View, scope: &Scope) -> bool {
+        let Known::Listed(held) = &self.known else { return false };
+        held.len() > most && held.keys().filter(|name| view.get(type_url, name, scope).is_none()).nth(most).is_some()
     }
 
     fn handle_ack(&mut self, type_url: &'static str, request: &DeltaDiscoveryRequest, events: &mut Vec<Event>) {
@@ -264,7 +330,7 @@ impl Subscription {
         let Some(outstanding) = self.outstanding.take_if(|sent| sent.nonce == request.response_nonce) else { return };
         if let Some(detail) = &request.error_detail {
             // What was rejected is not sent again until it changes: the same bytes would meet the same fate.
-            events.push(Event::Nacked(type_url, detail.message.clone()));
+            events.push(Event::Nacked(type_url, cut(&detail.message, LONGEST_REASON)));
         }
         if !outstanding.names.is_empty() {
             let said = request.error_detail.as_ref().map_or("", |detail| &detail.message);
@@ -284,7 +350,10 @@ impl Subscription {
             } else {
                 let name: Arc<str> = name.as_str().into();
                 self.unanswered.insert(Arc::clone(&name));
-                self.requested.insert(name);
+                self.requested_bytes += name.len();
+                if let Some(same) = self.requested.replace(name) {
+                    self.requested_bytes -= same.len();
+                }
                 self.due = true;
             }
         }
@@ -294,15 +363,20 @@ impl Subscription {
                 self.wildcard = false;
                 continue;
             }
-            self.requested.remove(name.as_str());
+            if self.requested.remove(name.as_str()) {
+                self.requested_bytes -= name.len();
+            }
             self.unanswered.remove(name.as_str());
             if !self.wildcard
                 && let Known::Listed(held) = &mut self.known
             {
                 // The client has dropped what the name stands for; what came along with it is withdrawn by the next
                 // response. A name that something else still brings in will be sent again.
-                held.remove(name.as_str());
+                if let Some((name, _)) = held.remove_entry(name.as_str()) {
+                    self.suspects.insert(name);
+                }
                 for resolved in view.resolve(type_url, name, scope) {
+                    self.suspects.insert(Arc::clone(&resolved));
                     if view
                         .get(type_url, &resolved, scope)
                         .is_some_and(|found| found.aliases.iter().any(|a| **a == **name))
@@ -316,10 +390,11 @@ impl Subscription {
 
     /// Writes out a shared state, before it stops being "everything".
     fn list_known(&mut self, type_url: &str, scope: &Scope) {
+        self.settled = None;
         if let Known::Everything(base) = &self.known {
             let held = base
                 .visible(type_url, scope)
-                .map(|resource| (Arc::clone(&resource.name), Arc::clone(&resource.version)))
+                .map(|resource| (Arc::clone(&resource.name), Some(resource.version)))
                 .collect();
             self.known = Known::Listed(held);
         }
@@ -336,7 +411,7 @@ impl Subscription {
             Known::Listed(held) if self.wildcard => {
                 let mut changes = Changes::default();
                 for resource in view.visible(type_url, scope) {
-                    if held.remove(&resource.name).is_none_or(|version| version != resource.version) {
+                    if held.remove(&resource.name) != Some(Some(resource.version)) {
                         changes.updated.push(Arc::clone(resource));
                     }
                 }
@@ -345,23 +420,37 @@ impl Subscription {
                 changes
             }
             Known::Listed(held) => {
-                let mut wanted: BTreeSet<Arc<str>> = BTreeSet::new();
-                for name in &self.requested {
-                    wanted.extend(view.resolve(type_url, name, scope));
-                }
-                if let (ADDRESS_TYPE | WORKLOAD_TYPE, Some(node)) = (type_url, &scope.node) {
-                    let visible = |name: &&Arc<str>| view.get(type_url, name, scope).is_some();
-                    wanted.extend(view.workloads_on(node).iter().filter(visible).cloned());
-                }
-                let mut changes = Changes::default();
-                held.retain(|name, _| wanted.contains(name) || !changes.removed.insert(Arc::clone(name)));
-                for resource in wanted.iter().filter_map(|name| view.get(type_url, name, scope)) {
-                    if held.get(&resource.name) != Some(&resource.version) {
-                        held.insert(Arc::clone(&resource.name), Arc::clone(&resource.version));
-                        changes.updated.push(Arc::clone(resource));
+                let suspects = std::mem::take(&mut self.suspects);
+                let touched = self.settled.and_then(|generation| view.touched_since(generation, type_url));
+                self.settled = Some(view.generation());
+                match touched {
+                    // What one request or change costs does not grow with all that was ever asked for.
+                    Some(mut touched) => {
+                        touched.extend(suspects);
+                        touched.extend(self.unanswered.iter().flat_map(|name| view.resolve(type_url, name, scope)));
+                        let wanted = |name: &Arc<str>| view.is_wanted(type_url, name, &self.requested, scope);
+                        let (wanted, unwanted): (BTreeSet<_>, BTreeSet<_>) = touched.into_iter().partition(wanted);
+                        let mut changes = Changes::default();
+                        let gone = unwanted.into_iter().filter(|name| held.remove(name).is_some());
+                        changes.removed.extend(gone);
+                        changes.update(held, &wanted, type_url, view, scope);
+                        changes
+                    }
+                    None => {
+                        let mut wanted: BTreeSet<Arc<str>> = BTreeSet::new();
+                        for name in &self.requested {
+                            wanted.extend(view.resolve(type_url, name, scope));
+                        }
+                        if let (ADDRESS_TYPE | WORKLOAD_TYPE, Some(node)) = (type_url, &scope.node) {
+                            let visible = |name: &&Arc<str>| view.get(type_url, name, scope).is_some();
+                            wanted.extend(view.workloads_on(node).iter().filter(visible).cloned());
+                        }
+                        let mut changes = Changes::default();
+                        held.retain(|name, _| wanted.contains(name) || !changes.removed.insert(Arc::clone(name)));
+                        changes.update(held, &wanted, type_url, view, scope);
+                        changes
                     }
                 }
-                changes
             }
         };
         // The client blocks on each name it asked for: it gets the resource again, or hears that there is none.
@@ -411,22 +500,6 @@ fn difference(type_url: &str, old: &View, new: &View, scope: &Scope) -> Changes 
         }
     }
     changes
-}
-
-fn encode(type_url: &str, resource: &Resource, with_aliases: bool) -> Option<WireResource> {
-    Some(WireResource {
-        version: resource.version.to_string(),
-        resource: Some(prost_types::Any {
-            type_url: type_url.to_owned(),
-            value: payload(type_url, resource)?.to_vec(),
-        }),
-        name: resource.name.to_string(),
-        aliases: if with_aliases {
-            resource.aliases.iter().map(|alias| alias.to_string()).collect()
-        } else {
-            Vec::new()
-        },
-    })
 }
 
 #[cfg(test)]

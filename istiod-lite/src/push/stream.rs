@@ -5,72 +5,125 @@
 //! to the transport, and views that come meanwhile coalesce in the watch channel.
 
 use std::collections::{HashMap, VecDeque};
-use std::pin::Pin;
+use std::convert::Infallible;
 use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
-use futures_util::Stream;
+use futures_util::future::BoxFuture;
+use http::header::CONTENT_TYPE;
 use mesh::drain::DrainWatcher;
-use mesh_proto::ads::aggregated_discovery_service_server::AggregatedDiscoveryService;
-use mesh_proto::ads::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
+use mesh_proto::ads::aggregated_discovery_service_server::SERVICE_NAME;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::body::Body;
+use tonic::metadata::GRPC_CONTENT_TYPE;
+use tonic::server::NamedService;
+use tonic::{Request, Status};
 
-use super::session::{Event, Output, Session};
+use super::answer::Answer;
+use super::callers::{Callers, Entry};
+use super::grpc::{Answers, Requests};
+use super::session::{Event, Output, ProtocolError, Session};
 use super::type_label;
 use super::view::{Scope, View};
 use crate::auth::{Client, Gatekeeper};
-use crate::resources::{Acks, ClientAcks, ReportSink, lock};
+use crate::resources::{Acks, ClientAcks, ClientInfo, ReportSink, lock};
 
 /// How often a client's standing is looked at when no view changes.
 const RECHECK: Duration = Duration::from_secs(10);
-/// Stands for "the token has no end" in a timer.
+/// A client's refusals are told of at most this often; all are counted.
+const TOLD_EVERY: Duration = Duration::from_secs(1);
+/// Stands for "what the caller has shown has no end" in a timer.
 const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
+/// The one call that is served: state-of-the-world streams are not.
+const CALL: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
+
 /// The delta discovery service.
+#[derive(Clone)]
 pub struct Discovery {
     pub gatekeeper: Gatekeeper,
     pub views: watch::Receiver<Arc<View>>,
     pub acks: Arc<Acks>,
     pub nodes: NodeStreams,
+    pub callers: Callers,
     pub drain: DrainWatcher,
 }
 
-#[tonic::async_trait]
-impl AggregatedDiscoveryService for Discovery {
-    type DeltaAggregatedResourcesStream =
-        Pin<Box<dyn Stream<Item = Result<DeltaDiscoveryResponse, Status>> + Send + 'static>>;
+impl NamedService for Discovery {
+    const NAME: &'static str = SERVICE_NAME;
+}
 
-    async fn delta_aggregated_resources(
-        &self,
-        request: Request<Streaming<DeltaDiscoveryRequest>>,
-    ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
-        let client = self.gatekeeper.admit(request.metadata()).await?;
+impl tower::Service<http::Request<Body>> for Discovery {
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        let this = self.clone();
+        Box::pin(async move {
+            let answers = match request.uri().path() {
+                CALL => this.open(Request::from_http(request)).await,
+                other => Err(Status::unimplemented(format!("{other} is not served"))),
+            };
+            Ok(answers.map_or_else(Status::into_http, |answers| {
+                let mut response = http::Response::new(Body::new(answers));
+                response.headers_mut().insert(CONTENT_TYPE, GRPC_CONTENT_TYPE);
+                response
+            }))
+        })
+    }
+}
+
+impl Discovery {
+    /// Lets a client in; its stream ends with it, with the transport dropping the answers, and with the drain.
+    async fn open(self, request: Request<Body>) -> Result<Answers, Status> {
+        let client = self.gatekeeper.admit(request.metadata(), request.extensions()).await?;
         if self.views.borrow().generation() == 0 {
             return Err(Status::unavailable("the control plane has not read the cluster yet"));
         }
         let peer = request.remote_addr();
         let caller = &client.caller;
+        let pod = caller.pod.as_ref().map(|pod| &*pod.uid);
+        let entry = self.callers.enter(&caller.namespace, &caller.service_account, pod).map_err(|error| {
+            tracing::warn!(namespace = %caller.namespace, service_account = %caller.service_account, pod, "{error}");
+            limited("streams", error.to_string())
+        })?;
         tracing::info!(
             namespace = %caller.namespace, service_account = %caller.service_account, node = ?client.node,
-            pod = caller.pod.as_ref().map(|pod| &*pod.name), ?peer, "xDS client connected"
+            pod = caller.pod.as_ref().map(|pod| &*pod.name), proof = caller.proof.name(), ?peer, "xDS client connected"
         );
+        let acks = self.acks.client();
+        acks.describe(ClientInfo {
+            namespace: Arc::clone(&caller.namespace),
+            service_account: Arc::clone(&caller.service_account),
+            pod: caller.pod.as_ref().map(|pod| Arc::clone(&pod.name)),
+            node: client.node.clone(),
+            waypoint: client.waypoint.as_ref().map(|(_, name)| Arc::clone(name)),
+            address: peer,
+            since: SystemTime::now(),
+        });
         let driver = Driver {
             session: Session::new(Scope { node: client.node.clone(), waypoint: client.waypoint.clone() }),
-            gatekeeper: self.gatekeeper.clone(),
-            views: self.views.clone(),
-            acks: self.acks.client(),
-            drain: self.drain.clone(),
+            acks,
             _connected: Connected::new(),
             _node: client.node.as_ref().map(|node| self.nodes.enter(node)),
+            gatekeeper: self.gatekeeper,
+            views: self.views,
+            drain: self.drain,
             client,
+            told: None,
+            entry,
         };
-        let (responses, stream) = mpsc::channel(1);
-        // Ends with the client's stream, with the transport dropping `stream`, and with the drain.
-        tokio::spawn(driver.run(request.into_inner(), responses));
-        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+        let requests = Requests::new(request.into_inner(), driver.entry.share());
+        let (responses, queue) = mpsc::channel(1);
+        tokio::spawn(driver.run(requests, responses));
+        Ok(Answers::new(queue))
     }
 }
 
@@ -81,14 +134,23 @@ struct Driver {
     views: watch::Receiver<Arc<View>>,
     acks: ClientAcks,
     drain: DrainWatcher,
+    /// When a refusal was last told of.
+    told: Option<Instant>,
     _connected: Connected,
     _node: Option<NodeStream>,
+    entry: Entry,
 }
 
-type Responses = mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>;
+/// A client asks for more than anybody needs.
+fn limited(limit: &'static str, message: String) -> Status {
+    metrics::counter!("mesh_xds_limited_total", "limit" => limit).increment(1);
+    Status::resource_exhausted(message)
+}
+
+type Responses = mpsc::Sender<Result<Answer, Status>>;
 
 impl Driver {
-    async fn run(mut self, requests: Streaming<DeltaDiscoveryRequest>, responses: Responses) {
+    async fn run(mut self, requests: Requests, responses: Responses) {
         let Err(status) = self.exchange(requests, &responses).await else { return };
         tracing::info!(
             namespace = %self.client.caller.namespace, node = ?self.client.node, reason = status.message(),
@@ -99,40 +161,47 @@ impl Driver {
     }
 
     /// Runs until the client leaves (`Ok`) or is sent away (`Err`, with what it is told).
-    async fn exchange(
-        &mut self,
-        mut requests: Streaming<DeltaDiscoveryRequest>,
-        responses: &Responses,
-    ) -> Result<(), Status> {
-        let mut queue: VecDeque<DeltaDiscoveryResponse> = VecDeque::new();
+    async fn exchange(&mut self, mut requests: Requests, responses: &Responses) -> Result<(), Status> {
+        let mut queue: VecDeque<Answer> = VecDeque::new();
         let mut recheck = tokio::time::interval(RECHECK);
-        let token_ends = tokio::time::sleep_until(token_end(&self.client));
-        tokio::pin!(token_ends);
+        let proof_ends = tokio::time::sleep_until(proof_end(&self.client));
+        tokio::pin!(proof_ends);
         let mut view = Arc::clone(&self.views.borrow_and_update());
         loop {
+            let overdue = requests.overdue();
             // Every branch may be cancelled freely: a request stays in the stream, a permit is returned, a view is
-            // read again. Endings come first, so that a busy client cannot outlive its token.
+            // read again. Endings come first, so that a busy client cannot outlive what it has shown.
             let output = tokio::select! {
                 biased;
                 () = self.drain.draining() => return Err(Status::unavailable("the control plane is shutting down")),
-                () = &mut token_ends => return Err(Status::unauthenticated("the token has expired")),
+                () = &mut proof_ends => {
+                    let proof = self.client.caller.proof.name();
+                    return Err(Status::unauthenticated(format!("the {proof} has expired")));
+                }
                 () = responses.closed() => return Ok(()),
+                status = overdue => return Err(status),
                 _ = recheck.tick() => {
                     self.check_standing()?;
+                    // Not with each view: this looks at signatures.
+                    self.gatekeeper.check_certificate(&self.client.caller)?;
                     Output::default()
                 }
                 permit = responses.reserve(), if !queue.is_empty() => {
                     let (Ok(permit), Some(response)) = (permit, queue.pop_front()) else { return Ok(()) };
+                    self.acks.sent(&response.type_url, response.generation);
                     permit.send(Ok(response));
                     Output::default()
                 }
-                request = requests.message(), if queue.is_empty() => match request {
-                    Ok(Some(request)) => self
+                request = requests.next(), if queue.is_empty() => match request? {
+                    Some(request) => self
                         .session
                         .handle_request(request, &view)
-                        .map_err(|error| Status::invalid_argument(error.to_string()))?,
+                        .map_err(|error| match error {
+                            ProtocolError::TooManyNames => limited("names", error.to_string()),
+                            ProtocolError::NoType => Status::invalid_argument(error.to_string()),
+                        })?,
                     // The client has gone; how it went is its affair.
-                    Ok(None) | Err(_) => return Ok(()),
+                    None => return Ok(()),
                 },
                 changed = self.views.changed() => {
                     if changed.is_err() {
@@ -159,24 +228,39 @@ impl Driver {
         if now == self.client { Ok(()) } else { Err(Status::unavailable("the caller's pod has changed; reconnect")) }
     }
 
-    fn note(&self, event: Event) {
+    /// Whether what the client says of this policy is for its status. Pods that are neither a node's proxy nor a waypoint carry
+    /// out policies for themselves, if they do: those of other namespaces are none of their business.
+    fn speaks_of(&self, name: &str) -> bool {
+        let Client { caller, node, waypoint } = &self.client;
+        let is_own = || name.split_once('/').is_some_and(|(namespace, _)| *namespace == *caller.namespace);
+        node.is_some() || waypoint.is_some() || is_own()
+    }
+
+    fn note(&mut self, event: Event) {
         match event {
             Event::Subscribed(type_url) => self.acks.subscribed(type_url),
             Event::Acked(type_url, generation) => self.acks.acked(type_url, generation),
-            Event::Answered { type_url, names, refused } => self.acks.answered(type_url, names, refused),
+            Event::Answered { type_url, names, mut refused } => {
+                refused.retain(|name, _| self.speaks_of(name));
+                self.acks.answered(type_url, names, refused);
+            }
             Event::Nacked(type_url, reason) => {
                 metrics::counter!("pilot_total_xds_rejects", "type" => type_label(type_url)).increment(1);
-                let caller = &self.client.caller;
-                tracing::warn!(
-                    type_url, namespace = %caller.namespace, pod = ?caller.pod, reason, "client rejected resources"
-                );
+                self.acks.rejected(type_url, &reason);
+                if self.told.is_none_or(|told| told.elapsed() >= TOLD_EVERY) {
+                    self.told = Some(Instant::now());
+                    let caller = &self.client.caller;
+                    tracing::warn!(
+                        type_url, namespace = %caller.namespace, pod = ?caller.pod, reason, "client rejected resources"
+                    );
+                }
             }
             Event::UnknownType(type_url) => tracing::debug!(type_url, "client asked for a type nobody serves"),
         }
     }
 }
 
-fn token_end(client: &Client) -> Instant {
+fn proof_end(client: &Client) -> Instant {
     let left = client
         .caller
         .expires

@@ -82,7 +82,7 @@ impl View {
             steps.pop_front();
         }
         let names = [ADDRESS_TYPE, AUTHORIZATION_TYPE, POD_ENROLMENT_TYPE, ROUTE_TYPE, HTTP_POLICY_TYPE]
-            .map(|type_url| (type_url, differing(&self.snapshot, &snapshot, type_url)));
+            .map(|type_url| (type_url, self.snapshot.differing(&snapshot, type_url)));
         steps.push_back(Arc::new(Step { from: self.snapshot.generation(), names: names.into() }));
         Self { snapshot, steps, demand: OnceLock::new() }
     }
@@ -139,6 +139,41 @@ impl View {
         names
     }
 
+    /// Whether a client that has `requested` such names on demand is to have the resource of this name: as [`Self::resolve`] and
+    /// [`Self::workloads_on`] would say, asked from the other end.
+    pub fn is_wanted(&self, type_url: &str, name: &str, requested: &BTreeSet<Arc<str>>, scope: &Scope) -> bool {
+        let Some(resource) = self.get(type_url, name, scope) else { return false };
+        let by_alias = |resource: &Resource| resource.aliases.iter().any(|alias| requested.contains(alias));
+        if requested.contains(name) {
+            return true;
+        }
+        if stored_type(type_url) != ADDRESS_TYPE {
+            return false;
+        }
+        if by_alias(resource) {
+            return true;
+        }
+        let Some(place) = self.demand().places.get(name) else { return false };
+        let by_service = |service: &Arc<str>| {
+            requested.contains(service) && self.get(type_url, service, scope).is_some()
+                || self.snapshot.get(ADDRESS_TYPE, service).is_some_and(|service| by_alias(service))
+        };
+        let is_own = scope.node.is_some() && place.node == scope.node;
+        is_own || place.services.iter().any(by_service)
+    }
+
+    /// What may be wanted otherwise, or be something else, than in the view of `generation`: what differs, and what is behind
+    /// it. `None`: anything.
+    pub fn touched_since(&self, generation: u64, type_url: &str) -> Option<BTreeSet<Arc<str>>> {
+        let Changed::Names(mut names) = self.changed_since(generation, type_url) else { return None };
+        if stored_type(type_url) == ADDRESS_TYPE && !names.is_empty() {
+            let endpoints = &self.demand().endpoints;
+            let behind: Vec<_> = names.iter().filter_map(|name| endpoints.get(name)).flatten().cloned().collect();
+            names.extend(behind);
+        }
+        Some(names)
+    }
+
     /// The workloads on a node; a node proxy that subscribes on demand is told of these unasked.
     pub fn workloads_on(&self, node: &str) -> &[Arc<str>] {
         self.demand().nodes.get(node).map_or(&[], Vec::as_slice)
@@ -167,26 +202,6 @@ pub fn payload(type_url: &str, resource: &Resource) -> Option<Bytes> {
     (rest.len() == length).then(|| resource.body.slice_ref(rest))
 }
 
-/// Names of one type that were added, removed or replaced.
-fn differing(old: &Snapshot, new: &Snapshot, type_url: &str) -> Vec<Arc<str>> {
-    let (mut old, mut new) = (old.of_type(type_url).peekable(), new.of_type(type_url).peekable());
-    let mut names = Vec::new();
-    loop {
-        let order = match (old.peek(), new.peek()) {
-            (None, None) => return names,
-            (Some(_), None) => std::cmp::Ordering::Less,
-            (None, Some(_)) => std::cmp::Ordering::Greater,
-            (Some(a), Some(b)) => a.name.cmp(&b.name),
-        };
-        let (gone, came) = (order.is_le().then(|| old.next()).flatten(), order.is_ge().then(|| new.next()).flatten());
-        match (gone, came) {
-            (Some(a), Some(b)) if Arc::ptr_eq(a, b) => {}
-            (_, Some(resource)) | (Some(resource), None) => names.push(Arc::clone(&resource.name)),
-            (None, None) => return names,
-        }
-    }
-}
-
 /// What on-demand subscriptions look names up in. Built for a view when the first such client asks.
 #[derive(Debug, Default)]
 struct DemandIndex {
@@ -194,6 +209,16 @@ struct DemandIndex {
     /// Service name → names of the workloads behind it.
     endpoints: HashMap<Arc<str>, Vec<Arc<str>>>,
     nodes: HashMap<Arc<str>, Vec<Arc<str>>>,
+    /// By name of a workload.
+    places: HashMap<Arc<str>, Place>,
+}
+
+/// Where a workload is.
+#[derive(Debug)]
+struct Place {
+    node: Option<Arc<str>>,
+    /// The names of those that it is behind.
+    services: Vec<Arc<str>>,
 }
 
 impl DemandIndex {
@@ -205,12 +230,15 @@ impl DemandIndex {
             }
             let Some(body) = payload(WORKLOAD_TYPE, resource) else { continue };
             let Ok(workload) = mesh_proto::workload::Workload::decode(body) else { continue };
-            if !workload.node.is_empty() {
-                index.nodes.entry(workload.node.into()).or_default().push(Arc::clone(&resource.name));
+            let node = (!workload.node.is_empty()).then(|| Arc::from(workload.node));
+            if let Some(node) = &node {
+                index.nodes.entry(Arc::clone(node)).or_default().push(Arc::clone(&resource.name));
             }
-            for service in workload.services.into_keys() {
-                index.endpoints.entry(service.into()).or_default().push(Arc::clone(&resource.name));
+            let services: Vec<Arc<str>> = workload.services.into_keys().map(Arc::from).collect();
+            for service in &services {
+                index.endpoints.entry(Arc::clone(service)).or_default().push(Arc::clone(&resource.name));
             }
+            index.places.insert(Arc::clone(&resource.name), Place { node, services });
         }
         index
     }

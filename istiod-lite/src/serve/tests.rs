@@ -16,6 +16,8 @@ use mesh_proto::enrolment::{EnrolmentReport, POD_ENROLMENT_TYPE, PodEnrolment, P
 use mesh_proto::security::AUTHORIZATION_TYPE;
 use mesh_proto::workload::ADDRESS_TYPE;
 use rcgen::{CertificateParams, KeyPair};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
 use time::OffsetDateTime;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::{Instant, timeout};
@@ -23,10 +25,15 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
 use tonic::{Code, Request, Status, Streaming};
 
 use super::*;
-use crate::auth::{AuthError, BoundPod, Caller};
+use crate::auth::{AuthError, BoundPod, Caller, Proof};
+use crate::ca::authority::CaMaterial;
+use crate::ca::{Authority, SELF_SIGNED_ROOT_TTL};
 use crate::push::session::fixtures::{Held, ack, request, workload};
 use crate::resources::{Audience, Resource, lock};
 use crate::testing::Pods;
+
+mod certificates;
+mod replicas;
 
 /// Longer than anything here takes; a test that waits this long has failed.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -43,6 +50,7 @@ impl Tokens {
             service_account: account.into(),
             pod: Some(BoundPod { name: pod.into(), uid: format!("{namespace}/{pod}").into() }),
             expires,
+            proof: Proof::Token,
         };
         lock(&self.0).insert(format!("{namespace}/{pod}"), caller);
     }
@@ -80,7 +88,11 @@ struct World {
     heard: Arc<Heard>,
     grpc: SocketAddr,
     http: SocketAddr,
+    webhook: SocketAddr,
     roots: String,
+    /// The authority's key, by which a test signs what the authority would not.
+    material: CaMaterial,
+    authority: Arc<CurrentAuthority>,
     drain: DrainTrigger,
     server: tokio::task::JoinHandle<anyhow::Result<()>>,
 }
@@ -103,30 +115,34 @@ impl World {
         ] {
             tokens.issue(namespace, pod, account, None);
         }
-        let material = Authority::self_signed("cluster.local", OffsetDateTime::now_utc()).unwrap();
-        let authority = Arc::new(Authority::from_material(&material).unwrap());
-        let settings =
-            Settings { grpc: ([127, 0, 0, 1], 0).into(), http: ([127, 0, 0, 1], 0).into(), ..Settings::default() };
+        let material =
+            Authority::self_signed("cluster.local", SELF_SIGNED_ROOT_TTL, OffsetDateTime::now_utc()).unwrap();
+        let authority = CurrentAuthority::new(Arc::new(Authority::from_material(&material).unwrap()));
+        let anywhere = SocketAddr::from(([127, 0, 0, 1], 0));
+        let settings = Settings { grpc: anywhere, http: anywhere, webhook: anywhere, ..Settings::default() };
         let listeners = Listeners::bind(&settings).await.unwrap();
         let (grpc, http) = (listeners.grpc.local_addr().unwrap(), listeners.http.local_addr().unwrap());
+        let webhook = listeners.webhook.local_addr().unwrap();
         let (store, acks) = (Arc::new(ResourceStore::new()), Arc::new(Acks::default()));
         let heard = Arc::new(Heard::default());
         let (drain, watcher) = drain::channel();
-        let roots = authority.root_bundle_pem();
+        let (roots, _) = authority.distributed();
         let deps = Deps {
             store: Arc::clone(&store),
             acks: Arc::clone(&acks),
             pods: pods.clone(),
             placements: pods.clone(),
+            knowledge: Arc::new(admission::Known::default),
+            mesh_config: Arc::new(|| "{}".to_owned()),
             reports: heard.clone(),
-            authority,
+            authority: Arc::clone(&authority),
             authenticator: tokens.clone(),
             metrics: Arc::new(|| "some_metric 1\n".to_owned()),
             clock: Clock::system(),
             settings,
         };
         let server = tokio::spawn(run(deps, listeners, watcher));
-        Self { store, acks, pods, tokens, heard, grpc, http, roots, drain, server }
+        Self { store, acks, pods, tokens, heard, grpc, http, webhook, roots, material, authority, drain, server }
     }
 
     /// Enrolments of `cart` for node-a and `db` for node-b, and the two workloads.
@@ -417,6 +433,7 @@ async fn a_machine_whose_token_is_bound_to_no_pod_is_its_service_account_and_no_
             service_account: account.into(),
             pod: None,
             expires: Some(SystemTime::now() + Duration::from_secs(60)),
+            proof: Proof::Token,
         };
         lock(&world.tokens.0).insert(account.to_owned(), caller);
         let response = world.sign(account, certificate_request(None)).await.unwrap();
@@ -526,7 +543,8 @@ async fn a_drain_ends_streams_and_the_server() {
 #[tokio::test]
 async fn a_client_of_another_root_does_not_connect() {
     let world = World::ready().await;
-    let stranger = Authority::self_signed("cluster.local", OffsetDateTime::now_utc()).unwrap().certificate;
+    let stranger =
+        Authority::self_signed("cluster.local", SELF_SIGNED_ROOT_TTL, OffsetDateTime::now_utc()).unwrap().certificate;
     let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(stranger)).domain_name(SERVER_NAME);
     let distrusting = Endpoint::from_shared(format!("https://{}", world.grpc)).unwrap().tls_config(tls).unwrap();
     assert!(distrusting.connect().await.is_err());
@@ -638,4 +656,51 @@ async fn a_pod_that_is_not_known_yet_is_waited_for() {
         world.pods.arrive("shop", "late", "late", "node-a");
     });
     assert!(matches!(verdict.unwrap(), Verdict::Enrolment(_)));
+}
+
+#[tokio::test]
+async fn a_question_under_way_is_answered_while_the_webhook_drains() {
+    let world = World::start().await;
+    let mut trusted = rustls::RootCertStore::empty();
+    for certificate in CertificateDer::pem_slice_iter(world.roots.as_bytes()) {
+        trusted.add(certificate.unwrap()).unwrap();
+    }
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+    let config = config.with_root_certificates(trusted).with_no_client_auth();
+    let stream = TcpStream::connect(world.webhook).await.unwrap();
+    let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
+    let mut stream = connector.connect(SERVER_NAME.try_into().unwrap(), stream).await.unwrap();
+    let review =
+        r#"{"kind":"AdmissionReview","apiVersion":"admission.k8s.io/v1","request":{"uid":"u","operation":"DELETE"}}"#;
+    let head = format!(
+        "POST /validate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {}\r\nExpect: 100-continue\r\n\r\n",
+        review.len()
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let mut going_on = [0; 25];
+    // It is asked for the rest, so the question is under way.
+    timeout(PATIENCE, stream.read_exact(&mut going_on)).await.unwrap().unwrap();
+    assert_eq!(&going_on, b"HTTP/1.1 100 Continue\r\n\r\n");
+    let (drain, server) = (world.drain, world.server);
+    drain.begin();
+    let drained = tokio::spawn(drain.drain(PATIENCE));
+    until_closed(world.webhook).await;
+    stream.write_all(review.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    timeout(PATIENCE, stream.read_to_string(&mut answer)).await.unwrap().unwrap();
+    assert!(
+        answer.starts_with("HTTP/1.1 200") && answer.ends_with(r#""response":{"uid":"u","allowed":true}}"#),
+        "{answer}"
+    );
+    assert_eq!(drained.await.unwrap(), drain::Drained::Clean);
+    server.await.unwrap().unwrap();
+}
+
+async fn until_closed(address: SocketAddr) {
+    let until = Instant::now() + PATIENCE;
+    while TcpStream::connect(address).await.is_ok() {
+        assert!(Instant::now() < until, "the listener is open");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
 }

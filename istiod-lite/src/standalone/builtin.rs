@@ -331,6 +331,7 @@ pub fn validate(kind: &Kind, object: &Value, old: Option<&Value>) -> Vec<Cause> 
             workload(spec, old.map(|o| &o["spec"]), &mut causes);
         }
         "batch/jobs" => pod(&spec["template"]["spec"], "spec.template.spec", &mut causes),
+        "coordination.k8s.io/leases" => lease(spec, &mut causes),
         "discovery.k8s.io/endpointslices" => endpoint_slice(object, old, &mut causes),
         "rbac.authorization.k8s.io/rolebindings" | "rbac.authorization.k8s.io/clusterrolebindings" => {
             binding(object, old, &mut causes);
@@ -421,6 +422,17 @@ fn one_of(value: &Value, allowed: &[&str], field: String, causes: &mut Vec<Cause
 fn port_number(value: &Value, field: String, causes: &mut Vec<Cause>) {
     if !value.as_i64().is_some_and(|p| (1..=65535).contains(&p)) {
         causes.push(Cause::invalid(field, value, "must be between 1 and 65535, inclusive"));
+    }
+}
+
+fn lease(spec: &Value, causes: &mut Vec<Cause>) {
+    for (field, least, rule) in [
+        ("leaseDurationSeconds", 1, "must be greater than 0"),
+        ("leaseTransitions", 0, "must be greater than or equal to 0"),
+    ] {
+        if spec[field].as_i64().is_some_and(|number| number < least) {
+            causes.push(Cause::invalid(format!("spec.{field}"), &spec[field], rule));
+        }
     }
 }
 

@@ -2,8 +2,12 @@
 
 use serde_json::{Value, json};
 
+use super::cel::Rules;
 use super::error::Cause;
 use super::schema;
+
+/// Who adds kinds to groups of the Kubernetes community says by whose leave.
+const APPROVED: &str = "api-approved.kubernetes.io";
 
 /// Present while custom resources of a deleted definition remain.
 pub const CLEANUP_FINALIZER: &str = "customresourcecleanup.apiextensions.k8s.io";
@@ -24,6 +28,7 @@ pub fn validate(crd: &Value, old: Option<&Value>, causes: &mut Vec<Cause>) {
         let name = &crd["metadata"]["name"];
         causes.push(Cause::invalid("metadata.name", name, "must be spec.names.plural+\".\"+spec.group"));
     }
+    approval(crd, &group, old, causes);
     let scopes = ["Cluster".to_owned(), "Namespaced".to_owned()];
     if !scopes.iter().any(|s| spec["scope"] == s.as_str()) {
         causes.push(Cause::not_supported("spec.scope", &spec["scope"], &scopes));
@@ -45,6 +50,7 @@ pub fn validate(crd: &Value, old: Option<&Value>, causes: &mut Vec<Cause>) {
                     causes.push(Cause::invalid(format!("{at}.type"), &schema["type"], "must be object at the root"));
                 }
                 structural(schema, &at, causes);
+                Rules::compile(schema, &at, causes);
             }
             None => causes.push(Cause::required(at, "schemas are required")),
         }
@@ -61,6 +67,33 @@ pub fn validate(crd: &Value, old: Option<&Value>, causes: &mut Vec<Cause>) {
             if new != old {
                 causes.push(Cause::invalid(field, new, "field is immutable"));
             }
+        }
+    }
+}
+
+/// A protected group takes a kind with a URL of its approval, or with the word that it has none.
+fn approval(crd: &Value, group: &str, old: Option<&Value>, causes: &mut Vec<Cause>) {
+    let protected = ["k8s.io", "kubernetes.io"]
+        .iter()
+        .any(|community| group.strip_suffix(community).is_some_and(|rest| rest.is_empty() || rest.ends_with('.')));
+    // What was let in without it stays changeable.
+    if !protected || old.is_some_and(|old| old["metadata"]["annotations"][APPROVED].is_null()) {
+        return;
+    }
+    let field = format!("metadata.annotations[{APPROVED}]");
+    match crd["metadata"]["annotations"][APPROVED].as_str().filter(|said| !said.is_empty()) {
+        None => causes.push(Cause::required(
+            field,
+            &format!(
+                "protected groups must have approval annotation {APPROVED:?}, see \
+                 https://github.com/kubernetes/enhancements/pull/1111"
+            ),
+        )),
+        Some(said)
+            if said.starts_with("unapproved") || said.parse::<http::Uri>().is_ok_and(|uri| uri.host().is_some()) => {}
+        Some(said) => {
+            let detail = "must be a URL of the approval, or begin with \"unapproved\"";
+            causes.push(Cause::invalid(field, &said.into(), detail));
         }
     }
 }
@@ -99,6 +132,26 @@ fn structural(schema: &Value, at: &str, causes: &mut Vec<Cause>) {
     }
 }
 
+/// Which rules of the versions are not evaluated, of those the first; `None`: all are.
+fn ignored_rules(versions: &[Value]) -> Option<String> {
+    const NAMED: usize = 3;
+    let mut ignored: Vec<String> = Vec::new();
+    for version in versions {
+        let rules = Rules::compile(&version["schema"]["openAPIV3Schema"], "", &mut Vec::new());
+        for rule in rules.ignored() {
+            if !ignored.contains(rule) {
+                ignored.push(rule.clone());
+            }
+        }
+    }
+    let named = ignored.iter().take(NAMED).map(String::as_str).collect::<Vec<_>>().join("; ");
+    let more = match ignored.len().saturating_sub(NAMED) {
+        0 => String::new(),
+        more => format!("; and {more} more"),
+    };
+    (!ignored.is_empty()).then(|| format!("this API server does not evaluate {named}{more}"))
+}
+
 /// Writes the status of a valid definition: it is served from the same commit on.
 pub fn set_status(crd: &mut Value, now: &str) {
     let names = crd["spec"]["names"].clone();
@@ -119,9 +172,8 @@ pub fn set_status(crd: &mut Value, now: &str) {
         condition("NamesAccepted", "True", "NoConflicts", "no conflicts found"),
         condition("Established", "True", "InitialNamesAccepted", "the initial names have been accepted"),
     ];
-    if versions.iter().any(|v| schema::has_cel_rules(&v["schema"]["openAPIV3Schema"])) {
-        let message = "x-kubernetes-validations (CEL) rules are not evaluated by this API server";
-        conditions.push(condition("ValidationRulesIgnored", "True", "NotSupported", message));
+    if let Some(message) = ignored_rules(&versions) {
+        conditions.push(condition("ValidationRulesIgnored", "True", "NotSupported", &message));
     }
     if crd["metadata"].get("deletionTimestamp").is_some() {
         conditions.push(condition(
@@ -160,10 +212,52 @@ mod tests {
     }
 
     #[test]
-    fn unevaluated_rules_are_reported() {
-        let mut with_rules = crd(json!({"type": "object", "x-kubernetes-validations": [{"rule": "true"}]}));
-        set_status(&mut with_rules, "2020-01-01T00:00:00Z");
-        let conditions = with_rules["status"]["conditions"].as_array().unwrap();
-        assert!(conditions.iter().any(|c| c["type"] == "ValidationRulesIgnored"));
+    fn a_kind_of_a_community_group_says_by_whose_leave() {
+        let refused = |group: &str, said: Option<&str>, old: Option<&Value>| {
+            let mut crd = crd(json!({"type": "object"}));
+            crd["metadata"] = json!({"name": format!("things.{group}"), "annotations": {APPROVED: said}});
+            crd["spec"]["group"] = group.into();
+            let mut causes = Vec::new();
+            validate(&crd, old, &mut causes);
+            causes.into_iter().map(|cause| cause.reason).collect::<Vec<_>>()
+        };
+        for group in ["k8s.io", "gateway.networking.k8s.io", "a.kubernetes.io"] {
+            assert_eq!(refused(group, None, None), ["FieldValueRequired"], "{group}");
+            assert_eq!(refused(group, Some("so they said"), None), ["FieldValueInvalid"]);
+            assert!(refused(group, Some("https://github.com/kubernetes-sigs/gateway-api/pull/1"), None).is_empty());
+            assert!(refused(group, Some("unapproved, an experiment"), None).is_empty());
+        }
+        assert!(refused("notk8s.io", None, None).is_empty());
+        let mut older = crd(json!({"type": "object"}));
+        older["spec"]["group"] = "a.k8s.io".into();
+        assert!(refused("a.k8s.io", None, Some(&older)).is_empty());
+    }
+
+    #[test]
+    fn rules_that_are_not_evaluated_are_named() {
+        let reported = |rules: &[&str]| {
+            let rules: Vec<Value> = rules.iter().map(|rule| json!({"rule": rule})).collect();
+            let mut with_rules = crd(json!({"type": "object", "x-kubernetes-validations": rules}));
+            set_status(&mut with_rules, "2020-01-01T00:00:00Z");
+            let conditions = with_rules["status"]["conditions"].as_array().unwrap();
+            let condition = conditions.iter().find(|c| c["type"] == "ValidationRulesIgnored");
+            condition.map(|c| c["message"].as_str().unwrap().to_owned())
+        };
+        assert_eq!(reported(&["has(self.kind)"]), None);
+        assert_eq!(
+            reported(&["self.kind == 'A'", "url(self.kind) == url('b')"]).unwrap(),
+            "this API server does not evaluate <nil>: url(self.kind) == url('b') (the function url of 1 arguments)"
+        );
+        let more = reported(&["a(1)", "b(1)", "c(1)", "d(1)", "e(1)"]).unwrap();
+        assert!(more.contains("c(1)") && !more.contains("d(1)") && more.ends_with("; and 2 more"), "{more}");
+    }
+
+    #[test]
+    fn a_rule_that_cannot_be_read_refuses_its_definition() {
+        let mut causes = Vec::new();
+        let rules = json!([{"rule": "self.a =="}]);
+        validate(&crd(json!({"type": "object", "x-kubernetes-validations": rules})), None, &mut causes);
+        let fields: Vec<_> = causes.into_iter().map(|cause| cause.field).collect();
+        assert_eq!(fields, ["spec.versions[0].schema.openAPIV3Schema.x-kubernetes-validations[0].rule"]);
     }
 }

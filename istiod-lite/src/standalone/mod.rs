@@ -4,13 +4,14 @@
 //! does to the object) → `store` (durable, then visible). Controllers that belong to an API server (namespaces, owner references,
 //! definitions) run beside it. Nothing outside this module may know which server it talks to: clients get a kubeconfig.
 //!
-//! Deliberately absent: scheduler, workload controllers, admission webhooks (stored, never called), CEL rules of CRDs
-//! (reported in the definition's status), conversion webhooks, logs and exec, and protobuf beyond the few kinds
-//! kubectl sends that way (see `protobuf`).
+//! Deliberately absent: scheduler, workload controllers, admission webhooks (stored, never called), conversion webhooks,
+//! logs and exec, a few functions of CEL (`cel`; a definition's status names the rules that call them), and protobuf beyond
+//! the few kinds kubectl sends that way (see `protobuf`).
 
 mod api;
 mod apply;
 mod builtin;
+mod cel;
 mod controllers;
 mod crd;
 mod depth;

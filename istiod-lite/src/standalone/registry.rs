@@ -1,12 +1,13 @@
 //! Which kinds are served: the built-in ones and those that CustomResourceDefinitions add, found by path.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, OnceLock};
 
 use k8s_openapi::api as v;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1 as apiextensions;
 use serde_json::{Value, json};
 
+use super::cel::Rules;
 use super::schema;
 
 pub const CRDS: &str = "apiextensions.k8s.io/customresourcedefinitions";
@@ -43,6 +44,7 @@ pub struct Kind {
     pub source: Source,
     /// Only POST, nothing stored (reviews).
     pub create_only: bool,
+    rules: OnceLock<Arc<Rules>>,
 }
 
 #[derive(Debug, Clone)]
@@ -61,6 +63,12 @@ impl Kind {
 
     pub fn is_custom(&self) -> bool {
         matches!(self.source, Source::Custom { .. })
+    }
+
+    /// The schema's rules in CEL, compiled when first asked for. What is wrong with them was told to who wrote the
+    /// definition.
+    pub fn rules(&self) -> &Rules {
+        self.rules.get_or_init(|| Arc::new(Rules::compile(&self.schema, "", &mut Vec::new())))
     }
 
     pub fn verbs(&self) -> &'static [&'static str] {
@@ -197,6 +205,7 @@ fn custom_kinds(crd: &Value) -> Vec<Kind> {
                     columns: version["additionalPrinterColumns"].as_array().cloned().unwrap_or_default(),
                 },
                 create_only: false,
+                rules: OnceLock::new(),
             }
         })
         .collect()
@@ -265,6 +274,7 @@ where
         schema: schema::reference(&definition),
         source: Source::BuiltIn(definition),
         create_only: built_in.shape == Shape::Review,
+        rules: OnceLock::new(),
     }
 }
 

@@ -251,7 +251,7 @@ impl Store {
     ) -> ApiResult<Committed<T>> {
         let mut writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         let version = self.version();
-        let mut transaction = Transaction { store: self, version, staged: BTreeMap::new(), order: Vec::new() };
+        let mut transaction = Transaction { store: self, mode, version, staged: BTreeMap::new(), order: Vec::new() };
         let result = change(&mut transaction)?;
         let Transaction { version, staged, order, .. } = transaction;
         if mode == Mode::DryRun || order.is_empty() {
@@ -362,6 +362,7 @@ struct Staged {
 /// The state one writer sees: the store and what it has staged itself.
 pub struct Transaction<'a> {
     store: &'a Store,
+    mode: Mode,
     version: u64,
     staged: BTreeMap<Key, Option<Arc<Object>>>,
     order: Vec<Staged>,
@@ -422,7 +423,7 @@ impl Transaction<'_> {
     pub fn put(&mut self, key: &Key, mut value: Value) -> Arc<Object> {
         let previous = self.get(key);
         self.version += 1;
-        value["metadata"]["resourceVersion"] = self.version.to_string().into();
+        self.stamp(&mut value, previous.as_deref());
         let object = Arc::new(Object { version: self.version, value });
         let kind = if previous.is_some() { EventKind::Modified } else { EventKind::Added };
         self.stage(key, kind, object.clone(), previous, Some(object.clone()));
@@ -434,10 +435,23 @@ impl Transaction<'_> {
         let previous = self.get(key)?;
         self.version += 1;
         let mut value = previous.value.clone();
-        value["metadata"]["resourceVersion"] = self.version.to_string().into();
+        self.stamp(&mut value, Some(&previous));
         let object = Arc::new(Object { version: self.version, value });
         self.stage(key, EventKind::Deleted, object.clone(), Some(previous), None);
         Some(object)
+    }
+
+    /// Says which version `value` is. What is not kept is none: it says what there is, as `kubectl diff` shows the rest.
+    fn stamp(&self, value: &mut Value, previous: Option<&Object>) {
+        let version = match (self.mode, previous) {
+            (Mode::Commit, _) => self.version.to_string().into(),
+            (Mode::DryRun, Some(previous)) => previous.value["metadata"]["resourceVersion"].clone(),
+            (Mode::DryRun, None) => Value::Null,
+        };
+        match value["metadata"].as_object_mut() {
+            Some(metadata) if version.is_null() => _ = metadata.remove("resourceVersion"),
+            _ => value["metadata"]["resourceVersion"] = version,
+        }
     }
 
     fn stage(
@@ -516,9 +530,15 @@ mod tests {
             Err(ApiError::bad_request("no"))
         });
         assert!(failed.is_err());
-        store.write(Mode::DryRun, |tx| Ok(tx.put(&key, json!({"metadata": {}})).version)).unwrap();
+        let shown = store.write(Mode::DryRun, |tx| Ok(tx.put(&key, json!({"metadata": {}})))).unwrap().result;
+        assert_eq!(shown.value, json!({"metadata": {}}), "it has no version");
         assert!(store.get(&key).is_none());
         assert_eq!(store.version(), before);
+        let kept = put(&store, "a", 1);
+        let changed = json!({"metadata": {}, "value": 2});
+        let shown =
+            store.write(Mode::DryRun, |tx| Ok(tx.put(&Key::new("/things", "ns", "a"), changed))).unwrap().result;
+        assert_eq!(shown.value["metadata"]["resourceVersion"], kept.value["metadata"]["resourceVersion"]);
     }
 
     #[test]

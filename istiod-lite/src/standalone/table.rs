@@ -276,6 +276,8 @@ const ROLE_BINDING: &[Column] = &[
 /// Roles and definitions show when they came, not how long ago.
 const CREATED: &[Column] = &[NAME, ("Created At", "date", 0, |o| o["metadata"]["creationTimestamp"].clone())];
 
+const LEASE: &[Column] = &[NAME, ("Holder", "string", 0, |o| text_or(&o["spec"]["holderIdentity"], "")), AGE];
+
 const OTHER: &[Column] = &[NAME, AGE];
 
 fn columns_of(storage: &str) -> &'static [Column] {
@@ -292,6 +294,7 @@ fn columns_of(storage: &str) -> &'static [Column] {
         "apps/replicasets" => REPLICA_SET,
         "apps/statefulsets" => STATEFUL_SET,
         "apps/daemonsets" => DAEMON_SET,
+        "coordination.k8s.io/leases" => LEASE,
         "discovery.k8s.io/endpointslices" => ENDPOINT_SLICE,
         "rbac.authorization.k8s.io/rolebindings" | "rbac.authorization.k8s.io/clusterrolebindings" => ROLE_BINDING,
         "rbac.authorization.k8s.io/roles"

@@ -293,6 +293,10 @@ impl<'a> Write<'a> {
         let mut causes = builtin::validate_metadata(self.kind, object);
         if self.kind.is_custom() {
             schema::validate(object, &self.kind.schema, "", &mut causes);
+            // Rules count on what the schema says of types and sizes.
+            if causes.is_empty() {
+                self.kind.rules().validate(object, old, &self.kind.schema, &mut causes);
+            }
         } else {
             causes.extend(builtin::validate(self.kind, object, old));
         }

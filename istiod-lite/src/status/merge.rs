@@ -23,8 +23,12 @@ pub fn status(current: &Value, report: &Report, generation: i64, now: &str) -> O
             let addresses = addresses.iter().map(|(host, value)| json!({"value": value, "host": host})).collect();
             set("addresses", Value::Array(addresses));
         }
+        Report::Class { wanted, features } => {
+            set("conditions", conditions(&current["conditions"], &types(wanted), wanted, generation, now));
+            set("supportedFeatures", features.iter().map(|name| json!({"name": name})).collect());
+        }
         Report::Gateway { conditions: wanted, addresses, listeners } => {
-            let owned: Vec<&str> = wanted.iter().map(|wanted| wanted.r#type).collect();
+            let owned = types(wanted);
             set("conditions", conditions(&current["conditions"], &owned, wanted, generation, now));
             if let Some(addresses) = addresses {
                 let addresses = addresses.iter().map(|(kind, value)| json!({"type": kind, "value": value})).collect();
@@ -36,6 +40,10 @@ pub fn status(current: &Value, report: &Report, generation: i64, now: &str) -> O
         Report::Parents(reports) => set("parents", parents(&current["parents"], reports, generation, now)),
     }
     (!changed.is_empty()).then_some(Value::Object(changed))
+}
+
+fn types(wanted: &[Wanted]) -> Vec<&str> {
+    wanted.iter().map(|wanted| wanted.r#type).collect()
 }
 
 fn is_empty(value: &Value) -> bool {
@@ -79,7 +87,7 @@ fn condition(current: &[Value], wanted: &Wanted, generation: i64, now: &str) -> 
 
 fn listener(current: &Value, report: &ListenerReport, generation: i64, now: &str) -> Value {
     let last = current.as_array().into_iter().flatten().find(|listener| listener["name"] == *report.name);
-    let owned: Vec<&str> = report.conditions.iter().map(|wanted| wanted.r#type).collect();
+    let owned = types(&report.conditions);
     let empty = Value::Null;
     let last_conditions = last.map_or(&empty, |last| &last["conditions"]);
     json!({
@@ -178,6 +186,17 @@ mod tests {
         let next = status(&first, &report(&[]), 1, "t2").unwrap();
         assert_eq!(next, json!({"addresses": []}));
         assert_eq!(status(&json!({"conditions": first["conditions"]}), &report(&[]), 1, "t2"), None);
+    }
+
+    #[test]
+    fn features_of_a_class_are_put_back_and_then_left_alone() {
+        let report = || Report::Class {
+            wanted: vec![Wanted::new("Accepted", Status::True, "R", "m")],
+            features: &["HTTPRoute", "HTTPRouteMethodMatching"],
+        };
+        let first = status(&json!({"supportedFeatures": [{"name": "Mesh"}]}), &report(), 1, "t1").unwrap();
+        assert_eq!(first["supportedFeatures"], json!([{"name": "HTTPRoute"}, {"name": "HTTPRouteMethodMatching"}]));
+        assert_eq!(status(&first, &report(), 1, "t2"), None);
     }
 
     #[test]

@@ -17,13 +17,13 @@ use serde_json::{Value, json};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use crate::resources::{Acks, lock};
+use crate::resources::lock;
 use crate::translate::verdict::{Kind, Report, Status, Verdict};
 use crate::translate::world::World;
 use crate::types::gateway::{GatewayClassSpec, GatewaySpec, HttpRouteSpec};
 use crate::types::networking::{ServiceEntrySpec, WorkloadEntrySpec};
 use crate::types::security::{AuthorizationPolicySpec, PeerAuthenticationSpec};
-use crate::types::{CustomKind, Key, Object};
+use crate::types::{CustomKind, Held, Key, Object};
 
 pub const FIELD_MANAGER: &str = "istiod-lite";
 /// Writes under way at once.
@@ -79,29 +79,72 @@ pub fn differences(world: &World, verdicts: &[Verdict], now: OffsetDateTime) -> 
         .collect()
 }
 
+/// What statuses follow from: what objects say now, and what is to be said of them.
+#[derive(Debug)]
+pub struct Basis {
+    verdicts: Arc<[Verdict]>,
+    /// Only the kinds that we report on.
+    objects: World,
+}
+
+impl Basis {
+    pub fn new(world: &World, verdicts: &Arc<[Verdict]>) -> Self {
+        let objects = World {
+            services: world.services.clone(),
+            gateway_classes: world.gateway_classes.clone(),
+            gateways: world.gateways.clone(),
+            http_routes: world.http_routes.clone(),
+            authorization_policies: world.authorization_policies.clone(),
+            peer_authentications: world.peer_authentications.clone(),
+            service_entries: world.service_entries.clone(),
+            workload_entries: world.workload_entries.clone(),
+            ..World::default()
+        };
+        Self { verdicts: Arc::clone(verdicts), objects }
+    }
+
+    /// Whether it still does.
+    pub fn holds(&self, world: &World, verdicts: &Arc<[Verdict]>) -> bool {
+        let objects = &self.objects;
+        Arc::ptr_eq(&self.verdicts, verdicts)
+            && objects.services.ptr_eq(&world.services)
+            && objects.gateway_classes.ptr_eq(&world.gateway_classes)
+            && objects.gateways.ptr_eq(&world.gateways)
+            && objects.http_routes.ptr_eq(&world.http_routes)
+            && objects.authorization_policies.ptr_eq(&world.authorization_policies)
+            && objects.peer_authentications.ptr_eq(&world.peer_authentications)
+            && objects.service_entries.ptr_eq(&world.service_entries)
+            && objects.workload_entries.ptr_eq(&world.workload_entries)
+    }
+}
+
 /// Whether such an object is in force only where proxies have taken it.
 pub fn is_carried_out_by_proxies(kind: Kind) -> bool {
     matches!(kind, Kind::AuthorizationPolicy | Kind::PeerAuthentication)
 }
 
-/// The verdicts on policies, with what proxies said to them: a policy that one refuses is not accepted. To those that are
-/// `unacknowledged` some have said nothing for too long.
-pub fn answered(mut verdicts: Vec<Verdict>, acks: &Acks, unacknowledged: &BTreeSet<(Kind, Key)>) -> Vec<Verdict> {
+/// The verdicts on policies, with what proxies said to them: a policy that one refuses is not accepted. `refused` says, of a
+/// resource by type and name, how many do and why. To those that are `unacknowledged` some have said nothing for too long.
+pub fn answered(
+    mut verdicts: Vec<Verdict>,
+    refused: impl Fn(&'static str, &str) -> Option<(usize, String)>,
+    unacknowledged: &BTreeSet<(Kind, Key)>,
+) -> Vec<Verdict> {
     for verdict in &mut verdicts {
         let late = unacknowledged.contains(&(verdict.kind, verdict.key.clone()));
         let key = verdict.key.to_string();
         let Report::Conditions { wanted, .. } = &mut verdict.report else { continue };
-        let refused = match verdict.kind {
+        let refusal = match verdict.kind {
             Kind::AuthorizationPolicy => {
                 let at_waypoints = format!("AuthorizationPolicy/{key}");
-                acks.refused(AUTHORIZATION_TYPE, &key)
-                    .or_else(|| acks.refused(HTTP_POLICY_TYPE, &at_waypoints))
-                    .or_else(|| acks.refused(HTTP_POLICY_TYPE, &format!("{at_waypoints}/gateways")))
+                refused(AUTHORIZATION_TYPE, &key)
+                    .or_else(|| refused(HTTP_POLICY_TYPE, &at_waypoints))
+                    .or_else(|| refused(HTTP_POLICY_TYPE, &format!("{at_waypoints}/gateways")))
             }
             _ => None,
         };
         for condition in wanted.iter_mut().filter(|condition| condition.status == Status::True) {
-            if let Some((proxies, reason)) = &refused {
+            if let Some((proxies, reason)) = &refusal {
                 condition.status = Status::False;
                 condition.reason = "RefusedByProxy";
                 condition.message = format!("refused by {proxies} of the proxies, one of which says: {reason}");
@@ -176,7 +219,7 @@ async fn patch_fields(client: &Client, write: &Write, status: &Fields) -> Outcom
 
 /// The status and resource version we know of.
 fn current(world: &World, kind: Kind, key: &Key) -> Option<(Value, String)> {
-    fn custom<S>(object: Option<&Arc<Object<S>>>) -> Option<(Value, String)> {
+    fn custom<S>(object: Option<&Held<Object<S>>>) -> Option<(Value, String)> {
         let object = object?;
         Some((object.status.clone(), object.meta.resource_version.clone().unwrap_or_default()))
     }
@@ -214,6 +257,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::resources::Acks;
     use crate::testing::FakeApi;
     use crate::translate::fixture;
     use crate::translate::verdict::{Status, Wanted};
@@ -274,7 +318,8 @@ mod tests {
             },
         };
         let said = |acks: &Acks, late: &BTreeSet<(Kind, Key)>| -> Vec<String> {
-            let verdicts = answered(vec![policy("a"), policy("b")], acks, late);
+            let refused = |type_url: &'static str, name: &str| acks.refused(type_url, name);
+            let verdicts = answered(vec![policy("a"), policy("b")], refused, late);
             let mut out = Vec::new();
             for verdict in verdicts {
                 let Report::Conditions { wanted, .. } = verdict.report else { unreachable!() };

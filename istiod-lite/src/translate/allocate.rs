@@ -79,8 +79,8 @@ impl<'a> Allocation<'a> {
             let hosts = entry.hosts.iter().filter(|host| entry.wants_addresses && !host.starts_with('*'));
             for host in hosts.map(|host| (entry.key, host.as_str())) {
                 for pool in &pools {
-                    let kept =
-                        in_status(&entry.object.status, host.1).find(|ip| is_of(pool, *ip) && !taken.contains(ip));
+                    let mut told = entry.told.of(host.1).iter().copied();
+                    let kept = told.find(|ip| is_of(pool, *ip) && !taken.contains(ip));
                     match kept {
                         Some(ip) => {
                             taken.insert(ip);
@@ -114,6 +114,11 @@ impl<'a> Allocation<'a> {
         this
     }
 
+    /// The addresses that its user wrote and `key` does not have.
+    pub fn refused_of(&self, key: &Key) -> HashSet<IpAddr> {
+        self.refused(key).map(|(ip, _)| ip).collect()
+    }
+
     /// Which addresses that its user wrote `key` does not have, and which older object does.
     pub fn refused(&self, key: &Key) -> impl Iterator<Item = (IpAddr, &'a Key)> {
         self.refused.get(key).into_iter().flatten().copied()
@@ -124,10 +129,25 @@ impl<'a> Allocation<'a> {
     }
 }
 
-/// The addresses that a status gives `host`.
-pub fn in_status<'s>(status: &'s Value, host: &'s str) -> impl Iterator<Item = IpAddr> + 's {
-    let all = status["addresses"].as_array().into_iter().flatten();
-    all.filter(move |entry| entry["host"] == *host).filter_map(|entry| entry["value"].as_str()?.parse().ok())
+/// The addresses that a status gives each host.
+#[derive(Debug, Default)]
+pub struct Told<'s>(HashMap<&'s str, Vec<IpAddr>>);
+
+impl<'s> Told<'s> {
+    pub fn by(status: &'s Value) -> Self {
+        let mut this = Self::default();
+        for entry in status["addresses"].as_array().into_iter().flatten() {
+            let ip = entry["value"].as_str().and_then(|value| value.parse().ok());
+            if let (Some(host), Some(ip)) = (entry["host"].as_str(), ip) {
+                this.0.entry(host).or_default().push(ip);
+            }
+        }
+        this
+    }
+
+    pub fn of(&self, host: &str) -> &[IpAddr] {
+        self.0.get(host).map(Vec::as_slice).unwrap_or_default()
+    }
 }
 
 /// Addresses to try, each of the pool once.
@@ -167,6 +187,7 @@ mod tests {
 
     use super::*;
     use crate::translate::fixture;
+    use crate::translate::lookups::Lookups;
     use crate::translate::owned::Owned;
     use crate::translate::service_entry::Entries;
     use crate::translate::world::World;
@@ -185,7 +206,7 @@ mod tests {
     }
 
     fn told(world: &World, prefixes: &Prefixes) -> BTreeMap<String, Vec<IpAddr>> {
-        let entries = Entries::new(world, &Owned::new(world));
+        let entries = Entries::new(world, Owned { world, lookups: &Lookups::of(world) });
         let all = entries.by_age();
         let allocation = Allocation::new(prefixes, &all);
         all.iter()
@@ -261,7 +282,7 @@ mod tests {
     fn an_address_that_was_given_stays_with_the_older_object_and_the_newcomer_is_named() {
         let refused = |yaml: &str| {
             let world = fixture::world(yaml);
-            let entries = Entries::new(&world, &Owned::new(&world));
+            let entries = Entries::new(&world, Owned { world: &world, lookups: &Lookups::of(&world) });
             let all = entries.by_age();
             let allocation = Allocation::new(&Prefixes::default(), &all);
             let refused = all.iter().flat_map(|entry| {
@@ -318,7 +339,7 @@ mod tests {
         let v4: HashSet<IpAddr> = all.values().flatten().filter(|ip| ip.is_ipv4()).copied().collect();
         let v6 = all.values().flatten().filter(|ip| ip.is_ipv6()).count();
         assert_eq!((v4.len(), v6), (6, 3));
-        let entries = Entries::new(&world, &Owned::new(&world));
+        let entries = Entries::new(&world, Owned { world: &world, lookups: &Lookups::of(&world) });
         let all = entries.by_age();
         assert_eq!(Allocation::new(&prefixes, &all).exhausted.len(), 5, "in one family or the other");
     }

@@ -10,13 +10,15 @@ use mesh_proto::security::{
     string_match,
 };
 
-use super::parse::{self, Action, DropRule, Polarity, Reader, Text};
-use super::verdict::{Status, Wanted, joined};
+use super::parse::{self, Action, DropRule, Mistake, Part, Polarity, Reader, Text};
+use super::verdict::{EXPLAIN, Problem, Status, Wanted, joined};
 use super::world::World;
 use crate::types::security::{AuthorizationPolicySpec, Condition, Operation, Rule, Source};
 use crate::types::{Lenient, Object, annotation};
 
 pub const CONDITION: &str = "ZtunnelAccepted";
+/// What mends an action that there is not.
+pub const ACTIONS: &str = "write ALLOW, DENY, AUDIT or CUSTOM";
 const L7_ONLY: &str = "is an HTTP attribute, which only a waypoint can see (use targetRefs)";
 
 /// The authorization to send, if any, and what the status says.
@@ -30,19 +32,28 @@ pub fn translate(
         "ALLOW" => (Action::Allow, None),
         "DENY" => (Action::Deny, None),
         other @ ("AUDIT" | "CUSTOM") => {
-            return (None, unsupported(format!("action {other} needs a waypoint (use targetRefs); not enforced")));
+            let message = format!("action {other} needs a waypoint (use targetRefs); not enforced");
+            return (None, unsupported(message).because(&mistakes(spec)));
         }
-        other => (Action::Allow, Some(format!("action: {other:?} is unknown; everything is denied"))),
+        other => {
+            let problem = Problem::fault(format!("action: {other:?} is unknown"), ACTIONS);
+            (Action::Allow, Some(problem.worded(|message| message + "; everything is denied")))
+        }
     };
+    let mistakes = mistakes(spec);
     // An unreadable selector selects everything, which widens a DENY; an ALLOW must not open what it was not meant for.
     let closed = match (action, spec.unreadable.as_slice()) {
         (_, []) => closed,
-        (Action::Allow, reasons) => Some(format!("{}; everything is denied", joined(reasons))),
+        (Action::Allow, reasons) => Some(format!("{}; everything is denied", joined(reasons)).into()),
         (Action::Deny, _) => closed,
     };
-    let mut problems: Vec<String> =
-        spec.unreadable.iter().map(|reason| format!("{reason}; denies wherever the policy could reach")).collect();
-    problems.extend(spec.unused.iter().cloned());
+    let mut problems: Vec<Problem> = spec
+        .unreadable
+        .iter()
+        .map(|reason| Problem::from(format!("{reason}; denies wherever the policy could reach")))
+        .chain(spec.unused.iter().map(|reason| Problem::from(reason.as_str())))
+        .collect();
+    let domains = world.trust_domains();
     let groups = match closed {
         // An ALLOW that matches nothing.
         Some(_) => Vec::new(),
@@ -50,7 +61,9 @@ pub fn translate(
             .rules
             .iter()
             .enumerate()
-            .filter_map(|(index, rule)| group(index, rule, action, policy.namespace(), &mut problems))
+            .filter_map(|(index, rule)| {
+                group(rule, Reader::new(action, index, &domains), policy.namespace(), &mut problems)
+            })
             .collect(),
     };
     let scope = match &spec.selector {
@@ -70,12 +83,18 @@ pub fn translate(
         groups,
         dry_run: is_dry_run(policy),
     };
-    let wanted = match (closed, problems.is_empty()) {
-        (Some(message), _) => unsupported(message),
+    let wanted = match (&closed, problems.is_empty()) {
+        (Some(problem), _) => unsupported(problem.message.clone()),
         (None, true) => Wanted::new(CONDITION, Status::True, "Accepted", "attached to ztunnel"),
         (None, false) => Wanted::new(CONDITION, Status::True, "UnsupportedValue", joined(&problems)),
     };
-    (Some(authorization), wanted)
+    (Some(authorization), wanted.because(mistakes.iter().chain(&closed).chain(&problems)))
+}
+
+/// What is wrong with a policy beside its rules.
+pub(super) fn mistakes(spec: &AuthorizationPolicySpec) -> Vec<Problem> {
+    let unreadable = spec.unreadable.iter().map(|reason| Problem::fault(reason.as_str(), EXPLAIN));
+    unreadable.chain(spec.unused.iter().map(|reason| Problem::fault(reason.as_str(), "take it out"))).collect()
 }
 
 /// Annotation `istio.io/dry-run: "true"`: evaluated and logged, not enforced.
@@ -84,27 +103,17 @@ pub fn is_dry_run(policy: &Object<AuthorizationPolicySpec>) -> bool {
 }
 
 /// `None`: the rule is left out, i.e. never matches.
-fn group(
-    index: usize,
-    rule: &Lenient<Rule>,
-    action: Action,
-    namespace: &str,
-    problems: &mut Vec<String>,
-) -> Option<Group> {
-    let mut reader = Reader::new(action);
-    let result = match rule {
-        Lenient::Good(rule) => clauses(rule, namespace, &mut reader),
-        Lenient::Bad(reason) => {
-            reader.problems.push(reason.clone());
-            match action {
-                Action::Allow => Err(DropRule),
-                // We cannot tell what it denies: everything.
-                Action::Deny => Ok(Vec::new()),
-            }
-        }
+fn group(rule: &Lenient<Rule>, mut reader: Reader, namespace: &str, problems: &mut Vec<Problem>) -> Option<Group> {
+    let (action, index) = (reader.action, reader.rule);
+    let result = match (reader.whole(rule), action) {
+        (Some(rule), _) => clauses(rule, namespace, &mut reader),
+        (None, Action::Allow) => Err(DropRule),
+        // We cannot tell what it denies: everything.
+        (None, Action::Deny) => Ok(Vec::new()),
     };
     let note = if result.is_err() { " (the rule is left out)" } else { "" };
-    problems.extend(reader.problems.drain(..).map(|problem| format!("rules[{index}]: {problem}{note}")));
+    let in_rule = |message: String| format!("rules[{index}]: {message}{note}");
+    problems.extend(reader.problems.drain(..).map(|problem| problem.worded(in_rule)));
     result.ok().map(|rules| Group { rules })
 }
 
@@ -113,10 +122,17 @@ fn clauses(rule: &Rule, namespace: &str, reader: &mut Reader) -> Result<Vec<Clau
         reader.unsupported(attribute, true, "is unknown")?;
     }
     let mut clauses = Vec::new();
-    push_clause(&mut clauses, &rule.to, reader, |to, reader| operation(&to.operation, reader))?;
-    push_clause(&mut clauses, &rule.from, reader, |from, reader| source(&from.source, namespace, reader))?;
-    for when in &rule.when {
-        push_clause(&mut clauses, std::slice::from_ref(when), reader, |when, reader| {
+    push_clause(&mut clauses, &rule.to, reader, |index, to, reader| {
+        reader.part = Some(Part::To(index));
+        operation(&to.operation, reader)
+    })?;
+    push_clause(&mut clauses, &rule.from, reader, |index, from, reader| {
+        reader.part = Some(Part::From(index));
+        source(&from.source, namespace, reader)
+    })?;
+    for (index, when) in rule.when.iter().enumerate() {
+        push_clause(&mut clauses, std::slice::from_ref(when), reader, |_, when, reader| {
+            reader.part = Some(Part::When(index));
             condition(when, namespace, reader)
         })?;
     }
@@ -129,7 +145,7 @@ fn push_clause<T>(
     clauses: &mut Vec<Clause>,
     alternatives: &[T],
     reader: &mut Reader,
-    translate: impl Fn(&T, &mut Reader) -> Result<Match, DropRule>,
+    translate: impl Fn(usize, &T, &mut Reader) -> Result<Match, DropRule>,
 ) -> Result<(), DropRule> {
     if alternatives.is_empty() {
         return Ok(());
@@ -137,9 +153,9 @@ fn push_clause<T>(
     let mut matches = Vec::with_capacity(alternatives.len());
     let mut always = false;
     let before = reader.problems.len();
-    for alternative in alternatives {
+    for (index, alternative) in alternatives.iter().enumerate() {
         reader.widened = false;
-        let found = translate(alternative, reader)?;
+        let found = translate(index, alternative, reader)?;
         always |= reader.widened && found == Match::default();
         matches.push(found);
     }
@@ -183,13 +199,17 @@ fn source(source: &Source, namespace: &str, reader: &mut Reader) -> Result<Match
     ] {
         reader.unsupported(attribute, !values.is_empty(), L7_ONLY)?;
     }
+    for (attribute, values) in [("trustDomains", &source.trust_domains), ("notTrustDomains", &source.not_trust_domains)]
+    {
+        reader.unsupported(attribute, !values.is_empty(), parse::NO_TRUST_DOMAINS)?;
+    }
     for attribute in source.unknown.keys() {
         reader.unsupported(attribute, true, "is unknown")?;
     }
     let account = |value: &str| service_account(value, namespace);
     Ok(Match {
-        principals: reader.field("principals", Positive, &source.principals, string)?,
-        not_principals: reader.field("notPrincipals", Negative, &source.not_principals, string)?,
+        principals: reader.principals("principals", Positive, &source.principals, string)?,
+        not_principals: reader.principals("notPrincipals", Negative, &source.not_principals, string)?,
         namespaces: reader.field("namespaces", Positive, &source.namespaces, string)?,
         not_namespaces: reader.field("notNamespaces", Negative, &source.not_namespaces, string)?,
         service_accounts: reader.field("serviceAccounts", Positive, &source.service_accounts, account)?,
@@ -216,8 +236,8 @@ fn condition(when: &Condition, namespace: &str, reader: &mut Reader) -> Result<M
             found.not_namespaces = reader.field(key, Negative, not_values, string)?;
         }
         "source.principal" => {
-            found.principals = reader.field(key, Positive, values, string)?;
-            found.not_principals = reader.field(key, Negative, not_values, string)?;
+            found.principals = reader.principals(key, Positive, values, string)?;
+            found.not_principals = reader.principals(key, Negative, not_values, string)?;
         }
         "source.serviceAccount" => {
             found.service_accounts = reader.field(key, Positive, values, account)?;
@@ -233,7 +253,7 @@ fn condition(when: &Condition, namespace: &str, reader: &mut Reader) -> Result<M
         }
         _ if is_http(key) => reader.unsupported(&format!("when {key:?}"), true, L7_ONLY)?,
         _ => {
-            reader.unsupported(&format!("when {key:?}"), true, "is unknown")?;
+            reader.unknown_key(key)?;
             reader.widened = true;
         }
     }
@@ -241,11 +261,11 @@ fn condition(when: &Condition, namespace: &str, reader: &mut Reader) -> Result<M
 }
 
 /// Keys that exist and speak of requests.
-fn is_http(key: &str) -> bool {
+pub(super) fn is_http(key: &str) -> bool {
     matches!(key, "remote.ip" | "connection.sni") || key.starts_with("request.") || key.starts_with("experimental.")
 }
 
-fn string(value: &str) -> Result<StringMatch, String> {
+fn string(value: &str) -> Result<StringMatch, Mistake> {
     use string_match::MatchType;
     let found = match parse::text(value)? {
         Text::Exact(text) => MatchType::Exact(text),
@@ -256,11 +276,11 @@ fn string(value: &str) -> Result<StringMatch, String> {
     Ok(StringMatch { match_type: Some(found) })
 }
 
-fn ip_block(value: &str) -> Result<Address, String> {
+fn ip_block(value: &str) -> Result<Address, Mistake> {
     parse::ip_block(value).map(|(address, length)| Address { address, length })
 }
 
-fn service_account(value: &str, policy_namespace: &str) -> Result<ServiceAccountMatch, String> {
+fn service_account(value: &str, policy_namespace: &str) -> Result<ServiceAccountMatch, Mistake> {
     parse::service_account(value, policy_namespace)
         .map(|(namespace, service_account)| ServiceAccountMatch { namespace, service_account })
 }

@@ -2,13 +2,15 @@
 //! not ready or not allowed binds *closed*: the object is given a waypoint address that leads nowhere, so that clients
 //! refuse rather than skip L7 policy, unless the annotation [`FAILURE_MODE`] says `open`.
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use mesh_proto::workload::{GatewayAddress, NamespacedHostname, WeightedWaypoint, gateway_address};
 
+use super::mesh_config::Limit;
+use super::owner::Owners;
 use super::verdict::{Status, Wanted};
 use super::world::World;
+use crate::revision::Revision;
 use crate::types::gateway::{GatewaySpec, MESH_CONTROLLER, WAYPOINT_CLASS};
-use crate::types::{Key, Object, annotation, label, selects};
+use crate::types::{Key, Meta, Object, annotation, label, selects};
 
 /// `open`: traffic skips a waypoint that cannot be used. On the object or its namespace; anything else is closed.
 pub const FAILURE_MODE: &str = "ambient.istio.io/waypoint-failure-mode";
@@ -20,7 +22,7 @@ const USE_WAYPOINT_CANARY: &str = "istio.io/use-waypoint-canary";
 const USE_WAYPOINT_CANARY_NAMESPACE: &str = "istio.io/use-waypoint-canary-namespace";
 /// Of a hundred connections, how many; none when absent.
 const CANARY_WEIGHT: &str = "istio.io/use-waypoint-canary-weight";
-const WAYPOINT_FOR: &str = "istio.io/waypoint-for";
+pub const WAYPOINT_FOR: &str = "istio.io/waypoint-for";
 const INGRESS_USE_WAYPOINT: &str = "istio.io/ingress-use-waypoint";
 pub const HBONE_PORT: u32 = 15008;
 
@@ -28,6 +30,8 @@ pub const HBONE_PORT: u32 = 15008;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TrafficType {
     Service,
+    /// A service as well, of a ServiceEntry: MeshConfig may confine it to its namespace.
+    Entry,
     Workload,
 }
 
@@ -86,13 +90,13 @@ pub fn waypoints(world: &World) -> impl Iterator<Item = (&Key, &Object<GatewaySp
 }
 
 /// Resolves the labels of `meta`, else of its namespace.
-pub fn resolve(world: &World, meta: &ObjectMeta, traffic: TrafficType) -> Binding {
+pub fn resolve(world: &World, meta: &dyn Meta, traffic: TrafficType) -> Binding {
     if label(meta, MANAGED_LABEL).is_some() {
         return Binding::NONE; // A waypoint has no waypoint.
     }
-    let own_namespace = meta.namespace.as_deref().unwrap_or_default();
+    let own_namespace = meta.namespace_name();
     let namespace = world.namespace(own_namespace);
-    let (level, own) = match (label(meta, USE_WAYPOINT), namespace) {
+    let (level, own): (&dyn Meta, bool) = match (label(meta, USE_WAYPOINT), namespace) {
         (Some(_), _) => (meta, true),
         (None, Some(namespace)) => (&namespace.metadata, false),
         (None, None) => return Binding::NONE,
@@ -111,7 +115,8 @@ pub fn resolve(world: &World, meta: &ObjectMeta, traffic: TrafficType) -> Bindin
             if ingress_uses_waypoint(world, meta) {
                 message.push_str(". Ingress traffic will traverse the waypoint");
             }
-            let asked = (traffic == TrafficType::Service).then(|| canary(world, level, own_namespace, &waypoint));
+            let asked =
+                (traffic != TrafficType::Workload).then(|| canary(world, level, (own_namespace, traffic), &waypoint));
             let canary = match asked.flatten() {
                 Some(Ok(canary)) => {
                     let Canary { waypoint, weight, .. } = &canary;
@@ -133,7 +138,7 @@ pub fn resolve(world: &World, meta: &ObjectMeta, traffic: TrafficType) -> Bindin
         }
         // A namespace label speaks to services and pods alike; it binds those its waypoint is for.
         Err(Unusable::TrafficType(message)) if !own => Binding {
-            condition: (traffic == TrafficType::Service).then(|| Unusable::TrafficType(message).condition("")),
+            condition: (traffic != TrafficType::Workload).then(|| Unusable::TrafficType(message).condition("")),
             ..Binding::NONE
         },
         Err(problem) => {
@@ -156,7 +161,12 @@ pub fn resolve(world: &World, meta: &ObjectMeta, traffic: TrafficType) -> Bindin
 }
 
 /// The canary that the labels beside those of `primary` ask for, or why it takes nothing.
-fn canary(world: &World, level: &ObjectMeta, from: &str, primary: &Key) -> Option<Result<Canary, String>> {
+fn canary(
+    world: &World,
+    level: &dyn Meta,
+    (from, traffic): (&str, TrafficType),
+    primary: &Key,
+) -> Option<Result<Canary, String>> {
     let name = label(level, USE_WAYPOINT_CANARY).filter(|name| !name.is_empty())?;
     let waypoint = Key::new(label(level, USE_WAYPOINT_CANARY_NAMESPACE).unwrap_or(from), name);
     let weight = match annotation(level, CANARY_WEIGHT).map(str::parse::<u32>) {
@@ -167,16 +177,16 @@ fn canary(world: &World, level: &ObjectMeta, from: &str, primary: &Key) -> Optio
     if waypoint == *primary {
         return Some(Err(format!("{USE_WAYPOINT_CANARY} names the same waypoint as {USE_WAYPOINT}")));
     }
-    Some(match usable(world, &waypoint, from, TrafficType::Service) {
+    Some(match usable(world, &waypoint, from, traffic) {
         Ok(()) => Ok(Canary { address: address(&waypoint, world.hostname(&waypoint)), waypoint, weight }),
         Err(problem) => Err(problem.message()),
     })
 }
 
 /// `istio.io/ingress-use-waypoint` of the object, else of its namespace.
-pub fn ingress_uses_waypoint(world: &World, meta: &ObjectMeta) -> bool {
+pub fn ingress_uses_waypoint(world: &World, meta: &dyn Meta) -> bool {
     label(meta, INGRESS_USE_WAYPOINT)
-        .or_else(|| world.namespace_label(meta.namespace.as_deref()?, INGRESS_USE_WAYPOINT))
+        .or_else(|| world.namespace_label(meta.namespace_name(), INGRESS_USE_WAYPOINT))
         .is_some_and(|value| value == "true")
 }
 
@@ -185,12 +195,16 @@ enum Unusable {
     NotReady(String),
     Denied(String),
     TrafficType(String),
+    Forbidden(String),
 }
 
 impl Unusable {
     fn message(self) -> String {
-        let (Self::Missing(message) | Self::NotReady(message) | Self::Denied(message) | Self::TrafficType(message)) =
-            self;
+        let (Self::Missing(message)
+        | Self::NotReady(message)
+        | Self::Denied(message)
+        | Self::TrafficType(message)
+        | Self::Forbidden(message)) = self;
         message
     }
 
@@ -199,6 +213,7 @@ impl Unusable {
             Self::Missing(message) | Self::NotReady(message) => ("WaypointIsNotReady", message),
             Self::Denied(message) => ("AttachmentDenied", message),
             Self::TrafficType(message) => ("UnsupportedTrafficType", message),
+            Self::Forbidden(message) => ("CrossNamespaceWaypointForbidden", message),
         };
         Wanted::new("istio.io/WaypointBound", Status::False, reason, message + consequence)
     }
@@ -210,20 +225,36 @@ fn usable(world: &World, waypoint: &Key, from: &str, traffic: TrafficType) -> Re
         .get(waypoint)
         .filter(|gateway| is_waypoint(world, gateway))
         .ok_or_else(|| Unusable::Missing(format!("waypoint {waypoint} does not exist")))?;
+    let confined = || world.entry_limit(from) < Limit::Public;
+    if traffic == TrafficType::Entry && *waypoint.namespace != *from && confined() {
+        let message =
+            format!("waypoint {waypoint} is of another namespace, and serviceEntryVisibility keeps it in its own");
+        return Err(Unusable::Forbidden(message));
+    }
     if !admits(world, gateway, from) {
         let message = format!("listener of waypoint {waypoint} does not allow namespace {from} (allowedRoutes)");
         return Err(Unusable::Denied(message));
     }
     let for_what = waypoint_for(world, gateway);
     let fits = match traffic {
-        TrafficType::Service => matches!(for_what, "service" | "all"),
+        TrafficType::Service | TrafficType::Entry => matches!(for_what, "service" | "all"),
         TrafficType::Workload => matches!(for_what, "workload" | "all"),
     };
     if !fits {
         return Err(Unusable::TrafficType(format!("waypoint {waypoint} is for {for_what} traffic ({WAYPOINT_FOR})")));
     }
     let ready = gateway.status["addresses"].as_array().is_some_and(|addresses| !addresses.is_empty());
-    if ready { Ok(()) } else { Err(Unusable::NotReady(format!("waypoint {waypoint} has no ready pod yet"))) }
+    if ready {
+        return Ok(());
+    }
+    // Whose it is is the same to all, as what is said of a Service is one's to say.
+    let owners = Owners::of(world);
+    let of = match owners.revision(&gateway.meta) {
+        revision if revision == Revision::default().as_str() => String::new(),
+        revision if owners.is_installed(revision) => format!(" of revision {revision}"),
+        revision => format!(" of revision {revision}, which no control plane here has,"),
+    };
+    Err(Unusable::NotReady(format!("waypoint {waypoint}{of} has no ready pod yet")))
 }
 
 /// `istio.io/waypoint-for` of the Gateway, else of its class, else `service`.

@@ -1,13 +1,14 @@
 //! Objects as files have them, put into a [`World`].
 
-use std::sync::Arc;
-
+use k8s_openapi::api::core::v1::ConfigMap;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use super::mesh_config::MeshConfig;
+use super::parameters::{DEFAULTS_FOR, Parameters};
 use super::world::{Table, World};
-use crate::types::{CustomKind, Key, Object, gateway, networking, security};
+use crate::types::{CustomKind, Held, Key, Object, Pod, gateway, label, networking, security};
 
 /// Puts an object of one kind where it belongs.
 type Put = fn(&mut World, Value) -> Result<(), String>;
@@ -23,12 +24,17 @@ pub fn add(world: &mut World, object: Value) -> Result<bool, String> {
         None => true,
     };
     let (group, put): (&str, Put) = match object["kind"].as_str().unwrap_or_default() {
-        "Namespace" => ("", |world, object| core(&mut world.namespaces, object)),
+        "Namespace" => ("", |world, object| {
+            core(&mut world.namespaces, object)?;
+            world.find_hidden();
+            Ok(())
+        }),
         "Node" => ("", |world, object| core(&mut world.nodes, object)),
-        "Pod" => ("", |world, object| core(&mut world.pods, object)),
+        "Pod" => ("", pod),
         "Service" => ("", |world, object| core(&mut world.services, object)),
         "EndpointSlice" => ("discovery.k8s.io", |world, object| core(&mut world.endpoint_slices, object)),
         "Deployment" => ("apps", |world, object| core(&mut world.deployments, object)),
+        "ConfigMap" => ("", parameters),
         "GatewayClass" => (gateway::GROUP, |world, object| custom(&mut world.gateway_classes, object)),
         "Gateway" => (gateway::GROUP, |world, object| custom(&mut world.gateways, object)),
         "HTTPRoute" => (gateway::GROUP, |world, object| custom(&mut world.http_routes, object)),
@@ -44,15 +50,39 @@ pub fn add(world: &mut World, object: Value) -> Result<bool, String> {
     put(world, object).map(|()| true)
 }
 
+fn pod(world: &mut World, object: Value) -> Result<(), String> {
+    let pod = Pod::new(serde_json::from_value(object).map_err(|error| error.to_string())?);
+    world.pods.insert(pod.key.clone(), Held::new(pod));
+    Ok(())
+}
+
+/// As MeshConfig, or as parameters of waypoints: nothing else of a ConfigMap is looked at.
+fn parameters(world: &mut World, object: Value) -> Result<(), String> {
+    let found: ConfigMap = serde_json::from_value(object).map_err(|error| error.to_string())?;
+    let key = Key::of(&found.metadata);
+    if MeshConfig::is_in(&key, &world.mesh) {
+        world.mesh_config = world.mesh_config.after(Some(&found), &world.mesh);
+        world.find_hidden();
+    }
+    let has_defaults = *key.namespace == *world.mesh.root_namespace && label(&found.metadata, DEFAULTS_FOR).is_some();
+    let read = Held::new(Parameters::read(found));
+    match has_defaults {
+        true => _ = world.class_defaults.insert(key.clone(), read.clone()),
+        false => _ = world.class_defaults.remove(&key),
+    }
+    world.parameters.insert(key, read);
+    Ok(())
+}
+
 fn core<T: DeserializeOwned>(table: &mut Table<T>, object: Value) -> Result<(), String> {
     let meta: ObjectMeta = serde_json::from_value(object["metadata"].clone()).map_err(|error| error.to_string())?;
     let object: T = serde_json::from_value(object).map_err(|error| error.to_string())?;
-    Arc::make_mut(table).insert(Key::of(&meta), Arc::new(object));
+    table.insert(Key::of(&meta), Held::new(object));
     Ok(())
 }
 
 fn custom<S: CustomKind>(table: &mut Table<Object<S>>, object: Value) -> Result<(), String> {
     let object = Object::from_dynamic(serde_json::from_value(object).map_err(|error| error.to_string())?);
-    Arc::make_mut(table).insert(object.key(), Arc::new(object));
+    table.insert(object.key(), Held::new(object));
     Ok(())
 }

@@ -4,16 +4,13 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use k8s_openapi::api::core::v1::{Container, HTTPGetAction, LifecycleHandler, Pod, Probe, TCPSocketAction};
-use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use mesh_proto::enrolment::{CaptureOptions, FailureMode, POD_ENROLMENT_TYPE, PodEnrolment, Prefix};
 
 use super::address_bytes;
-use super::workload::{running_addresses, service_account};
 use super::world::World;
 use crate::enrol::{self, rules};
 use crate::resources::{Audience, Resource};
-use crate::types::{Key, annotation, flag};
+use crate::types::{Pod, annotation, flag};
 
 /// `open`: while no node proxy is alive the pod's connections go out uncaptured. Anything else is closed.
 pub const FAILURE_MODE: &str = "ambient.istio.io/capture-failure-mode";
@@ -30,15 +27,15 @@ const EXCLUDE_AT_PORTS: &str = "traffic.sidecar.istio.io/excludeInboundPorts";
 /// `None` for pods outside the mesh and those that no node has been chosen for. A pod that leaves keeps its enrolment
 /// while peers may still speak HBONE to it.
 pub fn translate(world: &World, pod: &Pod) -> Option<Resource> {
-    let uid = pod.metadata.uid.as_deref()?;
-    let node = pod.spec.as_ref()?.node_name.as_deref().filter(|node| !node.is_empty())?;
-    let held = annotation(&pod.metadata, enrol::REDIRECTION).is_some() || world.leaving.contains(uid);
+    let uid = pod.uid.as_deref()?;
+    let node = pod.node.as_deref()?;
+    let held = annotation(pod, enrol::REDIRECTION).is_some() || world.leaving.contains(uid);
     let enrolled = enrol::is_wanted(world, pod) || (held && rules::never(world, pod).is_none());
     if !enrolled {
         return None;
     }
-    let key = Key::of(&pod.metadata);
-    let failure_mode = match annotation(&pod.metadata, FAILURE_MODE) {
+    let key = &pod.key;
+    let failure_mode = match annotation(pod, FAILURE_MODE) {
         Some("open") => FailureMode::Open,
         _ => FailureMode::Closed,
     };
@@ -46,17 +43,17 @@ pub fn translate(world: &World, pod: &Pod) -> Option<Resource> {
         uid: uid.to_owned(),
         name: key.name.to_string(),
         namespace: key.namespace.to_string(),
-        service_account: service_account(pod).to_owned(),
-        addresses: running_addresses(pod).into_iter().flatten().map(address_bytes).collect(),
+        service_account: pod.template.service_account.clone(),
+        addresses: pod.running_addresses().into_iter().flatten().copied().map(address_bytes).collect(),
         capture: Some(CaptureOptions {
             failure_mode: failure_mode.into(),
-            bypass_inbound: flag(&pod.metadata, BYPASS_INBOUND) == Ok(Some(true)),
+            bypass_inbound: flag(pod, BYPASS_INBOUND) == Ok(Some(true)),
             excluded_destinations: prefixes(pod).unwrap_or_default(),
-            dns: flag(&pod.metadata, DNS_CAPTURE) != Ok(Some(false)),
+            dns: flag(pod, DNS_CAPTURE) != Ok(Some(false)),
             excluded_outbound_ports: ports(pod, EXCLUDE_TO_PORTS).unwrap_or_default(),
             excluded_inbound_ports: ports(pod, EXCLUDE_AT_PORTS).unwrap_or_default(),
         }),
-        workload_uid: world.pod_uid(&key),
+        workload_uid: world.pod_uid(key),
         epoch: world.epochs.get(uid).copied().unwrap_or_default(),
         probe_ports: probe_ports(pod).into_iter().map(u32::from).collect(),
     };
@@ -84,65 +81,18 @@ fn prefixes(pod: &Pod) -> Result<Vec<Prefix>, String> {
 
 /// The items of a list in an annotation: all of them, or why it is not read.
 fn items<T>(pod: &Pod, name: &str, what: &str, read: impl Fn(&str) -> Option<T>) -> Result<Vec<T>, String> {
-    let text = annotation(&pod.metadata, name).unwrap_or_default();
+    let text = annotation(pod, name).unwrap_or_default();
     let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());
     items.map(|item| read(item).ok_or_else(|| format!("{name}: {item:?} is not {what}"))).collect()
 }
 
-/// Where the kubelet calls the pod by TCP: probes and lifecycle hooks of its containers. Of the init containers only
-/// those that stay (sidecars) can have any.
+/// Where the kubelet calls the pod by TCP: probes and lifecycle hooks of its containers. A probe that calls another host
+/// says nothing about the pod's port.
 fn probe_ports(pod: &Pod) -> BTreeSet<u16> {
-    let Some(spec) = &pod.spec else { return BTreeSet::new() };
-    let addresses: Vec<IpAddr> = running_addresses(pod).into_iter().flatten().collect();
-    let sidecars = spec.init_containers.iter().flatten().filter(|c| c.restart_policy.as_deref() == Some("Always"));
-    spec.containers.iter().chain(sidecars).flat_map(|container| container_ports(container, &addresses)).collect()
-}
-
-fn container_ports(container: &Container, pod: &[IpAddr]) -> Vec<u16> {
-    let probes = [&container.liveness_probe, &container.readiness_probe, &container.startup_probe];
-    let of_probes = probes.into_iter().flatten().filter_map(|probe| of_probe(probe, container, pod));
-    let lifecycle = container.lifecycle.as_ref();
-    let hooks = lifecycle.into_iter().flat_map(|hooks| [&hooks.post_start, &hooks.pre_stop]).flatten();
-    of_probes.chain(hooks.filter_map(|hook| of_hook(hook, container, pod))).collect()
-}
-
-fn of_probe(probe: &Probe, container: &Container, pod: &[IpAddr]) -> Option<u16> {
-    // A gRPC probe takes numbers only.
-    let grpc = probe.grpc.as_ref().and_then(|grpc| number(grpc.port));
-    grpc.or_else(|| of_calls(probe.http_get.as_ref(), probe.tcp_socket.as_ref(), container, pod))
-}
-
-fn of_hook(hook: &LifecycleHandler, container: &Container, pod: &[IpAddr]) -> Option<u16> {
-    of_calls(hook.http_get.as_ref(), hook.tcp_socket.as_ref(), container, pod)
-}
-
-/// `None` for a probe that calls another host than the pod: its port says nothing about ours.
-fn of_calls(
-    http: Option<&HTTPGetAction>,
-    tcp: Option<&TCPSocketAction>,
-    container: &Container,
-    pod: &[IpAddr],
-) -> Option<u16> {
-    let http = http.map(|http| (&http.port, &http.host));
-    let (port, host) = http.or_else(|| tcp.map(|tcp| (&tcp.port, &tcp.host)))?;
-    let elsewhere = |host: &str| !host.is_empty() && host.parse().map_or(true, |ip| !pod.contains(&ip));
-    if host.as_deref().is_some_and(elsewhere) {
-        return None;
-    }
-    match port {
-        IntOrString::Int(port) => number(*port),
-        IntOrString::String(name) => match name.parse() {
-            Ok(port) => number(port),
-            Err(_) => {
-                let ports = container.ports.iter().flatten();
-                ports.filter(|port| port.name.as_deref() == Some(name)).find_map(|port| number(port.container_port))
-            }
-        },
-    }
-}
-
-fn number(port: i32) -> Option<u16> {
-    u16::try_from(port).ok().filter(|port| *port > 0)
+    let addresses = pod.running_addresses().unwrap_or_default();
+    let here = |host: &String| host.parse().is_ok_and(|ip| addresses.contains(&ip));
+    let calls = pod.template.calls.iter().filter(|call| call.host.as_ref().is_none_or(here));
+    calls.map(|call| call.port).collect()
 }
 
 #[cfg(test)]
@@ -150,9 +100,9 @@ mod tests {
     use super::*;
 
     fn pod(name: &str, value: &str) -> Pod {
-        let mut pod = Pod::default();
+        let mut pod = k8s_openapi::api::core::v1::Pod::default();
         pod.metadata.annotations = Some([(name.to_owned(), value.to_owned())].into());
-        pod
+        Pod::new(pod)
     }
 
     #[test]

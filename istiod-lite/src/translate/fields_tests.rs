@@ -31,13 +31,15 @@ const WHOLE: &[(&str, &str)] = &[
     ("AuthorizationPolicy", "spec.rules[].from[].source.notRequestPrincipals"),
     ("AuthorizationPolicy", "spec.rules[].from[].source.remoteIpBlocks"),
     ("AuthorizationPolicy", "spec.rules[].from[].source.notRemoteIpBlocks"),
+    ("AuthorizationPolicy", "spec.rules[].from[].source.trustDomains"),
+    ("AuthorizationPolicy", "spec.rules[].from[].source.notTrustDomains"),
     ("GatewayClass", "spec.parametersRef"),
     ("Gateway", "spec.listeners[].hostname"),
     ("Gateway", "spec.listeners[].tls"),
     ("Gateway", "spec.addresses"),
-    ("Gateway", "spec.infrastructure.parametersRef"),
+    ("Gateway", "spec.tls"),
+    ("Gateway", "spec.allowedListeners"),
     ("HTTPRoute", "spec.rules[].retry"),
-    ("HTTPRoute", "spec.rules[].sessionPersistence"),
 ];
 
 /// What neither does anything nor is reported, and why that is right: kind, field with all below it, reason.
@@ -64,6 +66,34 @@ fn every_field_of_every_kind_is_enforced_or_reported() {
         }
     }
     assert!(wrong.is_empty(), "{wrong}");
+}
+
+/// Clusters have the CRDs of either channel; ours are the standard ones. What more the experimental ones have is listed, and
+/// that the list is whole is tested against the published CRDs (`tests/published_crds.rs`).
+#[test]
+fn every_field_that_only_experimental_crds_have_is_reported_or_silent_for_a_reason() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let list = documents(&root.join("testdata/fields/experimental.yaml")).remove(0);
+    for known in list.as_array().expect("a list") {
+        let text = |name: &str| known[name].as_str().unwrap_or_else(|| panic!("{name} of {known}")).to_owned();
+        let (kind, field) = (text("kind"), text("field"));
+        let plural = format!("{}s", kind.to_lowercase());
+        let mut world = documents(&root.join(format!("testdata/fields/{plural}.yaml")));
+        let name = known["subject"].as_str().unwrap_or("subject");
+        let is_subject = |object: &&mut Value| object["kind"] == *kind && object["metadata"]["name"] == name;
+        let subject = world.iter_mut().find(is_subject).expect("a subject");
+        // Beside what is there already.
+        let place = format!("/{}", field.replace("[]", ".0").replace('.', "/"));
+        let (parent, last) = place.rsplit_once('/').expect("it is below spec");
+        let object =
+            subject.pointer_mut(parent).and_then(Value::as_object_mut).unwrap_or_else(|| panic!("no {parent}"));
+        object.extend(known["beside"].as_object().cloned().unwrap_or_default());
+        let before = outcome(&world);
+        let subject = world.iter_mut().find(is_subject).expect("a subject");
+        subject.pointer_mut(parent).expect("it was there")[last] = known["value"].clone();
+        let tells = outcome(&world) != before;
+        assert_eq!(tells, known["silent"].is_null(), "{kind}: {field}");
+    }
 }
 
 fn problems(plural: &str) -> Vec<String> {
@@ -154,7 +184,9 @@ fn outcome(objects: &[Value]) -> Vec<String> {
     let translation = translate(&world);
     let mut said: Vec<String> = translation.resources.iter().map(|resource| format!("{resource:?}")).collect();
     said.extend(translation.verdicts.iter().map(|verdict| format!("{verdict:?}")));
-    let deployed = deploy::differences(&world, &WaypointSettings::default(), "ROOT");
+    let trust = deploy::Trust { roots: "ROOT", revocations: None };
+    let mut deployed = deploy::waypoint_parts(&world, &WaypointSettings::default());
+    deployed.extend(deploy::shared(&world, &trust));
     said.extend(deployed.iter().map(|object| format!("{object:?}")));
     said.sort_unstable();
     said

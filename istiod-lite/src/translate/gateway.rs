@@ -1,13 +1,39 @@
 //! Status of GatewayClasses and of the Gateways that are waypoints.
 
 use super::binding::HBONE_PORT;
+use super::parameters;
 use super::verdict::{Kind, ListenerReport, Report, Status, Verdict, Wanted};
+use super::waypoint::{self, Unfit, is_hbone};
 use super::world::World;
 use crate::types::gateway::{GROUP, GatewayClassSpec, GatewaySpec, Listener, MESH_CONTROLLER, RouteKind};
 use crate::types::{Key, Object};
 
 /// What waypoints carry out of the Gateway API.
 const HTTP_ROUTE: &str = "HTTPRoute";
+/// What is done of the Gateway API, by the names it has for that (GEP-2162), sorted. Those that begin with `Mesh` are not a
+/// class's to claim (GEP-3949).
+pub const FEATURES: &[&str] = &[
+    "GatewayInfrastructurePropagation",
+    "HTTPRoute",
+    "HTTPRoute303RedirectStatusCode",
+    "HTTPRoute307RedirectStatusCode",
+    "HTTPRoute308RedirectStatusCode",
+    "HTTPRouteBackendProtocolH2C",
+    "HTTPRouteBackendProtocolWebSocket",
+    "HTTPRouteBackendRequestHeaderModification",
+    "HTTPRouteBackendTimeout",
+    "HTTPRouteHostRewrite",
+    "HTTPRouteMethodMatching",
+    "HTTPRouteNamedRouteRule",
+    "HTTPRouteParentRefPort",
+    "HTTPRoutePathRedirect",
+    "HTTPRoutePathRewrite",
+    "HTTPRoutePortRedirect",
+    "HTTPRouteQueryParamMatching",
+    "HTTPRouteRequestTimeout",
+    "HTTPRouteResponseHeaderModification",
+    "HTTPRouteSchemeRedirect",
+];
 
 /// `None` for classes of other controllers.
 pub fn class(key: &Key, class: &Object<GatewayClassSpec>) -> Option<Verdict> {
@@ -18,55 +44,27 @@ pub fn class(key: &Key, class: &Object<GatewayClassSpec>) -> Option<Verdict> {
     let accepted = match &spec.parameters_ref {
         None => Wanted::new("Accepted", Status::True, "Accepted", "Handled by the mesh controller"),
         Some(_) => {
-            Wanted::new("Accepted", Status::False, "InvalidParameters", "spec.parametersRef: is not supported yet")
+            let message = format!(
+                "spec.parametersRef: means nothing here: take it out, and label a ConfigMap of the mesh's namespace \
+                 {}: {}",
+                parameters::DEFAULTS_FOR,
+                key.name
+            );
+            Wanted::new("Accepted", Status::False, "InvalidParameters", message)
         }
     };
-    let report = Report::Conditions { owned: &["Accepted"], wanted: vec![accepted] };
+    let report = Report::Class { wanted: vec![accepted], features: FEATURES };
     Some(Verdict { kind: Kind::GatewayClass, key: key.clone(), generation: class.generation(), report })
 }
 
-/// Longest name of a Service, and longest value of a label.
-const LONGEST_NAME: usize = 63;
-
-/// Why this Gateway is not deployed; `None` = it is.
-pub fn refusal(key: &Key, spec: &GatewaySpec) -> Option<(&'static str, String)> {
-    if !is_service_name(&key.name) {
-        let message = format!(
-            "metadata.name: the Service of the same name cannot exist: at most {LONGEST_NAME} of a-z, 0-9 and -, \
-             with a letter first and no - last"
-        );
-        return Some(("Invalid", message));
-    }
-    if spec.infrastructure.parameters_ref.is_some() {
-        return Some(("InvalidParameters", "spec.infrastructure.parametersRef: is not supported yet".into()));
-    }
-    if !spec.addresses.is_empty() {
-        return Some(("UnsupportedAddress", "spec.addresses: cannot be asked for".into()));
-    }
-    if !spec.listeners.iter().any(is_hbone) {
-        let message = format!("spec.listeners: a waypoint needs one with protocol HBONE and port {HBONE_PORT}");
-        return Some(("ListenersNotValid", message));
-    }
-    None
-}
-
-/// As RFC 1035 has labels, which is what Services are called by.
-fn is_service_name(name: &str) -> bool {
-    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
-    name.len() <= LONGEST_NAME
-        && name.starts_with(|first: char| first.is_ascii_lowercase())
-        && !name.ends_with('-')
-        && name.bytes().all(plain)
-}
-
-fn is_hbone(listener: &Listener) -> bool {
-    listener.protocol == "HBONE" && u32::from(listener.port) == HBONE_PORT
-}
-
-/// `attached` is the number of routes that this waypoint carries out.
+/// `attached` is the number of routes that this waypoint carries out. `None`: nothing can be said yet.
 pub fn gateway(world: &World, key: &Key, gateway: &Object<GatewaySpec>, attached: usize) -> Option<Verdict> {
     let spec = gateway.spec.as_ref().ok()?;
-    let refusal = refusal(key, spec);
+    let refusal = match waypoint::check(world, key, gateway, spec) {
+        Ok(()) => None,
+        Err(Unfit::Refused(reason, message)) => Some((reason, message)),
+        Err(Unfit::NotYet) => return None,
+    };
     let obstacle = world.obstacles.get(key);
     let ready = world
         .deployments
@@ -74,7 +72,7 @@ pub fn gateway(world: &World, key: &Key, gateway: &Object<GatewaySpec>, attached
         .and_then(|deployment| deployment.status.as_ref()?.ready_replicas)
         .is_some_and(|ready| ready > 0);
     let accepted = match &refusal {
-        None => Wanted::new("Accepted", Status::True, "Accepted", "Deployed by the mesh controller"),
+        None => Wanted::new("Accepted", Status::True, "Accepted", deployed(world, key, spec)),
         Some((reason, message)) => Wanted::new("Accepted", Status::False, reason, message.clone()),
     };
     let was_ready = gateway.status["addresses"].as_array().is_some_and(|addresses| !addresses.is_empty());
@@ -96,6 +94,33 @@ pub fn gateway(world: &World, key: &Key, gateway: &Object<GatewaySpec>, attached
     Some(Verdict { kind: Kind::Gateway, key: key.clone(), generation: gateway.generation(), report })
 }
 
+fn deployed(world: &World, key: &Key, spec: &GatewaySpec) -> String {
+    let ignored = parameters::of(world, key, spec).map(|applying| applying.ignored).unwrap_or_default();
+    let mut message = "Deployed by the mesh controller".to_owned();
+    for other in ignored {
+        message.push_str(&format!("; ConfigMap {other} is ignored, as an older one has the defaults of the class"));
+    }
+    for note in unused(spec) {
+        message.push_str(&format!("; {note}"));
+    }
+    message
+}
+
+/// Fields of the Gateway itself that do nothing, and why.
+fn unused(spec: &GatewaySpec) -> Vec<String> {
+    let listeners = &spec.allowed_listeners.namespaces.from;
+    let set = [
+        ("tls", spec.tls.is_some(), "means nothing to a waypoint, whose clients come by HBONE"),
+        ("allowedListeners", !["", "None"].contains(&listeners.as_str()), "ListenerSets are not read"),
+        (
+            "defaultScope",
+            spec.default_scope.as_deref().is_some_and(|scope| scope != "None"),
+            "routes name their parents",
+        ),
+    ];
+    set.into_iter().filter(|(_, is_set, _)| *is_set).map(|(field, _, why)| format!("spec.{field}: {why}")).collect()
+}
+
 /// The name and the cluster IP; `None` until the Service has one.
 fn addresses(world: &World, key: &Key) -> Option<Vec<(&'static str, String)>> {
     let service = world.services.get(key)?;
@@ -110,10 +135,14 @@ fn listener_report(listener: &Listener, ready: bool, attached: usize) -> Listene
         .into_iter()
         .filter_map(|(field, set)| set.then_some(field))
         .collect();
-    let note = match unused.is_empty() {
-        true => String::new(),
-        false => format!("{}: means nothing to a waypoint, whose clients come by HBONE", unused.join(", ")),
-    };
+    let mut notes = Vec::new();
+    if !unused.is_empty() {
+        notes.push(format!("{}: means nothing to a waypoint, whose clients come by HBONE", unused.join(", ")));
+    }
+    if listener.filters.is_some() {
+        notes.push("filters: are not supported at a listener: write them in routes".to_owned());
+    }
+    let note = notes.join("; ");
     let accepted = match supported {
         true => Wanted::new("Accepted", Status::True, "Accepted", note),
         false => Wanted::new("Accepted", Status::False, "UnsupportedProtocol", refused),

@@ -2,20 +2,22 @@
 //! what it reaches, from which [`super::guard`] closes the way around the waypoint.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use mesh_proto::waypoint::{
     Action as WireAction, Condition, HttpPolicy, HttpRule, IpBlock, Operation, Source, StringMatch, string_match,
 };
 
-use super::authorization::is_dry_run;
+use super::authorization::{ACTIONS, is_dry_run, is_http, mistakes};
 use super::binding::{self, Binding, TrafficType};
-use super::parse::{self, Action, DropRule, Polarity, Reader, Text};
+use super::parse::{self, Action, DropRule, Mistake, Part, Polarity, Reader, Text};
 use super::service_entry;
-use super::verdict::{Status, Wanted, joined};
+use super::verdict::{Problem, Status, Wanted, joined};
 use super::world::World;
-use crate::types::gateway::{MESH_CONTROLLER, WAYPOINT_CLASS};
+use crate::types::gateway::{self, MESH_CONTROLLER, WAYPOINT_CLASS};
+use crate::types::networking;
 use crate::types::security::{self, AuthorizationPolicySpec, TargetRef};
-use crate::types::{Key, Lenient, Object};
+use crate::types::{Key, Object};
 
 pub const CONDITION: &str = "WaypointAccepted";
 const UNSUPPORTED: &str = "is not supported by waypoints yet";
@@ -56,17 +58,20 @@ pub fn translate(
     reach: &mut Reach,
 ) -> (Vec<Attached>, Wanted) {
     if spec.selector.is_some() {
+        let problem = Problem::fault("selector: excludes targetRefs", "take one of the two out");
         let message = "selector and targetRefs exclude one another; the policy is not enforced";
-        return (Vec::new(), Wanted::new(CONDITION, Status::False, "Invalid", message));
+        return (Vec::new(), Wanted::new(CONDITION, Status::False, "Invalid", message).because([&problem]));
     }
     let mut targets = Targets::default();
     // Nobody can tell where these lead; the others are served.
-    spec.unreadable.iter().for_each(|reason| targets.problem("Invalid", reason.clone()));
+    spec.unreadable.iter().for_each(|reason| targets.problem("Invalid", reason.as_str()));
     for target in &spec.targets {
         targets.add(world, policy.namespace(), target, bindings);
     }
-    let (http_policy, mut problems) = http_policy(policy, spec);
-    problems.extend(spec.unused.iter().cloned());
+    let (http_policy, mut problems) = http_policy(policy, spec, &world.trust_domains());
+    problems.extend(spec.unused.iter().map(|reason| Problem::from(reason.as_str())));
+    let of_targets = targets.problems.iter().map(|(_, problem)| problem);
+    let all: Vec<Problem> = mistakes(spec).iter().chain(&problems).chain(of_targets).cloned().collect();
     // What only watches closes nothing.
     if !http_policy.dry_run && http_policy.action() != WireAction::Audit {
         reach.services.extend(targets.guarded.iter().cloned());
@@ -93,18 +98,18 @@ pub fn translate(
     }
     let condition = match (attached.is_empty(), targets.problems.first()) {
         (true, Some((reason, _))) => {
-            let all: Vec<String> = targets.problems.iter().map(|(_, message)| message.clone()).collect();
-            Wanted::new(CONDITION, Status::False, reason, joined(&all))
+            let unused: Vec<&Problem> = targets.problems.iter().map(|(_, problem)| problem).collect();
+            Wanted::new(CONDITION, Status::False, reason, joined(&unused))
         }
         _ => {
-            problems.extend(targets.problems.into_iter().map(|(_, message)| message));
+            problems.extend(targets.problems.into_iter().map(|(_, problem)| problem));
             match problems.is_empty() {
                 true => Wanted::new(CONDITION, Status::True, "Accepted", "bound to its waypoints"),
                 false => Wanted::new(CONDITION, Status::True, "PartiallyInvalid", joined(&problems)),
             }
         }
     };
-    (attached, condition)
+    (attached, condition.because(&all))
 }
 
 #[derive(Default)]
@@ -117,14 +122,24 @@ struct Targets {
     /// Waypoints that do not exist: what is bound to one stays behind it all the same.
     missing: BTreeSet<Key>,
     every_waypoint: bool,
-    problems: Vec<(&'static str, String)>,
+    problems: Vec<(&'static str, Problem)>,
 }
+
+/// What policies can be attached to.
+const TARGETS: &[(&str, &str)] = &[
+    ("", "Service"),
+    (networking::GROUP, "ServiceEntry"),
+    (gateway::GROUP, "Gateway"),
+    (gateway::GROUP, "GatewayClass"),
+];
 
 impl Targets {
     fn add(&mut self, world: &World, namespace: &str, target: &TargetRef, bindings: &BTreeMap<Key, Binding>) {
         let key = Key::new(namespace, target.name.as_str());
         if target.namespace.as_deref().is_some_and(|other| !other.is_empty() && other != namespace) {
-            return self.problem("Invalid", format!("targetRefs: {} must be in the policy's namespace", target.name));
+            let message = format!("targetRefs: {} must be in the policy's namespace", target.name);
+            let mend = "take `namespace` out, and write the policy into the namespace of its target";
+            return self.problem("Invalid", Problem::fault(message, mend));
         }
         match (target.group.as_str(), target.kind.as_str()) {
             ("" | "core", "Service") => match bindings.get(&key) {
@@ -141,7 +156,7 @@ impl Targets {
                         self.problem("Invalid", format!("targetRefs: ServiceEntry {key} cannot be read"))
                     }
                     Some((entry, Ok(spec))) => {
-                        let binding = binding::resolve(world, &entry.meta, TrafficType::Service);
+                        let binding = binding::resolve(world, &entry.meta, TrafficType::Entry);
                         let named = spec.hosts.iter().map(|host| service_entry::names(&key.namespace, host)).collect();
                         self.add_services(world, &format!("ServiceEntry {key}"), named, &binding);
                     }
@@ -172,7 +187,14 @@ impl Targets {
                     self.problem("TargetNotFound", format!("targetRefs: GatewayClass {} is not ours", target.name));
                 }
             }
-            (group, kind) => self.problem("Invalid", format!("targetRefs: kind {group}/{kind} is not supported")),
+            (group, kind) => {
+                let message = format!("targetRefs: kind {group}/{kind} is not supported");
+                let problem = match TARGETS.iter().find(|(_, known)| *known == kind) {
+                    Some((of, _)) => Problem::fault(message, &format!("{kind} is of group {of:?}")),
+                    None => message.into(),
+                };
+                self.problem("Invalid", problem);
+            }
         }
     }
 
@@ -194,13 +216,17 @@ impl Targets {
         }
     }
 
-    fn problem(&mut self, reason: &'static str, message: String) {
-        self.problems.push((reason, message));
+    fn problem(&mut self, reason: &'static str, problem: impl Into<Problem>) {
+        self.problems.push((reason, problem.into()));
     }
 }
 
-fn http_policy(policy: &Object<AuthorizationPolicySpec>, spec: &AuthorizationPolicySpec) -> (HttpPolicy, Vec<String>) {
-    let mut problems = Vec::new();
+fn http_policy(
+    policy: &Object<AuthorizationPolicySpec>,
+    spec: &AuthorizationPolicySpec,
+    domains: &Arc<[String]>,
+) -> (HttpPolicy, Vec<Problem>) {
+    let mut problems: Vec<Problem> = Vec::new();
     let (wire, action) = match spec.action.as_deref().unwrap_or("ALLOW") {
         "ALLOW" => (WireAction::Allow, Action::Allow),
         "DENY" => (WireAction::Deny, Action::Deny),
@@ -211,7 +237,8 @@ fn http_policy(policy: &Object<AuthorizationPolicySpec>, spec: &AuthorizationPol
             (WireAction::Deny, Action::Deny)
         }
         other => {
-            problems.push(format!("action: {other:?} is unknown; everything is denied"));
+            let problem = Problem::fault(format!("action: {other:?} is unknown"), ACTIONS);
+            problems.push(problem.worded(|message| message + "; everything is denied"));
             let rules = vec![HttpRule::default()];
             return (message(policy, WireAction::Deny, rules), problems);
         }
@@ -221,19 +248,15 @@ fn http_policy(policy: &Object<AuthorizationPolicySpec>, spec: &AuthorizationPol
         .iter()
         .enumerate()
         .filter_map(|(index, rule)| {
-            let mut reader = Reader::new(action);
-            let result = match rule {
-                Lenient::Good(rule) => http_rule(rule, policy.namespace(), &mut reader),
-                Lenient::Bad(reason) => {
-                    reader.problems.push(reason.clone());
-                    match action {
-                        Action::Allow => Err(DropRule),
-                        Action::Deny => Ok(HttpRule::default()),
-                    }
-                }
+            let mut reader = Reader::new(action, index, domains);
+            let result = match (reader.whole(rule), action) {
+                (Some(rule), _) => http_rule(rule, policy.namespace(), &mut reader),
+                (None, Action::Allow) => Err(DropRule),
+                (None, Action::Deny) => Ok(HttpRule::default()),
             };
             let note = if result.is_err() { " (the rule is left out)" } else { "" };
-            problems.extend(reader.problems.drain(..).map(|problem| format!("rules[{index}]: {problem}{note}")));
+            let in_rule = |message: String| format!("rules[{index}]: {message}{note}");
+            problems.extend(reader.problems.drain(..).map(|problem| problem.worded(in_rule)));
             result.ok()
         })
         .collect();
@@ -255,10 +278,17 @@ fn http_rule(rule: &security::Rule, namespace: &str, reader: &mut Reader) -> Res
     for attribute in rule.unknown.keys() {
         reader.unsupported(attribute, true, "is unknown")?;
     }
-    let from = rule.from.iter().map(|from| source(&from.source, namespace, reader)).collect::<Result<_, _>>()?;
-    let to = rule.to.iter().map(|to| operation(&to.operation, reader)).collect::<Result<_, _>>()?;
-    let mut when = Vec::new();
-    for condition in &rule.when {
+    let (mut from, mut to, mut when) = (Vec::new(), Vec::new(), Vec::new());
+    for (index, alternative) in rule.from.iter().enumerate() {
+        reader.part = Some(Part::From(index));
+        from.push(source(&alternative.source, namespace, reader)?);
+    }
+    for (index, alternative) in rule.to.iter().enumerate() {
+        reader.part = Some(Part::To(index));
+        to.push(operation(&alternative.operation, reader)?);
+    }
+    for (index, condition) in rule.when.iter().enumerate() {
+        reader.part = Some(Part::When(index));
         when.extend(self::condition(condition, namespace, reader)?);
     }
     Ok(HttpRule { from, to, when })
@@ -274,13 +304,17 @@ fn source(source: &security::Source, namespace: &str, reader: &mut Reader) -> Re
     ] {
         reader.unsupported(attribute, !values.is_empty(), UNSUPPORTED)?;
     }
+    for (attribute, values) in [("trustDomains", &source.trust_domains), ("notTrustDomains", &source.not_trust_domains)]
+    {
+        reader.unsupported(attribute, !values.is_empty(), parse::NO_TRUST_DOMAINS)?;
+    }
     for attribute in source.unknown.keys() {
         reader.unsupported(attribute, true, "is unknown")?;
     }
     let account = |value: &str| service_account(value, namespace);
     Ok(Source {
-        principals: reader.field("principals", Positive, &source.principals, string)?,
-        not_principals: reader.field("notPrincipals", Negative, &source.not_principals, string)?,
+        principals: reader.principals("principals", Positive, &source.principals, string)?,
+        not_principals: reader.principals("notPrincipals", Negative, &source.not_principals, string)?,
         namespaces: reader.field("namespaces", Positive, &source.namespaces, string)?,
         not_namespaces: reader.field("notNamespaces", Negative, &source.not_namespaces, string)?,
         service_accounts: reader.field("serviceAccounts", Positive, &source.service_accounts, account)?,
@@ -324,23 +358,30 @@ fn condition(when: &security::Condition, namespace: &str, reader: &mut Reader) -
         "source.namespace" | "source.principal" => Box::new(string),
         _ if is_header.is_some_and(|name| !name.is_empty()) => Box::new(string),
         _ => {
-            reader.unsupported(&format!("when {key:?}"), true, UNSUPPORTED)?;
+            match is_http(key) {
+                true => reader.unsupported(&format!("when {key:?}"), true, UNSUPPORTED)?,
+                false => reader.unknown_key(key)?,
+            }
             return Ok(None);
         }
     };
-    let values = reader.field(key, Polarity::Positive, &when.values, &check)?;
-    let not_values = reader.field(key, Polarity::Negative, &when.not_values, &check)?;
+    let mut read = |polarity, values: &[String]| match key {
+        "source.principal" => reader.principals(key, polarity, values, &check),
+        _ => reader.field(key, polarity, values, &check),
+    };
+    let values = read(Polarity::Positive, &when.values)?;
+    let not_values = read(Polarity::Negative, &when.not_values)?;
     Ok((!values.is_empty() || !not_values.is_empty()).then(|| Condition { key: key.to_owned(), values, not_values }))
 }
 
 /// Reads a value of a condition.
-type Check<'a> = dyn Fn(&str) -> Result<StringMatch, String> + 'a;
+type Check<'a> = dyn Fn(&str) -> Result<StringMatch, Mistake> + 'a;
 
 fn exact(value: &str) -> StringMatch {
     StringMatch { match_type: Some(string_match::MatchType::Exact(value.to_owned())) }
 }
 
-fn string(value: &str) -> Result<StringMatch, String> {
+fn string(value: &str) -> Result<StringMatch, Mistake> {
     use string_match::MatchType;
     let found = match parse::text(value)? {
         Text::Exact(text) => MatchType::Exact(text),
@@ -351,28 +392,31 @@ fn string(value: &str) -> Result<StringMatch, String> {
     Ok(StringMatch { match_type: Some(found) })
 }
 
+const TEMPLATE: &str = "write it as /a/{*}/b or /a/{**}";
+
 /// A path, or a template: `{*}` is one segment, `{**}` any run of characters and the last operator.
-fn path(value: &str) -> Result<StringMatch, String> {
+fn path(value: &str) -> Result<StringMatch, Mistake> {
     if !value.contains(['{', '}']) {
         return string(value);
     }
     let rest = value.replace("{**}", "").replace("{*}", "");
     if rest.contains(['{', '}', '*']) {
-        return Err("templates may hold {*} and {**} and no other brace or star".into());
+        return Err(Mistake::new("templates may hold {*} and {**} and no other brace or star", TEMPLATE));
     }
     let whole_segments = value.split('/').all(|segment| !segment.contains('{') || matches!(segment, "{*}" | "{**}"));
     let operators_after_rest = value.split_once("{**}").is_some_and(|(_, after)| after.contains('{'));
     if !value.starts_with('/') || !whole_segments || operators_after_rest {
-        return Err("{*} and {**} stand for whole segments of an absolute path, and {**} comes last".into());
+        let what = "{*} and {**} stand for whole segments of an absolute path, and {**} comes last";
+        return Err(Mistake::new(what, TEMPLATE));
     }
     Ok(StringMatch { match_type: Some(string_match::MatchType::Template(value.to_owned())) })
 }
 
-fn ip_block(value: &str) -> Result<IpBlock, String> {
+fn ip_block(value: &str) -> Result<IpBlock, Mistake> {
     parse::ip_block(value).map(|(address, length)| IpBlock { address, length })
 }
 
-fn service_account(value: &str, policy_namespace: &str) -> Result<String, String> {
+fn service_account(value: &str, policy_namespace: &str) -> Result<String, Mistake> {
     parse::service_account(value, policy_namespace).map(|(namespace, name)| format!("{namespace}/{name}"))
 }
 

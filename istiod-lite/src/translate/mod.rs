@@ -1,24 +1,33 @@
 //! From what users wrote to what proxies are told, as a pure function: no client, no clock, no push. The same pass says
 //! what became of each object ([`verdict`]), so a field is either enforced or reported.
 //!
-//! It derives everything anew on each change. That is simple and cheap enough for thousands of pods; the store sends
-//! only what differs. Deriving only what a change touches is the next step when it no longer is.
+//! [`incremental`] does so again for what a change touches; [`translate`] is the same for a world seen for the first time.
 
 pub mod allocate;
 pub mod authorization;
 pub mod binding;
+pub mod discovery;
 pub mod documents;
 pub mod enrolment;
 pub mod gateway;
 pub mod guard;
 pub mod http_policy;
+pub mod incremental;
+pub mod lookups;
+pub mod mesh_config;
+pub mod networks;
+pub mod outside;
 pub mod owned;
+pub mod owner;
+pub mod parameters;
 pub mod parse;
 pub mod peer_authentication;
+pub mod regular_expression;
 pub mod route;
 pub mod service;
 pub mod service_entry;
 pub mod verdict;
+pub mod waypoint;
 pub mod workload;
 pub mod workload_entry;
 pub mod world;
@@ -28,16 +37,18 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use k8s_openapi::api::core::v1::Service;
 use mesh_proto::security::{AUTHORIZATION_TYPE, Authorization};
 use mesh_proto::waypoint::{HTTP_POLICY_TYPE, ROUTE_TYPE};
-use mesh_proto::workload::{ADDRESS_TYPE, Address, PortList};
+use mesh_proto::workload::{ADDRESS_TYPE, Address};
 
 use self::authorization as l4;
 use self::binding::Binding;
 use self::http_policy::Reach;
+use self::incremental::{Changes, Translator};
 use self::peer_authentication::PeerAuthentications;
 use self::verdict::{Kind, Report, Status, Verdict, Wanted};
-use self::world::{View, World};
+use self::world::World;
 use crate::resources::{Audience, Resource};
 use crate::types::security::{AuthorizationPolicySpec, WorkloadSelector};
 use crate::types::{Key, matches_labels};
@@ -50,53 +61,35 @@ pub struct Translation {
 }
 
 pub fn translate(world: &World) -> Translation {
-    let view = View::new(world);
-    let mut out = Translation::default();
-    let bindings = services(&view, &mut out);
-    let policies = policies(world, &bindings, &mut out);
-    let select = |namespace: &str, labels: &BTreeMap<String, String>| policies.selecting(namespace, Some(labels));
-    let entry_bindings = service_entry::translate(&view, &select, &mut out);
-    workloads(&view, &bindings, &entry_bindings, &policies, &mut out);
-    let attached = routes(world, &bindings, &mut out);
-    out.verdicts.extend(world.gateway_classes.iter().filter_map(|(key, class)| gateway::class(key, class)));
-    out.verdicts.extend(binding::waypoints(world).filter_map(|(key, object)| {
-        gateway::gateway(world, key, object, attached.get(key).copied().unwrap_or_default())
-    }));
-    out.resources.extend(world.pods.values().filter_map(|pod| enrolment::translate(world, pod)));
-    out
+    let Changes { resources, verdicts, .. } = Translator::default().translate(world);
+    Translation { resources, verdicts: verdicts.to_vec() }
 }
 
-fn services(view: &View<'_>, out: &mut Translation) -> BTreeMap<Key, Binding> {
-    let mut bindings = BTreeMap::new();
-    for (key, object) in view.world.services.iter() {
-        let Some((resource, binding)) = service::translate(view.world, object) else { continue };
-        out.resources.push(resource);
-        for slice in view.slices_of(&object.metadata) {
-            out.resources.extend(workload::from_slice(view.world, object, slice));
-        }
-        out.verdicts.push(Verdict {
-            kind: Kind::Service,
-            key: key.clone(),
-            generation: object.metadata.generation.unwrap_or_default(),
-            report: Report::Conditions {
-                owned: &["istio.io/WaypointBound"],
-                wanted: binding.condition.clone().into_iter().collect(),
-            },
-        });
-        bindings.insert(key.clone(), binding);
+/// A connection-level policy with a selector.
+#[derive(Debug, Clone, PartialEq)]
+struct Selecting {
+    /// `None` = every one.
+    namespace: Option<String>,
+    selector: WorkloadSelector,
+    reference: String,
+}
+
+impl Selecting {
+    fn selects(&self, namespace: &str, labels: Option<&BTreeMap<String, String>>) -> bool {
+        self.namespace.as_deref().is_none_or(|of| *of == *namespace)
+            && matches_labels(&self.selector.match_labels, labels)
     }
-    bindings
 }
 
 /// What workloads need to know of policies.
-struct Policies<'a> {
-    /// Connection-level policies with a selector: namespace (`None` = every one), selector, reference.
-    selected: Vec<(Option<String>, &'a WorkloadSelector, String)>,
-    peer_authentications: PeerAuthentications<'a>,
+#[derive(Debug, Default)]
+struct Policies {
+    selected: Vec<Selecting>,
+    peer_authentications: PeerAuthentications,
     reach: Reach,
 }
 
-fn policies<'a>(world: &'a World, bindings: &BTreeMap<Key, Binding>, out: &mut Translation) -> Policies<'a> {
+fn policies(world: &World, bindings: &BTreeMap<Key, Binding>, out: &mut Translation) -> Policies {
     let mut selected = Vec::new();
     let mut reach = Reach::default();
     for (key, policy) in world.authorization_policies.iter() {
@@ -121,7 +114,7 @@ fn policies<'a>(world: &'a World, bindings: &BTreeMap<Key, Binding>, out: &mut T
                     if let Some(selector) = spec.selector.as_ref().filter(|s| !s.match_labels.is_empty()) {
                         let everywhere = *key.namespace == *world.mesh.root_namespace;
                         let namespace = (!everywhere).then(|| key.namespace.to_string());
-                        selected.push((namespace, selector, key.to_string()));
+                        selected.push(Selecting { namespace, selector: selector.clone(), reference: key.to_string() });
                     }
                     out.resources.push(authorization_resource(&authorization));
                 }
@@ -149,54 +142,27 @@ fn policies<'a>(world: &'a World, bindings: &BTreeMap<Key, Binding>, out: &mut T
     Policies { selected, peer_authentications, reach }
 }
 
-impl Policies<'_> {
+impl Policies {
     /// Those that select what has these labels.
     fn selecting(&self, namespace: &str, labels: Option<&BTreeMap<String, String>>) -> Vec<String> {
-        let selected = self.selected.iter().filter(|(of, selector, _)| {
-            of.as_deref().is_none_or(|of| *of == *namespace) && matches_labels(&selector.match_labels, labels)
-        });
-        let mut references: Vec<String> = selected.map(|(_, _, reference)| reference.clone()).collect();
+        let selected = self.selected.iter().filter(|policy| policy.selects(namespace, labels));
+        let mut references: Vec<String> = selected.map(|policy| policy.reference.clone()).collect();
         references.extend(self.peer_authentications.policy_of(namespace, labels));
         references
     }
 }
 
-fn workloads(
-    view: &View<'_>,
-    bindings: &BTreeMap<Key, Binding>,
-    entry_bindings: &BTreeMap<String, (Key, Binding)>,
-    policies: &Policies<'_>,
-    out: &mut Translation,
-) {
-    let world = view.world;
-    let of_services = bindings.iter().map(|(key, binding)| (world.service_name(key), (key, binding)));
-    let of_entries = entry_bindings.iter().map(|(name, (key, binding))| (name.clone(), (key, binding)));
-    // A Service's host is never also an entry's of the same namespace.
-    let by_name: BTreeMap<String, (&Key, &Binding)> = of_services.chain(of_entries).collect();
-    let mut guards: BTreeMap<String, Authorization> = BTreeMap::new();
-    let mut guarded = |namespace: &str, own: &Binding, services: &BTreeMap<String, PortList>, to: &mut Vec<String>| {
-        for guard in guard::for_workload(world, namespace, own, services, &by_name, &policies.reach) {
-            let reference = format!("{}/{}", guard.namespace, guard.name);
-            to.push(reference.clone());
-            guards.insert(reference, guard);
-        }
-        to.sort_unstable();
-    };
-    for (key, pod) in world.pods.iter() {
-        let mut references = policies.selecting(&key.namespace, pod.metadata.labels.as_ref());
-        let own = binding::resolve(world, &pod.metadata, binding::TrafficType::Workload);
-        guarded(&key.namespace, &own, &workload::services(view, pod), &mut references);
-        out.resources.extend(workload::from_pod(view, pod, references).map(|(resource, _)| resource));
+/// The verdict on a Service.
+fn service_verdict(key: &Key, service: &Service, binding: &Binding) -> Verdict {
+    Verdict {
+        kind: Kind::Service,
+        key: key.clone(),
+        generation: service.metadata.generation.unwrap_or_default(),
+        report: Report::Conditions {
+            owned: &["istio.io/WaypointBound"],
+            wanted: binding.condition.clone().into_iter().collect(),
+        },
     }
-    for (key, object) in world.workload_entries.iter() {
-        let mut references = policies.selecting(&key.namespace, Some(&workload_entry::labels(object)));
-        let own = binding::resolve(world, &object.meta, binding::TrafficType::Workload);
-        guarded(&key.namespace, &own, &workload_entry::services(view, object), &mut references);
-        let (resource, verdict) = workload_entry::translate(view, key, object, references);
-        out.resources.extend(resource);
-        out.verdicts.push(verdict);
-    }
-    out.resources.extend(guards.values().map(authorization_resource));
 }
 
 /// The number of routes each waypoint carries out.
@@ -242,8 +208,12 @@ fn address_bytes(address: IpAddr) -> Bytes {
 }
 
 #[cfg(test)]
+mod features_tests;
+#[cfg(test)]
 mod fields_tests;
 #[cfg(any(test, fuzzing))]
 pub mod fixture;
+#[cfg(test)]
+mod incremental_tests;
 #[cfg(test)]
 mod tests;

@@ -4,6 +4,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use http::header::HOST;
+use http::uri::{Authority, PathAndQuery};
+use http::{HeaderName, HeaderValue};
 use k8s_openapi::api::core::v1::Service;
 use mesh_proto::waypoint::{
     Backend, Filter, Header, HeaderModifier, KeyMatch, Parent, PathModifier, Redirect, Rewrite, Route, RouteMatch,
@@ -12,6 +15,7 @@ use mesh_proto::waypoint::{
 use prost_types::Duration;
 
 use super::binding::{self, Binding, TrafficType};
+use super::regular_expression::{self, Unfit};
 use super::service_entry;
 use super::verdict::{ParentReport, Status, Wanted, joined};
 use super::world::World;
@@ -128,7 +132,7 @@ fn of_entry(world: &World, route: &Object<HttpRouteSpec>, parent: &ParentRef) ->
     if parent.section_name.is_some() {
         return Err("parentRefs: sectionName of a ServiceEntry is not supported (use port)".into());
     }
-    let binding = binding::resolve(world, &entry.meta, TrafficType::Service);
+    let binding = binding::resolve(world, &entry.meta, TrafficType::Entry);
     let names = spec.hosts.iter().map(|host| service_entry::names(&key.namespace, host).1);
     Ok((names.map(|name| parent_of(name, parent)).collect(), existing(world, &binding)))
 }
@@ -175,6 +179,8 @@ struct Problems {
     rules: Vec<String>,
     /// How many rules are not carried out at all.
     refused: usize,
+    /// Regular expressions that were looked at.
+    expressions: usize,
     /// Reason and text of backend references that lead nowhere.
     backends: Vec<(&'static str, String)>,
 }
@@ -228,7 +234,7 @@ fn rule(
     let mut bad = Vec::new();
     let mut matches = Vec::new();
     for (number, found) in rule.matches.iter().enumerate() {
-        match good(found).and_then(route_match) {
+        match good(found).and_then(|found| route_match(found, &mut problems.expressions)) {
             Ok(found) => matches.push(found),
             Err(reason) => bad.push(format!("matches[{number}]: {reason} (the match is left out)")),
         }
@@ -310,13 +316,14 @@ fn match_all() -> RouteMatch {
     RouteMatch { path: Some(route_match::Path::PathPrefix("/".into())), ..RouteMatch::default() }
 }
 
-fn route_match(found: &api::HttpMatch) -> Result<RouteMatch, String> {
+/// `expressions` counts those of the route.
+fn route_match(found: &api::HttpMatch, expressions: &mut usize) -> Result<RouteMatch, String> {
     let path = match &found.path {
         None => route_match::Path::PathPrefix("/".into()),
         Some(path) => {
             let value = path.value.clone().unwrap_or_else(|| "/".into());
             match path.r#type.as_deref().unwrap_or("PathPrefix") {
-                "RegularExpression" => route_match::Path::PathRegex(regex(value)?),
+                "RegularExpression" => route_match::Path::PathRegex(regex(value, expressions)?),
                 _ if !value.starts_with('/') => return Err(format!("path.value: {value:?} is not absolute")),
                 "Exact" => route_match::Path::PathExact(value),
                 "PathPrefix" => route_match::Path::PathPrefix(value),
@@ -326,8 +333,8 @@ fn route_match(found: &api::HttpMatch) -> Result<RouteMatch, String> {
     };
     Ok(RouteMatch {
         path: Some(path),
-        headers: key_matches("headers", &found.headers, |name| name.to_ascii_lowercase())?,
-        query_params: key_matches("queryParams", &found.query_params, str::to_owned)?,
+        headers: key_matches("headers", &found.headers, |name| name.to_ascii_lowercase(), expressions)?,
+        query_params: key_matches("queryParams", &found.query_params, str::to_owned, expressions)?,
         method: found.method.clone(),
     })
 }
@@ -337,6 +344,7 @@ fn key_matches(
     field: &str,
     entries: &[api::ValueMatch],
     canonical: impl Fn(&str) -> String,
+    expressions: &mut usize,
 ) -> Result<Vec<KeyMatch>, String> {
     let mut seen = BTreeSet::new();
     let mut found = Vec::new();
@@ -348,9 +356,9 @@ fn key_matches(
         let value = entry.value.clone().unwrap_or_default();
         let value = match entry.r#type.as_deref().unwrap_or("Exact") {
             "Exact" => key_match::Value::Exact(value),
-            "RegularExpression" => {
-                key_match::Value::Regex(regex(value).map_err(|reason| format!("{field}[{name}]: {reason}"))?)
-            }
+            "RegularExpression" => key_match::Value::Regex(
+                regex(value, expressions).map_err(|reason| format!("{field}[{name}]: {reason}"))?,
+            ),
             other => return Err(format!("{field}[{name}].type: {other:?} is unknown")),
         };
         found.push(KeyMatch { name, value: Some(value) });
@@ -358,10 +366,15 @@ fn key_matches(
     Ok(found)
 }
 
-fn regex(value: String) -> Result<String, String> {
-    match regex::Regex::new(&value) {
-        Ok(_) => Ok(value),
-        Err(_) => Err(format!("{value:?} is not a regular expression (RE2 syntax)")),
+fn regex(value: String, expressions: &mut usize) -> Result<String, String> {
+    *expressions += 1;
+    if *expressions > regular_expression::MOST_OF_ROUTE {
+        return Err(format!("one route may have {} regular expressions", regular_expression::MOST_OF_ROUTE));
+    }
+    match regular_expression::check(&value) {
+        Ok(()) => Ok(value),
+        Err(Unfit::NotOne(_)) => Err(format!("{value:?} is not a regular expression (RE2 syntax)")),
+        Err(Unfit::TooLarge) => Err(format!("{value:?} takes more memory than a waypoint gives one")),
     }
 }
 
@@ -375,11 +388,11 @@ fn filter(found: &api::HttpFilter, place: FilterPlace<'_>) -> Result<Filter, Str
     let filter = match (found.r#type.as_str(), place) {
         ("RequestHeaderModifier", _) => {
             let modifier = found.request_header_modifier.as_ref().ok_or_else(|| missing("requestHeaderModifier"))?;
-            filter::Filter::RequestHeaders(header_modifier(modifier))
+            filter::Filter::RequestHeaders(header_modifier("requestHeaderModifier", modifier)?)
         }
         ("ResponseHeaderModifier", _) => {
             let modifier = found.response_header_modifier.as_ref().ok_or_else(|| missing("responseHeaderModifier"))?;
-            filter::Filter::ResponseHeaders(header_modifier(modifier))
+            filter::Filter::ResponseHeaders(header_modifier("responseHeaderModifier", modifier)?)
         }
         ("RequestRedirect", FilterPlace::Rule(rule)) => {
             let redirect = found.request_redirect.as_ref().ok_or_else(|| missing("requestRedirect"))?;
@@ -392,7 +405,7 @@ fn filter(found: &api::HttpFilter, place: FilterPlace<'_>) -> Result<Filter, Str
             }
             filter::Filter::Redirect(Redirect {
                 scheme: redirect.scheme.clone(),
-                hostname: redirect.hostname.clone(),
+                hostname: authority("requestRedirect", &redirect.hostname)?,
                 path: path_modifier("requestRedirect", redirect.path.as_ref(), rule)?,
                 port: redirect.port.unwrap_or_default().into(),
                 status,
@@ -401,7 +414,7 @@ fn filter(found: &api::HttpFilter, place: FilterPlace<'_>) -> Result<Filter, Str
         ("URLRewrite", FilterPlace::Rule(rule)) => {
             let rewrite = found.url_rewrite.as_ref().ok_or_else(|| missing("urlRewrite"))?;
             filter::Filter::Rewrite(Rewrite {
-                hostname: rewrite.hostname.clone(),
+                hostname: authority("urlRewrite", &rewrite.hostname)?,
                 path: path_modifier("urlRewrite", rewrite.path.as_ref(), rule)?,
             })
         }
@@ -413,18 +426,41 @@ fn filter(found: &api::HttpFilter, place: FilterPlace<'_>) -> Result<Filter, Str
     Ok(Filter { filter: Some(filter) })
 }
 
-fn header_modifier(modifier: &api::HeaderModifier) -> HeaderModifier {
+/// What HTTP cannot carry is said here: a waypoint would refuse the whole route for it.
+fn header_modifier(field: &str, modifier: &api::HeaderModifier) -> Result<HeaderModifier, String> {
+    let name = |name: &str| match HeaderName::from_bytes(name.as_bytes()) {
+        Ok(name) if name != HOST => Ok(name.to_string()),
+        Ok(_) => Err(format!("{field}: host is for urlRewrite.hostname to change")),
+        Err(_) => Err(format!("{field}: {name:?} is not the name of a header")),
+    };
     // The first entry of a name wins.
     let headers = |entries: &[api::NameValue]| {
         let mut seen = BTreeSet::new();
-        let first = entries.iter().filter(|entry| seen.insert(entry.name.to_ascii_lowercase()));
-        first.map(|entry| Header { name: entry.name.to_ascii_lowercase(), value: entry.value.clone() }).collect()
+        let mut headers = Vec::new();
+        for entry in entries {
+            let name = name(&entry.name)?;
+            if !seen.insert(name.clone()) {
+                continue;
+            }
+            if HeaderValue::from_str(&entry.value).is_err() {
+                return Err(format!("{field}: {:?} is not a value that the header {name} can have", entry.value));
+            }
+            headers.push(Header { name, value: entry.value.clone() });
+        }
+        Ok(headers)
     };
-    HeaderModifier {
-        set: headers(&modifier.set),
-        add: headers(&modifier.add),
-        remove: modifier.remove.iter().map(|name| name.to_ascii_lowercase()).collect(),
+    Ok(HeaderModifier {
+        set: headers(&modifier.set)?,
+        add: headers(&modifier.add)?,
+        remove: modifier.remove.iter().map(|removed| name(removed)).collect::<Result<_, _>>()?,
+    })
+}
+
+fn authority(field: &str, hostname: &str) -> Result<String, String> {
+    if hostname.is_empty() || hostname.parse::<Authority>().is_ok() {
+        return Ok(hostname.to_owned());
     }
+    Err(format!("{field}.hostname: {hostname:?} is not a host"))
 }
 
 fn path_modifier(
@@ -433,8 +469,17 @@ fn path_modifier(
     rule: &api::HttpRouteRule,
 ) -> Result<Option<PathModifier>, String> {
     let Some(modifier) = modifier else { return Ok(None) };
+    let is_path = |path: &str| path.starts_with('/') && !path.contains('#') && path.parse::<PathAndQuery>().is_ok();
+    let no_path =
+        |path: &str| Err(format!("{field}.path: {path:?} is not a path; it starts with / and has no fragment"));
     let kind = match modifier.r#type.as_str() {
-        "ReplaceFullPath" => path_modifier::Kind::ReplaceFull(modifier.replace_full_path.clone().unwrap_or_default()),
+        "ReplaceFullPath" => {
+            let path = modifier.replace_full_path.clone().unwrap_or_default();
+            if !is_path(&path) {
+                return no_path(&path);
+            }
+            path_modifier::Kind::ReplaceFull(path)
+        }
         "ReplacePrefixMatch" => {
             let is_prefix = |found: &Lenient<api::HttpMatch>| match found {
                 Lenient::Good(found) => found
@@ -446,7 +491,11 @@ fn path_modifier(
             if !rule.matches.iter().all(is_prefix) {
                 return Err(format!("{field}.path: ReplacePrefixMatch needs PathPrefix matches"));
             }
-            path_modifier::Kind::ReplacePrefixMatch(modifier.replace_prefix_match.clone().unwrap_or_default())
+            let path = modifier.replace_prefix_match.clone().unwrap_or_default();
+            if !path.is_empty() && !is_path(&path) {
+                return no_path(&path);
+            }
+            path_modifier::Kind::ReplacePrefixMatch(path)
         }
         other => return Err(format!("{field}.path.type: {other:?} is unknown")),
     };

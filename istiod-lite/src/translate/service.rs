@@ -1,5 +1,6 @@
 //! Kubernetes Services as the mesh's services.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use k8s_openapi::api::core::v1::{Service as KubeService, ServicePort};
@@ -10,7 +11,8 @@ use mesh_proto::workload::{
 };
 
 use super::binding::{self, Binding, TrafficType};
-use super::world::World;
+use super::workload;
+use super::world::{View, World};
 use super::{address_bytes, address_resource};
 use crate::resources::Resource;
 use crate::types::{Key, annotation};
@@ -19,7 +21,8 @@ use crate::types::{Key, annotation};
 const TRAFFIC_DISTRIBUTION: &str = "networking.istio.io/traffic-distribution";
 
 /// The service and what it is bound to; `None` for those the mesh does not know (ExternalName).
-pub fn translate(world: &World, service: &KubeService) -> Option<(Resource, Binding)> {
+pub fn translate(view: View<'_>, service: &KubeService) -> Option<(Resource, Binding)> {
+    let world = view.world;
     let spec = service.spec.as_ref()?;
     if spec.type_.as_deref() == Some("ExternalName") {
         return None;
@@ -37,6 +40,7 @@ pub fn translate(world: &World, service: &KubeService) -> Option<(Resource, Bind
             .map(|vip| NetworkAddress { network: network.into(), address: address_bytes(*vip), length: None })
             .collect(),
         ports: spec.ports.iter().flatten().filter_map(port).collect(),
+        subject_alt_names: identities_beyond(view, &key, service).into_iter().collect(),
         waypoint: binding.address.clone(),
         weighted_waypoints: binding.weighted(),
         load_balancing: load_balancing(world, service),
@@ -49,6 +53,19 @@ pub fn translate(world: &World, service: &KubeService) -> Option<(Resource, Bind
     let resource =
         address_resource(world.service_name(&key), &Address { r#type: Some(address::Type::Service(message)) }, aliases);
     Some((resource, binding))
+}
+
+/// Who may answer for it on other networks: from here they are known by nothing else.
+fn identities_beyond(view: View<'_>, key: &Key, service: &KubeService) -> BTreeSet<String> {
+    let beyond = view.lookups.beyond(&key.namespace);
+    match workload::selector(service) {
+        Some(selector) => beyond.selected(selector),
+        None => {
+            let endpoints = view.slices_of(key).flat_map(|slice| &slice.endpoints);
+            let pods = endpoints.filter_map(workload::target_pod);
+            pods.filter_map(|pod| beyond.pod(pod)).map(str::to_owned).collect()
+        }
+    }
 }
 
 /// Cluster IPs; none for a headless Service or one that has not been given any yet.

@@ -3,7 +3,7 @@
 //! A part that cannot be used costs itself and is named in the condition [`ACCEPTED`]. Where a namespace has several
 //! objects for one host, a Kubernetes Service has it, else the oldest entry.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -11,12 +11,14 @@ use mesh_proto::workload::{
     Address, AppProtocol, LoadBalancing, NetworkAddress, Port, PortList, Service, Visibility, address, load_balancing,
 };
 
-use super::allocate::{self, Allocation};
+use super::allocate::{Allocation, Told};
 use super::binding::{self, Binding, TrafficType};
+use super::mesh_config::Limit;
+use super::networks;
 use super::owned::Owned;
 use super::service::{annotated_distribution, app_protocol_named, distributed};
-use super::verdict::{Kind, Report, Status, Verdict, Wanted, joined};
-use super::workload_entry::{self, Endpoint};
+use super::verdict::{EXPLAIN, Kind, Problem, Report, Status, Verdict, Wanted, joined};
+use super::workload_entry::{self, Endpoint, Unusable};
 use super::world::{View, World};
 use super::{Translation, address_bytes, address_resource};
 use crate::types::networking::{self, ServiceEntrySpec, WorkloadEntrySpec};
@@ -29,6 +31,18 @@ const VISIBILITY: &str = "istio.io/VisibilityApplied";
 const OWNED: &[&str] = &[ACCEPTED, VISIBILITY, "istio.io/WaypointBound"];
 /// `false` keeps an entry without addresses of its own without any.
 const AUTO_ALLOCATE: &str = "networking.istio.io/enable-autoallocate-ip";
+
+/// What one entry, or all of a namespace that select pods, may multiply to: each endpoint says of each host that it is behind
+/// which ports it has there, and each host says which names its endpoints may prove. An object that is as large as the API takes
+/// could come to gigabytes of it.
+mod most {
+    /// Pairs of a host and a port behind which a pod is by the entries of its namespace.
+    pub const SELECTING: usize = 10_000;
+    /// Pairs of a host and a port of all endpoints that an entry lists.
+    pub const LISTED: usize = 200_000;
+    /// Bytes of the names in `subjectAltNames`, for each host anew.
+    pub const NAMES: usize = 4 * 1024 * 1024;
+}
 
 /// How a destination is found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,9 +67,25 @@ pub struct Entry<'a> {
     pub vips: Vec<IpNet>,
     ports: Vec<&'a networking::Port>,
     pub wants_addresses: bool,
+    /// What its status says of addresses.
+    pub told: Told<'a>,
     visibility: Option<Visibility>,
-    problems: Vec<String>,
+    /// MeshConfig lets it be seen less far than it asks for.
+    is_limited: bool,
+    /// Pods that it selects are left out: those of older entries are enough.
+    is_beyond: bool,
+    problems: Vec<Problem>,
 }
+
+/// What one entry selects of its namespace's pods, and the services that they are then behind.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EntrySelector {
+    labels: BTreeMap<String, String>,
+    services: BTreeMap<String, PortList>,
+}
+
+/// By namespace, for those that select anything.
+pub type EntrySelectors = BTreeMap<String, Vec<EntrySelector>>;
 
 /// All of them.
 #[derive(Debug, Default)]
@@ -67,7 +97,7 @@ pub struct Entries<'a> {
 }
 
 impl<'a> Entries<'a> {
-    pub fn new(world: &'a World, owned: &Owned<'_>) -> Self {
+    pub fn new(world: &'a World, owned: Owned<'_>) -> Self {
         if world.service_entries.is_empty() {
             return Self::default();
         }
@@ -77,9 +107,10 @@ impl<'a> Entries<'a> {
             world.services.keys().map(|key| (world.hostname(key), &*key.namespace)).collect();
         let mut this = Self::default();
         let mut had: HashMap<(&str, String), &Key> = HashMap::new();
+        let mut selecting: HashMap<&str, usize> = HashMap::new();
         for (key, object) in objects {
             let Ok(spec) = &object.spec else { continue };
-            let mut entry = Entry::new(key, object, spec);
+            let mut entry = Entry::new(key, object, spec, world.entry_limit(&key.namespace));
             entry.leave_to_others(owned);
             entry.hosts.retain(|host| {
                 let by = match services.get(host) {
@@ -94,12 +125,26 @@ impl<'a> Entries<'a> {
                         }
                     },
                 };
-                entry.problems.push(format!("hosts: {host:?} belongs to {by} of this namespace"));
+                entry.problems.push(format!("hosts: {host:?} belongs to {by} of this namespace").into());
                 false
             });
             for host in &entry.hosts {
                 if entry.visibility == Some(Visibility::Public) && !services.contains_key(host) {
                     this.canonical.entry(host.clone()).or_insert(key);
+                }
+            }
+            if entry.selector().is_some() {
+                let pairs = selecting.entry(&key.namespace).or_default();
+                *pairs += entry.hosts.len() * entry.ports.len().max(1);
+                entry.is_beyond = *pairs > most::SELECTING;
+                if entry.is_beyond {
+                    let message = format!(
+                        "workloadSelector: the entries of the namespace that have one come to more than {} pairs of host \
+                         and port; what this one selects is left out",
+                        most::SELECTING
+                    );
+                    entry.problems.push(message.into());
+                    *pairs -= entry.hosts.len() * entry.ports.len().max(1);
                 }
             }
             this.by_namespace.entry(&key.namespace).or_default().push(entry);
@@ -114,6 +159,30 @@ impl<'a> Entries<'a> {
         all
     }
 
+    /// What is to be known of them to place a pod.
+    pub fn selectors(&self) -> EntrySelectors {
+        let mut selectors = EntrySelectors::new();
+        for (namespace, entries) in &self.by_namespace {
+            for entry in entries {
+                let Some(labels) = entry.selector() else { continue };
+                let services = entry.services(&entry.hosts, &BTreeMap::new());
+                let selector = EntrySelector { labels: labels.clone(), services };
+                selectors.entry((*namespace).to_owned()).or_default().push(selector);
+            }
+        }
+        selectors
+    }
+
+    /// The single addresses that their users wrote.
+    pub fn written(world: &World) -> HashSet<IpAddr> {
+        let specs = world.service_entries.values().filter_map(|object| object.spec.as_ref().ok());
+        let addresses = specs.flat_map(|spec| &spec.addresses).filter_map(|address| {
+            let net = address.parse::<IpNet>().or_else(|_| address.parse::<IpAddr>().map(IpNet::from)).ok()?;
+            is_single(&net).then(|| net.addr().to_canonical())
+        });
+        addresses.collect()
+    }
+
     /// Those that select what has these labels.
     fn selecting<'s>(
         &'s self,
@@ -126,47 +195,65 @@ impl<'a> Entries<'a> {
 }
 
 impl<'a> Entry<'a> {
-    fn new(key: &'a Key, object: &'a Object<ServiceEntrySpec>, spec: &'a ServiceEntrySpec) -> Self {
-        let mut problems = Vec::new();
+    fn new(key: &'a Key, object: &'a Object<ServiceEntrySpec>, spec: &'a ServiceEntrySpec, limit: Limit) -> Self {
+        let mut problems: Vec<Problem> = Vec::new();
         let resolution = match spec.resolution.as_str() {
             "" | "NONE" => Some(Resolution::None),
             "STATIC" => Some(Resolution::Static),
             "DNS" | "DNS_ROUND_ROBIN" => Some(Resolution::Dns),
             other => {
-                problems.push(format!("resolution: {other} is not supported; the entry does nothing"));
+                let message = format!("resolution: {other} is not supported");
+                let problem = match other {
+                    "DYNAMIC_DNS" => message.into(),
+                    _ => Problem::fault(message, "write NONE, STATIC, DNS or DNS_ROUND_ROBIN"),
+                };
+                problems.push(problem.worded(|message| message + "; the entry does nothing"));
                 None
             }
         };
         if !matches!(spec.location.as_str(), "" | "MESH_EXTERNAL" | "MESH_INTERNAL") {
-            problems.push(format!("location: {:?} is not a known value", spec.location));
+            let message = format!("location: {:?} is not a known value", spec.location);
+            problems.push(Problem::fault(message, "write MESH_EXTERNAL or MESH_INTERNAL"));
         }
         let has_endpoints = !spec.endpoints.is_empty();
         let selects = spec.workload_selector.is_some();
         if has_endpoints && selects {
-            problems.push("endpoints: left out, for there is a workloadSelector".into());
+            let message = "endpoints: left out, for there is a workloadSelector";
+            problems.push(Problem::fault(message, "take one of the two out"));
         }
         if spec.workload_selector.as_ref().is_some_and(|selector| selector.labels.is_empty()) {
             problems.push("workloadSelector: without labels it selects nothing".into());
         }
         match resolution {
             Some(Resolution::None) if has_endpoints || selects => {
-                problems.push("resolution: NONE goes where the client dials; endpoints are not used".into());
+                let message = "resolution: NONE goes where the client dials; endpoints are not used";
+                problems.push(match has_endpoints {
+                    true => Problem::fault(message, "write STATIC for those with an IP address, DNS for names"),
+                    false => message.into(),
+                });
             }
             Some(Resolution::Static) if !has_endpoints && !selects => {
-                problems.push("endpoints: STATIC needs some, or a workloadSelector; connections are refused".into());
+                let message = "endpoints: STATIC needs some, or a workloadSelector; connections are refused";
+                problems.push(Problem::fault(message, "list their addresses, or write resolution DNS or NONE"));
             }
             _ => {}
         }
         let implicit = resolution == Some(Resolution::Dns) && !has_endpoints && !selects;
         let hosts = spec.hosts.iter().filter_map(|host| {
             let host = host.to_ascii_lowercase();
-            let reason = match host.strip_prefix("*.") {
+            let (reason, mend) = match host.strip_prefix("*.") {
                 _ if resolution.is_none() => return None,
-                Some(_) if implicit => "a wildcard cannot be looked up; name endpoints",
+                Some(_) if implicit => {
+                    ("a wildcard cannot be looked up; name endpoints", Some("or write resolution NONE"))
+                }
                 rest if is_hostname(rest.unwrap_or(&host)) => return Some(host),
-                _ => "not a host name",
+                _ => ("not a host name", is_no_host(&host).then_some(HOST)),
             };
-            problems.push(format!("hosts: {host:?}: {reason}"));
+            let message = format!("hosts: {host:?}: {reason}");
+            problems.push(match mend {
+                Some(mend) => Problem::fault(message, mend),
+                None => message.into(),
+            });
             None
         });
         let hosts = hosts.collect();
@@ -174,30 +261,33 @@ impl<'a> Entry<'a> {
             let parsed = address.parse::<IpNet>().or_else(|_| address.parse::<IpAddr>().map(IpNet::from));
             // As proxies read it: one IPv4 address has one form.
             let canonical = |net: IpNet| if is_single(&net) { net.addr().to_canonical().into() } else { net.trunc() };
-            parsed.map(canonical).map_err(|_| problems.push(format!("addresses: {address:?} is none"))).ok()
+            let none = || Problem::fault(format!("addresses: {address:?} is none"), ADDRESS);
+            parsed.map(canonical).map_err(|_| problems.push(none())).ok()
         });
         let vips = vips.collect();
         let ports = spec.ports.iter().filter_map(|port| match port {
             Lenient::Good(port) if port.number > 0 => {
                 if protocol(&port.protocol).is_none() {
-                    problems.push(format!("ports: protocol {:?} is not known; bytes are passed on", port.protocol));
+                    let message = format!("ports: protocol {:?} is not known; bytes are passed on", port.protocol);
+                    problems.push(message.into());
                 }
                 Some(port)
             }
             Lenient::Good(_) => {
-                problems.push("ports: 0 is no port".into());
+                problems.push(Problem::fault("ports: 0 is no port", "write a number from 1 to 65535"));
                 None
             }
             Lenient::Bad(reason) => {
-                problems.push(format!("ports: {reason}"));
+                problems.push(Problem::fault(format!("ports: {reason}"), EXPLAIN));
                 None
             }
         });
         let ports = ports.collect();
         for name in spec.subject_alt_names.iter().filter(|name| !name.starts_with("spiffe://")) {
-            problems.push(format!("subjectAltNames: {name:?} is not a SPIFFE identity; nothing else is verified"));
+            let message = format!("subjectAltNames: {name:?} is not a SPIFFE identity; nothing else is verified");
+            problems.push(message.into());
         }
-        let visibility = match &*spec.export_to {
+        let asked = match &*spec.export_to {
             [] => Some(Visibility::Public),
             all if all.iter().any(|to| to == "*") => Some(Visibility::Public),
             [none] if none == "~" => None,
@@ -205,30 +295,50 @@ impl<'a> Entry<'a> {
                 let beyond: Vec<_> = some.iter().filter(|to| *to != "." && **to != *key.namespace).cloned().collect();
                 if !beyond.is_empty() {
                     let beyond = beyond.join(", ");
-                    problems.push(format!("exportTo: only \".\" and \"*\" are supported; {beyond} does not see it"));
+                    let message = format!("exportTo: only \".\" and \"*\" are supported; {beyond} does not see it");
+                    problems.push(message.into());
                 }
                 Some(Visibility::Namespace)
             }
         };
+        let visibility = limit.of(asked);
+        let is_limited = visibility != asked;
         let opted_out = label(&object.meta, AUTO_ALLOCATE).is_some_and(|value| value.eq_ignore_ascii_case("false"));
         let wants_addresses = spec.addresses.is_empty()
             && !opted_out
             && visibility.is_some()
             && matches!(resolution, Some(Resolution::Static | Resolution::Dns));
-        Self { key, object, spec, resolution, hosts, vips, ports, wants_addresses, visibility, problems }
+        let told = Told::by(&object.status);
+        let is_beyond = false;
+        Self {
+            key,
+            object,
+            spec,
+            resolution,
+            hosts,
+            vips,
+            ports,
+            wants_addresses,
+            told,
+            visibility,
+            is_limited,
+            is_beyond,
+            problems,
+        }
     }
 
     /// Takes out what Services, and pods of other namespaces, have.
-    fn leave_to_others(&mut self, owned: &Owned<'_>) {
+    fn leave_to_others(&mut self, owned: Owned<'_>) {
         let Self { key, hosts, vips, problems, .. } = self;
         hosts.retain(|host| {
             let owner = owned.host(host, &key.namespace);
-            problems.extend(owner.iter().map(|owner| format!("hosts: {host:?} belongs to {owner}")));
+            problems.extend(owner.iter().map(|owner| Problem::from(format!("hosts: {host:?} belongs to {owner}"))));
             owner.is_none()
         });
         vips.retain(|net| {
             let owner = is_single(net).then(|| owned.address(net.addr(), &key.namespace)).flatten();
-            problems.extend(owner.iter().map(|owner| format!("addresses: {} belongs to {owner}", net.addr())));
+            let taken = owner.iter().map(|owner| format!("addresses: {} belongs to {owner}", net.addr()));
+            problems.extend(taken.map(Problem::from));
             owner.is_none()
         });
     }
@@ -236,7 +346,7 @@ impl<'a> Entry<'a> {
     fn selector(&self) -> Option<&BTreeMap<String, String>> {
         let is_used = !matches!(self.resolution, None | Some(Resolution::None));
         let labels = &self.spec.workload_selector.as_ref()?.labels;
-        (is_used && !labels.is_empty()).then_some(labels)
+        (is_used && !self.is_beyond && !labels.is_empty()).then_some(labels)
     }
 
     /// The names of its services, with the ports of one endpoint behind each.
@@ -261,7 +371,18 @@ pub fn names(namespace: &str, host: &str) -> (Key, String) {
     (Key::new(namespace, format!("ServiceEntry/{host}")), format!("{namespace}/{host}"))
 }
 
-/// The names of services that select what has these labels, with its ports behind each.
+/// The names of services that select a pod of these labels, with its ports behind each.
+pub fn services_selecting_pod(
+    selectors: &EntrySelectors,
+    namespace: &str,
+    labels: Option<&BTreeMap<String, String>>,
+) -> BTreeMap<String, PortList> {
+    let selecting = selectors.get(namespace).into_iter().flatten();
+    let selecting = selecting.filter(|selector| matches_labels(&selector.labels, labels));
+    selecting.flat_map(|selector| selector.services.clone()).collect()
+}
+
+/// The names of services that select what has these labels and names its ports so, with its ports behind each.
 pub fn services_selecting(
     entries: &Entries<'_>,
     namespace: &str,
@@ -275,36 +396,43 @@ pub fn services_selecting(
 pub type Selecting<'s> = dyn Fn(&str, &BTreeMap<String, String>) -> Vec<String> + 's;
 
 /// Emits all of them; returns what each service is bound to, by its name.
-pub fn translate(view: &View<'_>, policies: &Selecting<'_>, out: &mut Translation) -> BTreeMap<String, (Key, Binding)> {
-    let (world, entries) = (view.world, &view.entries);
+pub fn translate(
+    view: View<'_>,
+    entries: &Entries<'_>,
+    policies: &Selecting<'_>,
+    out: &mut Translation,
+) -> BTreeMap<String, (Key, Binding)> {
+    let world = view.world;
     let all = entries.by_age();
     let allocation = Allocation::new(&world.mesh.allocation, &all);
     let mut bindings = BTreeMap::new();
     for entry in all {
-        let binding = binding::resolve(world, &entry.object.meta, TrafficType::Service);
+        let binding = binding::resolve(world, &entry.object.meta, TrafficType::Entry);
         let mut problems = entry.problems.clone();
         problems.extend(allocation.refused(entry.key).map(|(ip, older)| {
-            format!("addresses: {ip} is already that of ServiceEntry {} of namespace {}", older.name, older.namespace)
+            let Key { namespace, name } = older;
+            Problem::from(format!("addresses: {ip} is already that of ServiceEntry {name} of namespace {namespace}"))
         }));
         let mut addresses = Vec::new();
+        let own = own_vips(entry, &allocation);
+        let identities = identities(view, entry, &mut problems);
         for host in &entry.hosts {
             let Some(visibility) = entry.visibility else { continue };
             let allocated = allocation.of(entry.key, host);
             if allocation.exhausted.contains(&(entry.key, host.as_str())) {
-                problems.push(format!("hosts: no address is left for {host}"));
+                problems.push(format!("hosts: no address is left for {host}").into());
             }
             addresses.extend(allocated.iter().map(|ip| (host.clone(), *ip)));
             // Told once it is written: nobody shall see an address that a restart could change.
-            let written: Vec<IpAddr> =
-                allocate::in_status(&entry.object.status, host).filter(|ip| allocated.contains(ip)).collect();
+            let written = entry.told.of(host).iter().copied().filter(|ip| allocated.contains(ip));
             let is_canonical = entries.canonical.get(host).is_some_and(|key| *key == entry.key);
             let message = Service {
                 name: entry.key.name.to_string(),
                 namespace: entry.key.namespace.to_string(),
                 hostname: host.clone(),
-                addresses: vips(world, entry, &allocation, &written),
+                addresses: vips(world, own.iter().copied().chain(written.map(|ip| (ip, None)))),
                 ports: entry.ports.iter().map(|port| port_of(port, None)).collect(),
-                subject_alt_names: spiffe_names(entry.spec),
+                subject_alt_names: identities.clone(),
                 waypoint: binding.address.clone(),
                 weighted_waypoints: binding.weighted(),
                 load_balancing: load_balancing(world, entry),
@@ -326,23 +454,26 @@ pub fn translate(view: &View<'_>, policies: &Selecting<'_>, out: &mut Translatio
     }
     let unreadable = world.service_entries.iter().filter_map(|(key, object)| {
         let reason = object.spec.as_ref().err()?;
-        let wanted = vec![Wanted::new(ACCEPTED, Status::False, "Invalid", format!("{reason}; the entry does nothing"))];
-        let report = Report::Conditions { owned: OWNED, wanted };
+        let wanted = Wanted::new(ACCEPTED, Status::False, "Invalid", format!("{reason}; the entry does nothing"));
+        let wanted = wanted.because([&Problem::fault(reason.as_str(), EXPLAIN)]);
+        let report = Report::Conditions { owned: OWNED, wanted: vec![wanted] };
         Some(Verdict { kind: Kind::ServiceEntry, key: key.clone(), generation: object.generation(), report })
     });
     out.verdicts.extend(unreadable);
     bindings
 }
 
-fn vips(world: &World, entry: &Entry<'_>, allocation: &Allocation<'_>, allocated: &[IpAddr]) -> Vec<NetworkAddress> {
+/// Those that its user wrote, but for those that are another entry's.
+fn own_vips(entry: &Entry<'_>, allocation: &Allocation<'_>) -> Vec<(IpAddr, Option<u32>)> {
+    let refused = allocation.refused_of(entry.key);
+    let own = entry.vips.iter().filter(|net| !(is_single(net) && refused.contains(&net.addr())));
+    own.map(|net| (net.addr(), (!is_single(net)).then(|| u32::from(net.prefix_len())))).collect()
+}
+
+fn vips(world: &World, addresses: impl Iterator<Item = (IpAddr, Option<u32>)>) -> Vec<NetworkAddress> {
     let network = world.network();
-    let is_refused = |net: &IpNet| is_single(net) && allocation.refused(entry.key).any(|(ip, _)| ip == net.addr());
-    let own = entry.vips.iter().filter(|net| !is_refused(net)).map(|net| {
-        let length = (!is_single(net)).then(|| u32::from(net.prefix_len()));
-        (net.addr(), length)
-    });
-    let all = own.chain(allocated.iter().map(|ip| (*ip, None)));
-    all.map(|(ip, length)| NetworkAddress { network: network.into(), address: address_bytes(ip), length }).collect()
+    let vip = |(ip, length)| NetworkAddress { network: network.into(), address: address_bytes(ip), length };
+    addresses.map(vip).collect()
 }
 
 /// `network/IP`, and for a range its length too.
@@ -358,8 +489,37 @@ fn alias(vip: &NetworkAddress) -> String {
     }
 }
 
-fn spiffe_names(spec: &ServiceEntrySpec) -> Vec<String> {
-    spec.subject_alt_names.iter().filter(|name| name.starts_with("spiffe://")).cloned().collect()
+/// Who may answer for it: those that it names, and its endpoints of other networks, which are known by nothing else. One
+/// that is left out is not accepted.
+fn identities(view: View<'_>, entry: &Entry<'_>, problems: &mut Vec<Problem>) -> Vec<String> {
+    let (world, namespace) = (view.world, &*entry.key.namespace);
+    let named = entry.spec.subject_alt_names.iter().filter(|name| name.starts_with("spiffe://")).cloned();
+    let mut names: Vec<String> = named.collect();
+    let listed = entry.spec.endpoints.iter().filter_map(|endpoint| match endpoint {
+        Lenient::Good(spec) => Some(spec),
+        Lenient::Bad(_) => None,
+    });
+    let beyond = listed.filter(|spec| networks::of_entry(world, &entry.object.meta, spec) != world.network());
+    names.extend(beyond.map(|spec| world.identity(namespace, &spec.service_account)));
+    if let Some(selector) = entry.selector() {
+        names.extend(view.lookups.beyond(namespace).selected(selector));
+    }
+    let mut seen = HashSet::new();
+    names.retain(|name| seen.insert(name.clone()));
+    let (all, mut left) = (names.len(), most::NAMES / entry.hosts.len().max(1));
+    let fitting = names.iter().take_while(|name| {
+        let fits = name.len() <= left;
+        left -= if fits { name.len() } else { 0 };
+        fits
+    });
+    let fitting = fitting.count();
+    names.truncate(fitting);
+    if fitting < all {
+        let (beyond, most) = (all - fitting, most::NAMES);
+        let message = format!("subjectAltNames: the last {beyond} are left out; all hosts together have {most} bytes");
+        problems.push(message.into());
+    }
+    names
 }
 
 fn load_balancing(world: &World, entry: &Entry<'_>) -> Option<LoadBalancing> {
@@ -381,11 +541,11 @@ fn load_balancing(world: &World, entry: &Entry<'_>) -> Option<LoadBalancing> {
 
 /// The endpoints it lists; by DNS and without any, each host is its own.
 fn endpoints(
-    view: &View<'_>,
+    view: View<'_>,
     entry: &Entry<'_>,
     policies: &Selecting<'_>,
     out: &mut Translation,
-    problems: &mut Vec<String>,
+    problems: &mut Vec<Problem>,
 ) {
     if matches!(entry.resolution, None | Some(Resolution::None)) || entry.spec.workload_selector.is_some() {
         return;
@@ -409,7 +569,18 @@ fn endpoints(
         }
     }
     let mut times: HashMap<&str, u32> = HashMap::new();
-    for endpoint in &entry.spec.endpoints {
+    let each = (entry.hosts.len() * entry.ports.len()).max(1);
+    let fit = most::LISTED / each;
+    if entry.spec.endpoints.len() > fit {
+        let message = format!(
+            "endpoints: {} are left out; {} pairs of host and port each come to more than {}",
+            entry.spec.endpoints.len() - fit,
+            each,
+            most::LISTED
+        );
+        problems.push(Problem::fault(message, "write several entries, with fewer hosts and ports each"));
+    }
+    for endpoint in entry.spec.endpoints.iter().take(fit) {
         let outcome = match endpoint {
             Lenient::Good(spec) => {
                 let count = times.entry(&spec.address).or_default();
@@ -418,25 +589,27 @@ fn endpoints(
                 let again = if *count > 1 { format!("/{count}") } else { String::new() };
                 emit(uid(&spec.address) + &again, spec, &entry.hosts)
             }
-            Lenient::Bad(reason) => Err(reason.clone()),
+            Lenient::Bad(reason) => Err(Unusable { reason: reason.clone(), mend: Some(EXPLAIN) }),
         };
-        problems.extend(outcome.err().map(|reason| format!("endpoints: {reason}")));
+        problems.extend(outcome.err().map(|unusable| unusable.worded(|reason| format!("endpoints: {reason}"))));
     }
 }
 
-fn verdict(entry: &Entry<'_>, problems: Vec<String>, binding: &Binding, addresses: Vec<(String, IpAddr)>) -> Verdict {
+fn verdict(entry: &Entry<'_>, problems: Vec<Problem>, binding: &Binding, addresses: Vec<(String, IpAddr)>) -> Verdict {
     let accepted = match (problems.is_empty(), entry.hosts.is_empty()) {
         (true, false) => Wanted::new(ACCEPTED, Status::True, "Accepted", "all of it is enforced"),
         (true, true) => Wanted::new(ACCEPTED, Status::False, "Invalid", "hosts: there is none"),
         (false, false) => Wanted::new(ACCEPTED, Status::True, "PartiallyInvalid", joined(&problems)),
         (false, true) => Wanted::new(ACCEPTED, Status::False, "Invalid", joined(&problems)),
     };
-    let (reason, message) = match entry.visibility {
-        Some(Visibility::Public) => ("Public", "every namespace sees it"),
-        Some(Visibility::Namespace) => ("Namespace", "only its own namespace sees it"),
-        None => ("Nobody", "nobody sees it (exportTo: ~)"),
+    let (reason, message) = match (entry.visibility, entry.is_limited) {
+        (Some(Visibility::Public), _) => ("Public", "every namespace sees it"),
+        (Some(Visibility::Namespace), false) => ("Namespace", "only its own namespace sees it"),
+        (Some(Visibility::Namespace), true) => ("Namespace", "only its own namespace sees it (serviceEntryVisibility)"),
+        (None, false) => ("Nobody", "nobody sees it (exportTo: ~)"),
+        (None, true) => ("Nobody", "nobody sees it (serviceEntryVisibility)"),
     };
-    let wanted = [accepted, Wanted::new(VISIBILITY, Status::True, reason, message)];
+    let wanted = [accepted.because(&problems), Wanted::new(VISIBILITY, Status::True, reason, message)];
     Verdict {
         kind: Kind::ServiceEntry,
         key: entry.key.clone(),
@@ -466,6 +639,15 @@ fn protocol(text: &str) -> Option<AppProtocol> {
 /// One address, not a range.
 pub fn is_single(net: &IpNet) -> bool {
     net.prefix_len() == net.max_prefix_len()
+}
+
+const HOST: &str = "write names such as www.example.com, with *. before one to mean all below it";
+const ADDRESS: &str = "write an IP address or a CIDR";
+
+/// Nobody's: Istio takes IP addresses, and stars before a part of a label.
+fn is_no_host(host: &str) -> bool {
+    let name = host.strip_prefix('*').map_or(host, |rest| rest.trim_start_matches(['.', '-']));
+    name.parse::<IpAddr>().is_err() && !is_hostname(name)
 }
 
 /// Letters, digits, hyphens and underscores between dots (RFC 1123, and what DNS is used for beside).

@@ -3,6 +3,7 @@
 
 use std::fmt::Write as _;
 use std::path::Path;
+use std::sync::Arc;
 
 use mesh_proto::enrolment::{POD_ENROLMENT_TYPE, PodEnrolment};
 use mesh_proto::security::{AUTHORIZATION_TYPE, Authorization};
@@ -11,7 +12,8 @@ use mesh_proto::workload::{ADDRESS_TYPE, Address};
 use prost::Message;
 
 use super::fixture::world;
-use super::verdict::{Report, Verdict, Wanted};
+use super::verdict::{Kind, Report, Verdict, Wanted};
+use super::world::MeshSettings;
 use super::{Translation, translate};
 use crate::resources::Resource;
 
@@ -79,7 +81,7 @@ fn render_verdict(verdict: &Verdict) -> String {
         }
     };
     match &verdict.report {
-        Report::Conditions { wanted, .. } => lines("", wanted),
+        Report::Conditions { wanted, .. } | Report::Class { wanted, .. } => lines("", wanted),
         Report::Addressed { wanted, addresses, .. } => lines(&format!(" addresses {addresses:?}"), wanted),
         Report::Gateway { conditions, addresses, listeners } => {
             lines(&format!(" addresses {addresses:?}"), conditions);
@@ -135,6 +137,44 @@ fn a_canary_takes_its_share_and_has_all_routes_and_policies() {
 }
 
 #[test]
+fn a_waypoint_of_another_revision_is_used_and_not_spoken_of() {
+    golden("revisions");
+}
+
+/// What proxies are told is the same, whoever tells it.
+#[test]
+fn the_revision_changes_nothing_but_whose_gateways_are_spoken_of() {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/translate/revisions");
+    let mut world = world(&std::fs::read_to_string(directory.join("in.yaml")).expect("in.yaml"));
+    let mut spoken_of = Vec::new();
+    let mut others: Vec<Translation> = Vec::new();
+    for revision in ["default", "canary", "gone"] {
+        world.mesh = Arc::new(MeshSettings { revision: revision.parse().expect("one"), ..MeshSettings::default() });
+        let mut translation = translate(&world);
+        translation.verdicts.retain(|verdict| {
+            let is_gateway = verdict.kind == Kind::Gateway;
+            if is_gateway {
+                spoken_of.push(format!("{revision} {}", verdict.key));
+            }
+            !is_gateway
+        });
+        others.push(translation);
+    }
+    for other in &others[1..] {
+        assert_eq!((&other.resources, &other.verdicts), (&others[0].resources, &others[0].verdicts));
+    }
+    let expected = [
+        "default later/back",
+        "default shop/ours",
+        "canary later/unready",
+        "canary shop/tagged",
+        "canary shop/theirs",
+        "gone shop/of-nobody",
+    ];
+    assert_eq!(spoken_of, expected);
+}
+
+#[test]
 fn a_waypoint_that_cannot_be_used_binds_closed() {
     golden("waypoint-binding");
 }
@@ -165,6 +205,11 @@ fn peer_authentication_refuses_where_it_is_strict() {
 }
 
 #[test]
+fn parameters_of_waypoints_that_cannot_be_done_are_refused_with_a_reason() {
+    golden("waypoint-parameters");
+}
+
+#[test]
 fn routes_are_resolved_and_what_is_wrong_is_answered_500() {
     golden("routes");
 }
@@ -182,6 +227,16 @@ fn service_entries_become_services_with_endpoints_and_addresses() {
 #[test]
 fn workload_entries_become_workloads_behind_what_selects_them() {
     golden("workload-entries");
+}
+
+#[test]
+fn workloads_of_other_networks_name_the_gateway_that_leads_there() {
+    golden("networks");
+}
+
+#[test]
+fn mesh_config_names_the_trust_domain_and_limits_how_far_entries_are_seen() {
+    golden("mesh-config");
 }
 
 #[test]

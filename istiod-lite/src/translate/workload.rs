@@ -3,54 +3,54 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use k8s_openapi::api::core::v1::{Pod, Service as KubeService, ServicePort};
+use k8s_openapi::api::core::v1::{Node, Service as KubeService, ServicePort};
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use mesh_proto::workload::{
     Address, Locality, NetworkMode, Port, PortList, TunnelProtocol, Workload, WorkloadStatus, WorkloadType, address,
 };
 
 use super::binding::{self, Binding, TrafficType};
+use super::networks;
 use super::service::{app_protocol, port_number};
-use super::service_entry::services_selecting;
+use super::service_entry::services_selecting_pod;
 use super::world::{View, World};
 use super::{address_bytes, address_resource};
 use crate::enrol;
 use crate::resources::Resource;
-use crate::types::{Key, annotation, label, matches_labels};
+use crate::types::{Key, Meta, Pod, annotation, label, matches_labels};
 
 /// The label by which a pod says that it answers HBONE itself.
 pub const NATIVE_TUNNEL: &str = "networking.istio.io/tunnel";
 
 /// Does the workload have a proxy of its own that answers HBONE?
-pub fn has_native_tunnel(meta: &ObjectMeta) -> bool {
+pub fn has_native_tunnel(meta: &dyn Meta) -> bool {
     label(meta, NATIVE_TUNNEL) == Some("http")
 }
 
 /// The pod's workload and binding. `None` while it has no address and once it has ended.
-pub fn from_pod(view: &View<'_>, pod: &Pod, policies: Vec<String>) -> Option<(Resource, Binding)> {
+pub fn from_pod(view: View<'_>, pod: &Pod, policies: Vec<String>) -> Option<(Resource, Binding)> {
     let world = view.world;
-    let addresses = running_addresses(pod)?;
-    let key = Key::of(&pod.metadata);
-    let spec = pod.spec.as_ref()?;
-    let meta = &pod.metadata;
-    let native_tunnel = has_native_tunnel(meta);
-    let captured = annotation(meta, enrol::REDIRECTION) == Some("enabled");
-    let binding = binding::resolve(world, meta, TrafficType::Workload);
-    let workload_name = workload_name(pod);
-    let first = |keys: &[&str]| keys.iter().find_map(|key| label(meta, key)).map(str::to_owned);
+    let addresses = pod.running_addresses()?;
+    let (key, template) = (&pod.key, &pod.template);
+    let native_tunnel = has_native_tunnel(pod);
+    let captured = annotation(pod, enrol::REDIRECTION) == Some("enabled");
+    let binding = binding::resolve(world, pod, TrafficType::Workload);
+    let workload_name = pod.workload_name().to_owned();
+    let network = networks::of_pod(world, pod);
+    let first = |keys: &[&str]| keys.iter().find_map(|key| label(pod, key)).map(str::to_owned);
     let message = Workload {
-        uid: world.pod_uid(&key),
+        uid: world.pod_uid(key),
         name: key.name.to_string(),
         namespace: key.namespace.to_string(),
         addresses: addresses.iter().copied().map(address_bytes).collect(),
-        network: world.network().into(),
+        network: network.to_owned(),
+        network_gateway: (network != world.network()).then(|| view.networks.way(network)).flatten(),
         tunnel_protocol: if captured || native_tunnel { TunnelProtocol::Hbone } else { TunnelProtocol::None }.into(),
         trust_domain: elide(&world.mesh.trust_domain, "cluster.local"),
-        service_account: elide(service_account(pod), "default"),
+        service_account: elide(&template.service_account, "default"),
         waypoint: binding.address.clone(),
-        node: spec.node_name.clone().unwrap_or_default(),
+        node: pod.node.as_deref().unwrap_or_default().to_owned(),
         canonical_name: first(&["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"])
             .unwrap_or_else(|| workload_name.clone()),
         canonical_revision: first(&["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"])
@@ -59,16 +59,15 @@ pub fn from_pod(view: &View<'_>, pod: &Pod, policies: Vec<String>) -> Option<(Re
         workload_name,
         native_tunnel,
         authorization_policies: policies,
-        status: if is_healthy(pod) { WorkloadStatus::Healthy } else { WorkloadStatus::Unhealthy }.into(),
+        status: if pod.is_healthy() { WorkloadStatus::Healthy } else { WorkloadStatus::Unhealthy }.into(),
         cluster_id: world.mesh.cluster_id.clone(),
         services: services(view, pod),
-        locality: spec.node_name.as_deref().and_then(|node| locality(world, node)),
-        network_mode: if spec.host_network == Some(true) { NetworkMode::HostNetwork } else { NetworkMode::Standard }
-            .into(),
+        locality: pod.node.as_deref().and_then(|node| locality(world, node)),
+        network_mode: if template.host_network { NetworkMode::HostNetwork } else { NetworkMode::Standard }.into(),
         ..Workload::default()
     };
     // Pods of the host network share the node's address; it names none of them.
-    let aliases = if spec.host_network == Some(true) { Vec::new() } else { aliases(world, &addresses) };
+    let aliases = if template.host_network { Vec::new() } else { aliases(network, addresses) };
     Some((
         address_resource(message.uid.clone(), &Address { r#type: Some(address::Type::Workload(message)) }, aliases),
         binding,
@@ -115,59 +114,41 @@ pub fn from_slice<'a>(
         })
 }
 
-/// Addresses of a pod that has not ended; `None` before it has any.
-pub fn running_addresses(pod: &Pod) -> Option<Vec<IpAddr>> {
-    let status = pod.status.as_ref()?;
-    if matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")) {
-        return None;
-    }
-    let mut addresses: Vec<IpAddr> = status.pod_ips.iter().flatten().filter_map(|ip| ip.ip.parse().ok()).collect();
-    if addresses.is_empty() {
-        addresses.extend(status.pod_ip.as_deref().and_then(|ip| ip.parse::<IpAddr>().ok()));
-    }
-    (!addresses.is_empty()).then_some(addresses)
-}
-
-pub fn service_account(pod: &Pod) -> &str {
-    let name = pod.spec.as_ref().and_then(|spec| spec.service_account_name.as_deref());
-    name.filter(|name| !name.is_empty()).unwrap_or("default")
-}
-
 /// The pod ports behind each of its services, by service port.
-pub fn services(view: &View<'_>, pod: &Pod) -> BTreeMap<String, PortList> {
-    let world = view.world;
-    let key = Key::of(&pod.metadata);
+pub fn services(view: View<'_>, pod: &Pod) -> BTreeMap<String, PortList> {
+    let (world, key) = (view.world, &pod.key);
     let mut services = BTreeMap::new();
-    for service in view.services_in(&key.namespace) {
+    for (name, service) in view.services_in(&key.namespace) {
         let ports = match selector(service) {
-            Some(selector) if matches_labels(selector, pod.metadata.labels.as_ref()) => selected_ports(service, pod),
+            Some(selector) if matches_labels(selector, Some(&pod.labels)) => selected_ports(service, pod),
             Some(_) => continue,
+            // A name, whatever slices say that are called so.
+            None if is_external(service) => continue,
             None => {
-                let mut slices = view.slices_of(&service.metadata).filter(|slice| names_pod(slice, &key.name));
+                let mut slices = view.slices_of(name).filter(|slice| names_pod(slice, &key.name));
                 let Some(slice) = slices.next() else { continue };
                 slice_ports(service, slice)
             }
         };
-        services.insert(world.service_name(&Key::of(&service.metadata)), PortList { ports });
+        services.insert(world.service_name(name), PortList { ports });
     }
-    let labels = pod.metadata.labels.as_ref();
-    services.extend(services_selecting(&view.entries, &key.namespace, labels, &BTreeMap::new()));
+    services.extend(services_selecting_pod(view.entries, &key.namespace, Some(&pod.labels)));
     services
 }
 
 /// The Services that select a WorkloadEntry, with its ports behind each: those it names, else the Service's targets.
 pub fn services_of_labels(
-    view: &View<'_>,
+    view: View<'_>,
     namespace: &str,
     labels: &BTreeMap<String, String>,
     named: &BTreeMap<String, u16>,
 ) -> BTreeMap<String, PortList> {
     let selected = view
         .services_in(namespace)
-        .filter(|service| selector(service).is_some_and(|wanted| matches_labels(wanted, Some(labels))));
+        .filter(|(_, service)| selector(service).is_some_and(|wanted| matches_labels(wanted, Some(labels))));
     let own = |name: &str| named.get(name).copied().map(i32::from);
     selected
-        .map(|service| {
+        .map(|(key, service)| {
             let ports = tcp_ports(service).filter_map(|port| {
                 let target = match (own(port.name.as_deref().unwrap_or_default()), &port.target_port) {
                     (Some(own), _) => own,
@@ -177,7 +158,7 @@ pub fn services_of_labels(
                 };
                 resolved_port(port, target)
             });
-            (view.world.service_name(&Key::of(&service.metadata)), PortList { ports: ports.collect() })
+            (view.world.service_name(key), PortList { ports: ports.collect() })
         })
         .collect()
 }
@@ -186,12 +167,12 @@ fn is_external(service: &KubeService) -> bool {
     service.spec.as_ref().and_then(|spec| spec.type_.as_deref()) == Some("ExternalName")
 }
 
-fn selector(service: &KubeService) -> Option<&BTreeMap<String, String>> {
+pub fn selector(service: &KubeService) -> Option<&BTreeMap<String, String>> {
     let selector = service.spec.as_ref()?.selector.as_ref()?;
     (!selector.is_empty() && !is_external(service)).then_some(selector)
 }
 
-fn has_no_selector(service: &KubeService) -> bool {
+pub fn has_no_selector(service: &KubeService) -> bool {
     selector(service).is_none() && !is_external(service)
 }
 
@@ -205,7 +186,7 @@ fn selected_ports(service: &KubeService, pod: &Pod) -> Vec<Port> {
         .filter_map(|port| {
             let target = match &port.target_port {
                 Some(IntOrString::Int(number)) if *number != 0 => *number,
-                Some(IntOrString::String(name)) => container_port(pod, name)?,
+                Some(IntOrString::String(name)) => pod.port(name)?,
                 _ => port.port,
             };
             resolved_port(port, target)
@@ -219,20 +200,6 @@ fn resolved_port(port: &ServicePort, target: i32) -> Option<Port> {
         target_port: port_number(target)?,
         app_protocol: app_protocol(port).into(),
     })
-}
-
-/// A TCP port of a container, or of an init container that keeps running beside them.
-fn container_port(pod: &Pod, name: &str) -> Option<i32> {
-    let spec = pod.spec.as_ref()?;
-    let sidecars = spec.init_containers.iter().flatten().filter(|c| c.restart_policy.as_deref() == Some("Always"));
-    spec.containers
-        .iter()
-        .chain(sidecars)
-        .flat_map(|container| container.ports.iter().flatten())
-        .find(|port| {
-            port.name.as_deref() == Some(name) && port.protocol.as_deref().is_none_or(|protocol| protocol == "TCP")
-        })
-        .map(|port| port.container_port)
 }
 
 /// Pairs a slice's ports with the Service's by name.
@@ -249,7 +216,7 @@ fn slice_ports(service: &KubeService, slice: &EndpointSlice) -> Vec<Port> {
         .collect()
 }
 
-fn target_pod(endpoint: &Endpoint) -> Option<&str> {
+pub fn target_pod(endpoint: &Endpoint) -> Option<&str> {
     let target = endpoint.target_ref.as_ref()?;
     (target.kind.as_deref() == Some("Pod")).then_some(target.name.as_deref()?)
 }
@@ -258,23 +225,12 @@ fn names_pod(slice: &EndpointSlice, pod: &str) -> bool {
     slice.endpoints.iter().any(|endpoint| target_pod(endpoint) == Some(pod))
 }
 
-fn is_healthy(pod: &Pod) -> bool {
-    let conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
-    let ready = conditions.into_iter().any(|condition| condition.type_ == "Ready" && condition.status == "True");
-    ready && pod.metadata.deletion_timestamp.is_none()
-}
-
-/// The owning controller; for a Deployment that is the ReplicaSet without its hash.
-fn workload_name(pod: &Pod) -> String {
-    let name = pod.metadata.name.clone().unwrap_or_default();
-    let owners = pod.metadata.owner_references.iter().flatten();
-    let Some(owner) = owners.into_iter().find(|owner| owner.controller == Some(true)) else { return name };
-    let hash = label(&pod.metadata, "pod-template-hash").filter(|_| owner.kind == "ReplicaSet");
-    hash.and_then(|hash| owner.name.strip_suffix(hash)?.strip_suffix('-')).unwrap_or(&owner.name).to_owned()
-}
-
 fn locality(world: &World, node: &str) -> Option<Locality> {
-    let node = world.nodes.get(&Key::new("", node))?;
+    locality_of(world.nodes.get(&Key::new("", node))?)
+}
+
+/// Where a node says that it is.
+pub fn locality_of(node: &Node) -> Option<Locality> {
     let get = |key| label(&node.metadata, key).unwrap_or_default().to_owned();
     let locality = Locality {
         region: get("topology.kubernetes.io/region"),
@@ -284,8 +240,8 @@ fn locality(world: &World, node: &str) -> Option<Locality> {
     (locality != Locality::default()).then_some(locality)
 }
 
-fn aliases(world: &World, addresses: &[IpAddr]) -> Vec<std::sync::Arc<str>> {
-    addresses.iter().map(|ip| format!("{}/{ip}", world.network()).into()).collect()
+fn aliases(network: &str, addresses: &[IpAddr]) -> Vec<std::sync::Arc<str>> {
+    addresses.iter().map(|ip| format!("{network}/{ip}").into()).collect()
 }
 
 /// Values that the reader assumes are not sent.

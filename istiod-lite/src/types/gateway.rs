@@ -46,6 +46,25 @@ pub struct GatewaySpec {
     pub addresses: Vec<Value>,
     #[serde(default)]
     pub infrastructure: Infrastructure,
+    pub tls: Option<Value>,
+    #[serde(default)]
+    pub allowed_listeners: AllowedListeners,
+    /// Of the experimental channel.
+    pub default_scope: Option<String>,
+}
+
+/// Whose ListenerSets may add listeners.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct AllowedListeners {
+    pub namespaces: ListenerNamespaces,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct ListenerNamespaces {
+    /// `None` when empty.
+    pub from: String,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -53,7 +72,16 @@ pub struct GatewaySpec {
 pub struct Infrastructure {
     pub labels: BTreeMap<String, String>,
     pub annotations: BTreeMap<String, String>,
-    pub parameters_ref: Option<Value>,
+    pub parameters_ref: Option<ParametersRef>,
+}
+
+/// An object of the Gateway's own namespace.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct ParametersRef {
+    pub group: String,
+    pub kind: String,
+    pub name: String,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -64,6 +92,8 @@ pub struct Listener {
     pub protocol: String,
     pub hostname: Option<String>,
     pub tls: Option<Value>,
+    /// Of the experimental channel.
+    pub filters: Option<Value>,
     #[serde(default)]
     pub allowed_routes: AllowedRoutes,
 }

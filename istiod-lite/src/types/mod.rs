@@ -4,10 +4,12 @@
 
 pub mod gateway;
 pub mod networking;
+mod pod;
 pub mod security;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::Deref;
 use std::sync::Arc;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
@@ -15,6 +17,11 @@ use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
+
+pub use pod::{Phase, Pod, STATIC_POD_UID};
+
+/// Labels or annotations.
+pub type Labels = BTreeMap<String, String>;
 
 /// Namespace (empty for cluster-scoped objects) and name.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -33,9 +40,68 @@ impl Key {
     }
 }
 
+impl Key {
+    /// What stands before every object of a namespace in a map.
+    pub fn first_of(namespace: &str) -> Self {
+        Self::new(namespace, "")
+    }
+}
+
 impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.namespace.is_empty() { f.write_str(&self.name) } else { write!(f, "{}/{}", self.namespace, self.name) }
+    }
+}
+
+/// An object as it was read; shared, and equal to nothing but itself, so that tables are compared at the cost of what
+/// differs.
+#[derive(Debug)]
+pub struct Held<T>(Arc<T>);
+
+impl<T> Held<T> {
+    pub fn new(object: T) -> Self {
+        Self(Arc::new(object))
+    }
+}
+
+impl<T> Clone for Held<T> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl<T> PartialEq for Held<T> {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl<T> Deref for Held<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}
+
+/// What labels and annotations are read from.
+pub trait Meta {
+    fn namespace_name(&self) -> &str;
+    fn labels(&self) -> Option<&Labels>;
+    fn annotations(&self) -> Option<&Labels>;
+}
+
+impl Meta for ObjectMeta {
+    fn namespace_name(&self) -> &str {
+        self.namespace.as_deref().unwrap_or_default()
+    }
+
+    fn labels(&self) -> Option<&Labels> {
+        self.labels.as_ref()
+    }
+
+    fn annotations(&self) -> Option<&Labels> {
+        self.annotations.as_ref()
     }
 }
 
@@ -103,19 +169,19 @@ pub fn created(meta: &ObjectMeta) -> i64 {
     meta.creation_timestamp.as_ref().map_or(0, |time| i64::try_from(time.0.as_nanosecond()).unwrap_or(i64::MAX))
 }
 
-pub fn label<'a>(meta: &'a ObjectMeta, key: &str) -> Option<&'a str> {
-    meta.labels.as_ref()?.get(key).map(String::as_str)
+pub fn label<'a>(meta: &'a (impl Meta + ?Sized), key: &str) -> Option<&'a str> {
+    meta.labels()?.get(key).map(String::as_str)
 }
 
-pub fn annotation<'a>(meta: &'a ObjectMeta, key: &str) -> Option<&'a str> {
-    meta.annotations.as_ref()?.get(key).map(String::as_str)
+pub fn annotation<'a>(meta: &'a (impl Meta + ?Sized), key: &str) -> Option<&'a str> {
+    meta.annotations()?.get(key).map(String::as_str)
 }
 
 /// A yes or no among the annotations, as Go's `strconv.ParseBool` reads it; `None` where there is none.
 ///
 /// # Errors
 /// The value, where it is neither.
-pub fn flag<'a>(meta: &'a ObjectMeta, key: &str) -> Result<Option<bool>, &'a str> {
+pub fn flag<'a>(meta: &'a (impl Meta + ?Sized), key: &str) -> Result<Option<bool>, &'a str> {
     match annotation(meta, key) {
         None => Ok(None),
         Some("1" | "t" | "T" | "true" | "TRUE" | "True") => Ok(Some(true)),

@@ -74,3 +74,10 @@ pub struct WorkloadEntrySpec {
     pub weight: u32,
     pub service_account: String,
 }
+
+impl WorkloadEntrySpec {
+    /// The service account that the workload runs as.
+    pub fn account(&self) -> &str {
+        if self.service_account.is_empty() { "default" } else { &self.service_account }
+    }
+}

@@ -24,7 +24,7 @@ impl CustomKind for PeerAuthenticationSpec {
     const PLURAL: &'static str = "peerauthentications";
 }
 
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct WorkloadSelector {
     pub match_labels: BTreeMap<String, String>,
@@ -137,6 +137,8 @@ pub struct Source {
     pub not_ip_blocks: Vec<String>,
     pub remote_ip_blocks: Vec<String>,
     pub not_remote_ip_blocks: Vec<String>,
+    pub trust_domains: Vec<String>,
+    pub not_trust_domains: Vec<String>,
     /// Attributes of other versions of the API.
     #[serde(flatten)]
     pub unknown: BTreeMap<String, Value>,

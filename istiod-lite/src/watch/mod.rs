@@ -2,17 +2,23 @@
 //! Custom kinds are read as dynamic objects, so a malformed one costs itself alone. A kind whose CRD is not installed is
 //! an empty table until it is.
 
+mod mesh_config;
+mod parameters;
+
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures_util::{StreamExt, pin_mut};
 use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Node, Pod, Service, ServiceAccount};
+use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
+use k8s_openapi::api::core::v1::{self as api, ConfigMap, Namespace, Node, Service, ServiceAccount};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::DynamicObject;
 use kube::runtime::watcher::{self, Event, watcher};
-use kube::{Api, Client, Resource, ResourceExt};
+use kube::{Api, Client, Resource};
 use mesh_proto::enrolment::ResolveRequest;
 use mesh_proto::enrolment::resolve_response::Verdict;
 use serde::de::DeserializeOwned;
@@ -20,16 +26,21 @@ use tokio::sync::{self, Notify};
 use tokio::task::JoinSet;
 
 use crate::placement;
-use crate::resources::{Placements, PodDirectory, PodInfo, lock};
+use crate::resources::{Holder, Placements, PodDirectory, PodInfo, lock};
 use crate::translate::binding::MANAGED_LABEL;
-use crate::translate::workload::service_account;
+use crate::translate::mesh_config::Chosen;
+use crate::translate::parameters::{DEFAULTS_FOR, Parameters};
 use crate::translate::world::{MeshSettings, Table, World};
-use crate::types::{CustomKind, Key, Object};
+use crate::types::networking::WorkloadEntrySpec;
+use crate::types::{CustomKind, Held, Key, Labels, Object, Pod};
 
 /// Between attempts while the API does not answer; doubled up to the second.
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 /// The name of the ConfigMap with the mesh's root certificate, in every namespace.
 pub const ROOT_CERT_CONFIG_MAP: &str = "istio-ca-root-cert";
+/// The name of the ConfigMap with the revocation lists that came with the authority's key, in every namespace if there
+/// are any.
+pub const REVOCATION_CONFIG_MAP: &str = "istio-ca-crl";
 
 /// What the API holds, as far as we have heard.
 #[derive(Debug)]
@@ -37,6 +48,8 @@ pub struct Watch {
     world: Mutex<World>,
     /// Kinds whose first list is still outstanding.
     unsynced: Mutex<BTreeSet<&'static str>>,
+    /// By which namespaces and which MeshConfig the hidden ones were found.
+    hidden: Mutex<Hidden>,
     changed: Notify,
     /// The same for any number of listeners.
     news: sync::watch::Sender<u64>,
@@ -48,6 +61,7 @@ impl Watch {
         let watch = Arc::new(Self {
             world: Mutex::new(World { mesh: Arc::new(mesh), ..World::default() }),
             unsynced: Mutex::default(),
+            hidden: Mutex::default(),
             changed: Notify::new(),
             news: sync::watch::Sender::new(0),
         });
@@ -56,13 +70,19 @@ impl Watch {
         let managed = || all().labels(MANAGED_LABEL);
         start.core::<Namespace>("Namespace", all(), |world| &mut world.namespaces);
         start.core::<Node>("Node", all(), |world| &mut world.nodes);
-        start.core::<Pod>("Pod", all(), |world| &mut world.pods);
+        start.pods(|world| &mut world.pods);
         start.core::<Service>("Service", all(), |world| &mut world.services);
         start.core::<EndpointSlice>("EndpointSlice", all(), |world| &mut world.endpoint_slices);
         start.core::<Deployment>("Deployment", managed(), |world| &mut world.deployments);
         start.core::<ServiceAccount>("ServiceAccount", managed(), |world| &mut world.service_accounts);
+        start.meta::<HorizontalPodAutoscaler>("HorizontalPodAutoscaler", managed(), |world| &mut world.autoscalers);
+        start.meta::<PodDisruptionBudget>("PodDisruptionBudget", managed(), |world| &mut world.disruption_budgets);
         let named = all().fields(&format!("metadata.name={ROOT_CERT_CONFIG_MAP}"));
         start.core::<ConfigMap>("ConfigMap", named, |world| &mut world.root_certs);
+        let named = all().fields(&format!("metadata.name={REVOCATION_CONFIG_MAP}"));
+        start.core::<ConfigMap>(REVOCATION_CONFIG_MAP, named, |world| &mut world.revocation_lists);
+        start.parameters();
+        start.mesh_config();
         start.custom(|world| &mut world.gateway_classes);
         start.custom(|world| &mut world.gateways);
         start.custom(|world| &mut world.http_routes);
@@ -73,9 +93,21 @@ impl Watch {
         watch
     }
 
-    /// The world now. Cheap.
+    /// The world now, with what is hidden. Cheap.
     pub fn snapshot(&self) -> World {
-        lock(&self.world).clone()
+        let mut world = lock(&self.world).clone();
+        let mut hidden = lock(&self.hidden);
+        let chosen = &world.mesh_config.chosen;
+        if !hidden.namespaces.ptr_eq(&world.namespaces) || !Arc::ptr_eq(&hidden.chosen, chosen) {
+            let (namespaces, chosen) = (world.namespaces.clone(), Arc::clone(chosen));
+            world.hidden = Arc::clone(&hidden.names);
+            world.find_hidden();
+            // The same while the names are: namespaces change for other reasons.
+            let names = if *world.hidden == *hidden.names { &hidden.names } else { &world.hidden };
+            *hidden = Hidden { namespaces, chosen, names: Arc::clone(names) };
+        }
+        world.hidden = Arc::clone(&hidden.names);
+        world
     }
 
     /// Resolves once after any number of changes.
@@ -95,8 +127,21 @@ impl Watch {
 
     fn update<T>(&self, table: fn(&mut World) -> &mut Table<T>, write: impl FnOnce(&mut Table<T>)) {
         write(table(&mut lock(&self.world)));
+        self.announce();
+    }
+
+    fn announce(&self) {
         self.changed.notify_one();
         self.news.send_modify(|count| *count += 1);
+    }
+
+    /// Notes whether the API has a kind.
+    fn installed(&self, kind: &'static str, is_installed: bool) {
+        let mut world = lock(&self.world);
+        if world.not_installed.contains(kind) == is_installed {
+            let kinds = Arc::make_mut(&mut world.not_installed);
+            _ = if is_installed { kinds.remove(kind) } else { kinds.insert(kind) };
+        }
     }
 
     fn synced_kind(&self, kind: &'static str) {
@@ -106,34 +151,53 @@ impl Watch {
     }
 }
 
+/// Namespaces that MeshConfig hides, and what says so.
+#[derive(Debug, Default)]
+struct Hidden {
+    namespaces: Table<Namespace>,
+    chosen: Arc<Chosen>,
+    names: Arc<BTreeSet<Arc<str>>>,
+}
+
 impl PodDirectory for Watch {
     fn synced(&self) -> bool {
         !lock(&self.unsynced).contains("Pod")
     }
 
     fn pod(&self, namespace: &str, name: &str) -> Option<PodInfo> {
-        let pods = Arc::clone(&lock(&self.world).pods);
+        let pods = lock(&self.world).pods.clone();
         let pod = pods.get(&Key::new(namespace, name))?;
         Some(PodInfo {
-            uid: pod.metadata.uid.as_deref().unwrap_or_default().into(),
+            uid: pod.uid.clone().unwrap_or_default(),
             name: name.into(),
             namespace: namespace.into(),
-            service_account: service_account(pod).into(),
-            node: node_name(pod).into(),
-            phase: phase(pod).into(),
-            labels: pod.labels().clone(),
+            service_account: pod.template.service_account.as_str().into(),
+            node: pod.node.as_deref().unwrap_or_default().into(),
+            phase: pod.phase.name().into(),
+            labels: Labels::clone(&pod.labels),
         })
     }
 
     fn node_runs(&self, node: &str, namespace: &str, account: &str) -> bool {
-        let pods = Arc::clone(&lock(&self.world).pods);
+        let pods = lock(&self.world).pods.clone();
         pods.iter().any(|(key, pod)| {
             *key.namespace == *namespace
                 && !node.is_empty()
-                && node_name(pod) == node
-                && service_account(pod) == account
-                && !matches!(phase(pod), "Failed" | "Succeeded")
+                && pod.node.as_deref() == Some(node)
+                && pod.template.service_account == account
+                && !pod.phase.is_over()
         })
+    }
+
+    fn holder(&self, namespace: &str, account: &str) -> Holder {
+        let world = lock(&self.world).clone();
+        if world.has_machine_of(namespace, account) {
+            Holder::Somebody
+        } else if lock(&self.unsynced).contains(WorkloadEntrySpec::KIND) {
+            Holder::Unknown
+        } else {
+            Holder::Nobody
+        }
     }
 }
 
@@ -146,14 +210,6 @@ impl Placements for Watch {
     fn news(&self) -> sync::watch::Receiver<u64> {
         self.news.subscribe()
     }
-}
-
-fn node_name(pod: &Pod) -> &str {
-    pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()).unwrap_or_default()
-}
-
-fn phase(pod: &Pod) -> &str {
-    pod.status.as_ref().and_then(|status| status.phase.as_deref()).unwrap_or_default()
 }
 
 struct Start<'a> {
@@ -172,6 +228,38 @@ impl Start<'_> {
             object.meta_mut().managed_fields = None;
             object
         });
+    }
+
+    /// Of objects of which nothing else is looked at.
+    fn meta<K>(&mut self, kind: &'static str, config: watcher::Config, table: fn(&mut World) -> &mut Table<ObjectMeta>)
+    where
+        K: Resource<DynamicType = ()> + Clone + DeserializeOwned + std::fmt::Debug + Send + Sync + 'static,
+    {
+        let api = Api::<K>::all(self.client.clone());
+        self.spawn(kind, api, config, table, |mut object| {
+            let mut meta = std::mem::take(object.meta_mut());
+            meta.managed_fields = None;
+            meta
+        });
+    }
+
+    /// What waypoints are to be made like.
+    fn parameters(&mut self) {
+        let root = lock(&self.watch.world).mesh.root_namespace.clone();
+        let api = Api::<ConfigMap>::namespaced(self.client.clone(), &root);
+        let defaults = watcher::Config::default().labels(DEFAULTS_FOR);
+        self.spawn(DEFAULTS_FOR, api, defaults, |world| &mut world.class_defaults, Parameters::read);
+        self.tasks.spawn(parameters::follow(Arc::clone(self.watch), self.client.clone()));
+    }
+
+    fn mesh_config(&mut self) {
+        lock(&self.watch.unsynced).insert(mesh_config::KIND);
+        self.tasks.spawn(mesh_config::follow(Arc::clone(self.watch), self.client.clone()));
+    }
+
+    fn pods(&mut self, table: fn(&mut World) -> &mut Table<Pod>) {
+        let api = Api::<api::Pod>::all(self.client.clone());
+        self.spawn("Pod", api, watcher::Config::default(), table, Pod::new);
     }
 
     fn custom<S: CustomKind>(&mut self, table: fn(&mut World) -> &mut Table<Object<S>>) {
@@ -209,9 +297,9 @@ async fn follow<K, T>(
 {
     let events = watcher(api, config);
     pin_mut!(events);
-    let mut listing = std::collections::BTreeMap::new();
+    let mut listing = Table::new();
     let mut retry = RETRY.0;
-    let entry = |object: K| (Key::of(object.meta()), Arc::new(convert(object)));
+    let entry = |object: K| (Key::of(object.meta()), Held::new(convert(object)));
     while let Some(event) = events.next().await {
         match event {
             Ok(event) => {
@@ -223,23 +311,25 @@ async fn follow<K, T>(
                         listing.insert(key, object);
                     }
                     Event::InitDone => {
-                        let listed = Arc::new(std::mem::take(&mut listing));
+                        let listed = std::mem::take(&mut listing);
+                        watch.installed(kind, true);
                         watch.update(table, |table| *table = listed);
                         watch.synced_kind(kind);
                     }
                     Event::Apply(object) => {
                         let (key, object) = entry(object);
-                        watch.update(table, |table| _ = Arc::make_mut(table).insert(key, object));
+                        watch.update(table, |table| _ = table.insert(key, object));
                     }
                     Event::Delete(object) => {
                         let key = Key::of(object.meta());
-                        watch.update(table, |table| _ = Arc::make_mut(table).remove(&key));
+                        watch.update(table, |table| _ = table.remove(&key));
                     }
                 }
             }
             Err(error) => {
                 if is_not_installed(&error) {
                     tracing::debug!(kind, "kind is not installed");
+                    watch.installed(kind, false);
                     watch.update(table, |table| *table = Table::default());
                     watch.synced_kind(kind);
                 } else {

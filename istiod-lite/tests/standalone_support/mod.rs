@@ -6,6 +6,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use kube::config::{KubeConfigOptions, Kubeconfig};
+use serde_json::Value;
 
 const DEADLINE: Duration = Duration::from_secs(20);
 
@@ -33,6 +34,22 @@ pub async fn eventually_async<T>(what: &str, mut probe: impl AsyncFnMut() -> Opt
     }
 }
 
+/// The definitions that users apply, as `kubectl apply -f manifests/crds/` takes them.
+pub fn crds() -> Vec<Value> {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/crds");
+    let paths = std::fs::read_dir(directory).expect("a directory").map(|entry| entry.expect("an entry").path());
+    let manifests = paths.filter(|path| path.extension().is_some_and(|extension| extension == "yaml"));
+    let texts = manifests.map(|path| std::fs::read_to_string(path).expect("a manifest"));
+    texts.flat_map(|text| serde_saphyr::from_multiple::<Value>(&text).expect("YAML")).collect()
+}
+
+/// What runs beside the API server in its process.
+pub enum Beside {
+    Nothing,
+    /// The control plane, with these settings.
+    ControlPlane(Vec<(&'static str, String)>),
+}
+
 /// A server on a port of its own; killed and its data removed on drop.
 pub struct Server {
     dir: tempfile::TempDir,
@@ -41,8 +58,12 @@ pub struct Server {
 
 impl Server {
     pub fn start() -> Self {
+        Self::start_by(Command::new(env!("CARGO_BIN_EXE_istiod-lite")))
+    }
+
+    pub fn start_beside(what: &Beside) -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory");
-        let child = spawn(dir.path(), Command::new(env!("CARGO_BIN_EXE_istiod-lite")));
+        let child = spawn(dir.path(), Command::new(env!("CARGO_BIN_EXE_istiod-lite")), what);
         let mut server = Self { dir, child };
         server.wait_ready();
         server
@@ -51,7 +72,7 @@ impl Server {
     /// Starts with `command`, which ends in running the server's binary (given as its last arguments).
     pub fn start_by(command: Command) -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory");
-        let child = spawn(dir.path(), command);
+        let child = spawn(dir.path(), command, &Beside::Nothing);
         let mut server = Self { dir, child };
         server.wait_ready();
         server
@@ -67,10 +88,25 @@ impl Server {
 
     /// SIGKILL, then a new process on the same data.
     pub fn kill_and_restart(&mut self) {
+        self.kill_and_restart_beside(&Beside::Nothing);
+    }
+
+    /// As [`Self::kill_and_restart`], beside something else.
+    pub fn kill_and_restart_beside(&mut self, what: &Beside) {
+        self.kill();
+        self.restart_beside(what);
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) {
         self.child.kill().expect("SIGKILL");
         self.child.wait().expect("the killed server ends");
         std::fs::remove_file(self.kubeconfig()).expect("the old kubeconfig");
-        self.child = spawn(self.dir.path(), Command::new(env!("CARGO_BIN_EXE_istiod-lite")));
+    }
+
+    /// A new process on the data of one that was killed.
+    pub fn restart_beside(&mut self, what: &Beside) {
+        self.child = spawn(self.dir.path(), Command::new(env!("CARGO_BIN_EXE_istiod-lite")), what);
         self.wait_ready();
     }
 
@@ -111,15 +147,17 @@ impl Server {
     }
 }
 
-fn spawn(dir: &Path, mut command: Command) -> Child {
+fn spawn(dir: &Path, mut command: Command, beside: &Beside) -> Child {
     command
-        .args(["standalone", "--api-only", "--listen", "127.0.0.1:0", "--data-dir"])
+        .args(["standalone", "--listen", "127.0.0.1:0", "--data-dir"])
         .arg(dir.join("data"))
         .arg("--kubeconfig-out")
-        .arg(dir.join("kubeconfig"))
-        .stdin(Stdio::null())
-        .spawn()
-        .expect("the server's binary")
+        .arg(dir.join("kubeconfig"));
+    match beside {
+        Beside::Nothing => command.arg("--api-only"),
+        Beside::ControlPlane(settings) => command.envs(settings.iter().map(|(name, value)| (name, value))),
+    };
+    command.stdin(Stdio::null()).spawn().expect("the server's binary")
 }
 
 impl Drop for Server {

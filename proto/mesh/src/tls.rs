@@ -21,6 +21,7 @@ mod suites;
 mod verify;
 
 pub use revocable::Revocable;
+pub use verify::ClientPaths;
 use verify::{PeerError, Proven, Trust, TrustedClient, TrustedServer, provider};
 
 /// A TLS session over `S`.

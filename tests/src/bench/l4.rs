@@ -18,7 +18,7 @@ use super::interrupt::Interrupt;
 use super::load::{OPEN, Outcome};
 use super::report::{Better, Budget, Machine, Report, Round, Row};
 use super::usage::Spent;
-use super::{Options, proof, report, scale, usage};
+use super::{Options, proof, report, usage, workloads};
 use crate::places::Places;
 
 /// What is counted in a test.
@@ -132,7 +132,7 @@ pub fn run(options: &Options) -> Result<()> {
     // Memory first: later the allocator holds what was used before.
     let mut memory = Vec::new();
     if wanted.has(RSS_IDLE) {
-        scale::rest(&interrupt)?;
+        workloads::rest(&interrupt)?;
         memory.push(rss_idle(&arenas)?);
     }
     for arena in &mut arenas {
@@ -334,7 +334,7 @@ fn scales(wanted: &Wanted<'_>, places: &Places, interrupt: &Interrupt, failures:
         if ![rest, peak, ready].iter().any(|name| wanted.has(name)) {
             continue;
         }
-        let known = match scale::measure(&places.binaries.join("ztunnel"), workloads, interrupt) {
+        let known = match workloads::measure(&places.binaries.join("ztunnel"), workloads, interrupt) {
             Ok(known) => known,
             Err(error) => {
                 interrupt.check()?;
@@ -438,7 +438,7 @@ mod tests {
     #[test]
     fn proxies_cost_is_shared_over_the_whole_run() {
         let outcome = Outcome { seconds: 2.0, operations: 1000, total_operations: 1250, ..Outcome::default() };
-        let spent = Spent { proxies: 0.05, switches: 2500, others: 0.0 };
+        let spent = Spent { proxies: 0.05, switches: 2500, own: 0.0, others: 0.0 };
         let test = TESTS.iter().find(|test| test.name == "http_32").expect("it exists");
         let figures = test.figures(&outcome, spent, true);
         let value = |name: &str| figures.iter().find(|(metric, ..)| *metric == name).map(|(_, _, value)| *value);

@@ -9,8 +9,9 @@
 //! - [`usage`] reads CPU, context switches and memory from the kernel
 //! - [`proof`] shows once per run that a contestant carries bytes, unchanged and unreadable
 //! - [`l4`] is the suite: which tests, which budgets, in which order
-//! - [`scale`] is its part about meshes of many workloads, without traffic
-//! - [`capture`] is another: the way into a proxy, without one; its two ends are in [`sink`]
+//! - [`workloads`] is its part about meshes of many workloads, without traffic
+//! - [`scale`] is another: the control plane under a fleet of node proxies that only listen
+//! - [`capture`] is the third: the way into a proxy, without one; its two ends are in [`sink`]
 //! - [`relay`] makes contestants that only copy, with TLS and without: what two user-space hops cost whatever they do
 //! - [`report`] makes medians, JSON and the table
 
@@ -26,6 +27,7 @@ pub mod scale;
 pub mod serve;
 pub mod sink;
 pub mod usage;
+pub mod workloads;
 
 use std::path::PathBuf;
 

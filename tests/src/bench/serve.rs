@@ -48,14 +48,14 @@ pub fn run() -> Result<()> {
     })
 }
 
-fn listen(port: u16) -> Result<TcpListener> {
+pub(crate) fn listen(port: u16) -> Result<TcpListener> {
     let socket = TcpSocket::new_v6()?;
     socket.set_reuseaddr(true)?;
     socket.bind(SocketAddr::from((Ipv6Addr::UNSPECIFIED, port))).with_context(|| format!("port {port}"))?;
     Ok(socket.listen(BACKLOG)?)
 }
 
-async fn accept<F: Future<Output = std::io::Result<()>> + Send + 'static>(
+pub(crate) async fn accept<F: Future<Output = std::io::Result<()>> + Send + 'static>(
     listener: TcpListener,
     serve: fn(TcpStream) -> F,
 ) -> Result<()> {
@@ -86,7 +86,7 @@ async fn source(mut stream: TcpStream) -> std::io::Result<()> {
     }
 }
 
-async fn echo(mut stream: TcpStream) -> std::io::Result<()> {
+pub(crate) async fn echo(mut stream: TcpStream) -> std::io::Result<()> {
     // Grows with the messages: a thousand idle connections must not cost a buffer each.
     let mut buffer = vec![0; 4 << 10];
     loop {

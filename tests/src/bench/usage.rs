@@ -8,6 +8,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 
+use crate::memory;
+
 /// What `/proc/stat` counts in.
 const TICKS_PER_SECOND: f64 = 100.0;
 /// Cores that others may use before a run counts as disturbed.
@@ -31,6 +33,8 @@ pub struct Spent {
     pub proxies: f64,
     /// Context switches of all proxies.
     pub switches: u64,
+    /// CPU seconds of this program.
+    pub own: f64,
     /// Cores used by whatever is neither the lab nor this program.
     pub others: f64,
 }
@@ -67,10 +71,12 @@ impl Sample {
     /// What was spent since `before`.
     pub fn since(&self, before: &Self) -> Spent {
         let wall = (self.at - before.at).as_secs_f64().max(1e-3);
-        let ours = (self.lab - before.lab) + (self.own - before.own);
+        let own = self.own - before.own;
+        let ours = (self.lab - before.lab) + own;
         Spent {
             proxies: self.proxies - before.proxies,
             switches: self.switches.saturating_sub(before.switches),
+            own,
             others: ((self.machine - before.machine - ours) / wall).max(0.0),
         }
     }
@@ -119,23 +125,12 @@ fn switches_in(status: &str) -> u64 {
 
 /// Resident memory of all processes of a cgroup in KiB.
 pub fn resident_kib(cgroup: &Path) -> Result<u64> {
-    memory_kib(cgroup, "Rss:")
+    processes(cgroup)?.into_iter().map(memory::resident_kib).sum()
 }
 
 /// What all processes of a cgroup have written to, in KiB: without their code, which comes and goes.
 pub fn written_kib(cgroup: &Path) -> Result<u64> {
-    memory_kib(cgroup, "Anonymous:")
-}
-
-fn memory_kib(cgroup: &Path, kind: &str) -> Result<u64> {
-    let mut total = 0;
-    for pid in processes(cgroup)? {
-        // Exact, unlike what `status` says of a process with many threads.
-        let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
-        let line = text.lines().find(|line| line.starts_with(kind)).with_context(|| format!("no {kind}"))?;
-        total += line.split_whitespace().nth(1).context("no value")?.parse::<u64>()?;
-    }
-    Ok(total)
+    processes(cgroup)?.into_iter().map(memory::written_kib).sum()
 }
 
 #[cfg(test)]

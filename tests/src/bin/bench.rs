@@ -4,7 +4,8 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use mesh_tests::bench::{Options, capture, l4, load, relay, serve, sink};
+use mesh_tests::bench::{Options, capture, l4, load, relay, scale, serve, sink};
+use mesh_tests::echo;
 use mesh_tests::load::{client, endure, many, soak};
 
 /// Measures the mesh side by side with plain TCP and with peers.
@@ -20,6 +21,8 @@ enum Suite {
     L4(Options),
     /// The way into a proxy, without one: loopback, our programs, iptables
     Capture(Options),
+    /// The control plane under many node proxies, pods and changes: how soon they hear, and what it takes
+    Scale(scale::Options),
     /// Many idle pods on one node: time to enrol them, memory and CPU of their ztunnel
     Pods(many::Options),
     /// Everything that must not lose a connection, under load: not a measurement, a test that takes its time
@@ -38,6 +41,12 @@ enum Suite {
     /// The server end of a test
     #[command(hide = true)]
     Serve,
+    /// An application that answers with what has reached it
+    #[command(hide = true)]
+    Echo(echo::server::Options),
+    /// Its client: what to ask on standard input, what came of it on standard output
+    #[command(hide = true)]
+    Ask,
     /// A proxy that only copies
     #[command(hide = true)]
     Relay(relay::Options),
@@ -50,6 +59,7 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().suite {
         Suite::L4(options) => l4::run(&options),
         Suite::Capture(options) => capture::run(&options),
+        Suite::Scale(options) => scale::run(&options),
         Suite::Sink(options) => sink::sink(&options).map(|never| match never {}),
         Suite::Dial(options) => sink::dial(&options),
         Suite::Pods(options) => many::run(&options),
@@ -57,6 +67,8 @@ fn main() -> ExitCode {
         Suite::Endure(options) => endure::run(&options),
         Suite::SoakClient(options) => client::run(&options),
         Suite::Serve => serve::run(),
+        Suite::Echo(options) => echo::server::run(&options),
+        Suite::Ask => echo::client::run(),
         Suite::Relay(options) => relay::run(&options),
         Suite::Load(options) => load::run(&options),
     };

@@ -613,21 +613,21 @@ impl Actor {
             "containerStatuses": containers})
     }
 
-    /// TERM, grace, KILL; then the namespace, the cgroup and the object.
+    /// Hooks that sleep, TERM, grace, KILL; then the namespace, the cgroup and the object.
     async fn stop(&mut self) -> Result<()> {
         let grace = match &*self.wishes.borrow() {
             Wish::Gone => 0,
             Wish::Run(pod) => pod.metadata.deletion_grace_period_seconds.unwrap_or(30),
         };
+        let seconds = |seconds: i64| Duration::from_secs(u64::try_from(seconds).unwrap_or(0));
+        let end = Instant::now() + seconds(grace);
+        self.run_until(end.min(Instant::now() + seconds(self.sleeps_before_term()))).await;
         for container in self.containers.iter().filter(|container| container.child.is_some()) {
             let pid = i32::try_from(container.info.pid).context("PID out of range")?;
             // It may have ended just now.
             let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
         }
-        let end = Instant::now() + Duration::from_secs(u64::try_from(grace).unwrap_or(0));
-        while Instant::now() < end && self.any_running() && !matches!(*self.wishes.borrow(), Wish::Gone) {
-            tokio::time::sleep(TICK).await;
-        }
+        self.run_until(end).await;
         let (cgroup, net, node) = (self.cgroup(), self.net.clone(), self.node.net.clone());
         tokio::task::spawn_blocking(move || {
             record::kill_cgroup(&cgroup)?;
@@ -646,6 +646,20 @@ impl Actor {
         let params = DeleteParams { preconditions: Some(only_this), ..DeleteParams::default() }.grace_period(0);
         ignore_missing(api.delete(&self.pod.name_any(), &params).await)?;
         Ok(())
+    }
+
+    /// Returns before, where nothing runs any more or the object has gone.
+    async fn run_until(&mut self, end: Instant) {
+        while Instant::now() < end && self.any_running() && !matches!(*self.wishes.borrow(), Wish::Gone) {
+            tokio::time::sleep(TICK).await;
+        }
+    }
+
+    /// Seconds that the hook `preStop` of a container asks for. Other hooks than `sleep` are not run.
+    fn sleeps_before_term(&self) -> i64 {
+        let containers = self.pod.spec.iter().flat_map(|spec| &spec.containers);
+        let hooks = containers.filter_map(|container| container.lifecycle.as_ref()?.pre_stop.as_ref()?.sleep.as_ref());
+        hooks.map(|sleep| sleep.seconds).max().unwrap_or_default()
     }
 
     /// Collects what has ended and says whether anything is left.

@@ -132,10 +132,3 @@ fn ended(to: SocketAddr, bytes: &[u8], shut: Shut) -> Result<()> {
         }
     }
 }
-
-/// What a process has written to, in KiB: its code comes and goes by its own rules.
-pub fn written(pid: u32) -> Result<u64> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).context("no RssAnon")?;
-    Ok(line.trim().trim_end_matches("kB").trim().parse()?)
-}

@@ -72,10 +72,16 @@ struct Group {
 /// The balancer of one worker. Groups are rebuilt when the world has moved on, keeping the counts in flight.
 #[derive(Debug, Default)]
 pub struct Balancer {
+    /// Where addresses mean what they mean here: those of other networks are somebody else's.
+    network: Arc<str>,
     groups: Mutex<HashMap<(NamespacedHostname, u16), Arc<Group>>>,
 }
 
 impl Balancer {
+    pub fn new(network: Arc<str>) -> Self {
+        Self { network, groups: Mutex::default() }
+    }
+
     /// The endpoint for the next request to `port` of `service`, leaving out those in `tried` while there are others.
     /// `None` when there is no healthy endpoint.
     pub fn pick(
@@ -106,7 +112,7 @@ impl Balancer {
         let old = groups.get(&key);
         let group = Arc::new(Group {
             version: world.version(),
-            endpoints: endpoints(world, service, port, old.map(|g| &**g)),
+            endpoints: endpoints(world, &self.network, (service, port), old.map(|g| &**g)),
             next: AtomicUsize::new(old.map_or(0, |g| g.next.load(Ordering::Relaxed))),
         });
         if group.endpoints.is_empty() {
@@ -118,11 +124,16 @@ impl Balancer {
     }
 }
 
-fn endpoints(world: &Snapshot, service: &NamespacedHostname, port: u16, old: Option<&Group>) -> Vec<Arc<Endpoint>> {
+fn endpoints(
+    world: &Snapshot,
+    network: &str,
+    (service, port): (&NamespacedHostname, u16),
+    old: Option<&Group>,
+) -> Vec<Arc<Endpoint>> {
     let Some(of_service) = world.service(service) else { return Vec::new() };
     let Some(declared) = of_service.ports.get(&port) else { return Vec::new() };
     let mut list = Vec::new();
-    for (workload, ports) in world.endpoints(service).filter(|(w, _)| w.capacity > 0) {
+    for (workload, ports) in world.endpoints(service).filter(|(w, _)| w.capacity > 0 && *w.network == *network) {
         let Some(ip) = workload.addresses.first() else { continue };
         // The endpoint's own mapping wins: a named port may differ from pod to pod.
         let Some(target) = ports.target(port).or(Some(declared.target_port).filter(|p| *p != 0)) else { continue };
@@ -191,6 +202,14 @@ mod tests {
             let picked = balancer.pick(&store.snapshot(), &key, 80, &tried).expect("endpoint");
             assert_eq!(picked.address.to_string(), "10.0.0.2:8080");
         }
+    }
+
+    #[test]
+    fn an_address_of_another_network_is_not_dialled() {
+        let (store, key) = world(&[("10.0.0.1", 1)]);
+        let pick = |network: &str| Balancer::new(network.into()).pick(&store.snapshot(), &key, 80, &BTreeSet::new());
+        assert!(pick("").is_some());
+        assert!(pick("east").is_none());
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! ReplaceFullPath and ReplacePrefixMatch, shared by redirect and rewrite.
 
+use http::uri::PathAndQuery;
 use mesh_proto::waypoint::{self as wire, path_modifier};
 
 use super::FilterError;
@@ -13,9 +14,11 @@ pub enum PathModifier {
 
 impl PathModifier {
     pub(super) fn compile(m: &wire::PathModifier) -> Result<Self, FilterError> {
+        // A fragment would end what is parsed without an error.
+        let is_path = |p: &str| p.starts_with('/') && !p.contains('#') && p.parse::<PathAndQuery>().is_ok();
         match &m.kind {
-            Some(path_modifier::Kind::ReplaceFull(p)) if p.starts_with('/') => Ok(Self::Full(p.clone())),
-            Some(path_modifier::Kind::ReplacePrefixMatch(p)) if p.is_empty() || p.starts_with('/') => {
+            Some(path_modifier::Kind::ReplaceFull(p)) if is_path(p) => Ok(Self::Full(p.clone())),
+            Some(path_modifier::Kind::ReplacePrefixMatch(p)) if p.is_empty() || is_path(p) => {
                 Ok(Self::Prefix(p.trim_end_matches('/').to_owned()))
             }
             Some(path_modifier::Kind::ReplaceFull(p) | path_modifier::Kind::ReplacePrefixMatch(p)) => {

@@ -3,6 +3,7 @@
 use http::StatusCode;
 use http::uri::Authority;
 use mesh_proto::waypoint as wire;
+use percent_encoding::{CONTROLS, utf8_percent_encode};
 
 use super::{FilterError, PathModifier, authority};
 
@@ -70,6 +71,7 @@ impl Redirect {
             location.push('?');
             location.push_str(query);
         }
-        location
+        // Clients may write UTF-8 as it is; a header must not (RFC 3986, 2.1).
+        utf8_percent_encode(&location, CONTROLS).to_string()
     }
 }

@@ -78,6 +78,15 @@ fn redirect_locations_follow_the_gateway_api() {
     let kind = Some(path_modifier::Kind::ReplacePrefixMatch("/x".into()));
     let r = redirect_of(wire::Redirect { path: Some(wire::PathModifier { kind }), ..Default::default() });
     assert_eq!(r.location(&context), "http://echo:8080/x/b?q=1");
+    assert_eq!(
+        redirect_of(wire::Redirect::default()).location(&RedirectContext { path: "/é", query: None, ..REQUEST }),
+        "http://echo/%C3%A9"
+    );
+    for path in ["/\u{7f}", "/a b", "/a#b", "a"] {
+        let kind = Some(path_modifier::Kind::ReplaceFull(path.into()));
+        let path = Some(wire::PathModifier { kind });
+        assert!(Redirect::compile(&wire::Redirect { path, ..Default::default() }).is_err());
+    }
     assert!(Redirect::compile(&wire::Redirect { status: 200, ..Default::default() }).is_err());
     assert!(Redirect::compile(&wire::Redirect { scheme: "ftp".into(), ..Default::default() }).is_err());
 }

@@ -16,6 +16,7 @@ use futures_util::stream::{self, StreamExt};
 use mesh::drain::DrainWatcher;
 use mesh::identity::{Identity, IdentityParseError};
 use mesh::model::TunnelProtocol;
+use mesh_memory::Heap;
 use mesh_proto::enrolment::{PodState, pod_state::State as WireState};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -24,7 +25,6 @@ use tokio_util::task::TaskTracker;
 
 use super::enrolment::{Desired, Enrolment};
 use super::find::{Finder, Found, Process};
-use super::heap::Heap;
 use super::host::Host;
 use super::keep::{Keeper, Keeping};
 use super::netns::{Callers, Family, Netns};

@@ -9,7 +9,6 @@
 pub mod backend;
 pub mod enrolment;
 pub mod find;
-mod heap;
 pub mod host;
 pub mod keep;
 pub mod manager;

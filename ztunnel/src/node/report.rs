@@ -1,5 +1,6 @@
 //! Tells the control plane what became of the pods it wanted enrolled: all of them, after each change and after each
-//! reconnect, because a report stands for everything.
+//! reconnect, because a report stands for everything. By the connection of the xDS stream: of several replicas the one
+//! that has said what to enrol is told what became of it.
 
 use std::time::Duration;
 
@@ -14,28 +15,27 @@ const LONGEST_RETRY: Duration = Duration::from_secs(15);
 /// A report is small; a server that takes longer is not there.
 const DEADLINE: Duration = Duration::from_secs(5);
 
-/// Reports until the drain begins. `connected` is the state of the xDS stream: a control plane that comes back has
-/// forgotten what it was told.
+/// Reports until the drain begins. `link` is the connection of the xDS stream while that is up: a control plane that comes
+/// back has forgotten what it was told.
 pub async fn run(
-    channel: AuthChannel,
+    mut link: watch::Receiver<Option<AuthChannel>>,
     mut states: watch::Receiver<Vec<PodState>>,
-    mut connected: watch::Receiver<bool>,
     drain: DrainWatcher,
 ) {
-    let mut client = EnrolmentServiceClient::new(channel);
     let mut retry = FIRST_RETRY;
     loop {
         let pods = states.borrow_and_update().clone();
-        let up = *connected.borrow_and_update();
-        let failed = if up {
-            let report = client.report(EnrolmentReport { pods });
-            match tokio::time::timeout(DEADLINE, report).await {
-                Ok(Ok(_)) => None,
-                Ok(Err(status)) => Some(status.to_string()),
-                Err(_) => Some(format!("no answer within {} s", DEADLINE.as_secs())),
+        let channel = link.borrow_and_update().clone();
+        let failed = match channel {
+            Some(channel) => {
+                let mut client = EnrolmentServiceClient::new(channel);
+                match tokio::time::timeout(DEADLINE, client.report(EnrolmentReport { pods })).await {
+                    Ok(Ok(_)) => None,
+                    Ok(Err(status)) => Some(status.to_string()),
+                    Err(_) => Some(format!("no answer within {} s", DEADLINE.as_secs())),
+                }
             }
-        } else {
-            None
+            None => None,
         };
         match &failed {
             Some(error) => {
@@ -47,7 +47,7 @@ pub async fn run(
         tokio::select! {
             () = tokio::time::sleep(retry), if failed.is_some() => {}
             Ok(()) = states.changed() => {}
-            Ok(()) = connected.changed() => {}
+            Ok(()) = link.changed() => {}
             () = drain.draining() => return,
         }
     }

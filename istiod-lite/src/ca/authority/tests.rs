@@ -7,7 +7,7 @@ const NOW: OffsetDateTime = time::macros::datetime!(2030-01-01 0:00 UTC);
 const SPIFFE: &str = "spiffe://cluster.local/ns/shop/sa/cart";
 
 fn authority() -> Authority {
-    Authority::from_material(&Authority::self_signed("cluster.local", NOW).unwrap()).unwrap()
+    Authority::from_material(&Authority::self_signed("cluster.local", SELF_SIGNED_ROOT_TTL, NOW).unwrap()).unwrap()
 }
 
 fn csr() -> String {
@@ -21,7 +21,10 @@ fn sign(validity: i64) -> Result<Issued, SignError> {
 
 /// An intermediate below a root, with the root.
 fn intermediate() -> (CaMaterial, String) {
-    let root = Authority::self_signed("corp", NOW).unwrap();
+    intermediate_below(&Authority::self_signed("corp", SELF_SIGNED_ROOT_TTL, NOW).unwrap())
+}
+
+fn intermediate_below(root: &CaMaterial) -> (CaMaterial, String) {
     let issuer = Issuer::from_ca_cert_pem(&root.certificate, KeyPair::from_pem(&root.key).unwrap()).unwrap();
     let key = KeyPair::generate().unwrap();
     let mut params = CertificateParams::default();
@@ -34,7 +37,7 @@ fn intermediate() -> (CaMaterial, String) {
     let certificate = params.signed_by(&key, &issuer).unwrap().pem();
     let material =
         CaMaterial { certificate, key: key.serialize_pem(), chain: String::new(), roots: root.certificate.clone() };
-    (material, root.certificate)
+    (material, root.certificate.clone())
 }
 
 #[test]
@@ -113,6 +116,23 @@ fn no_leaf_outlives_its_signer() {
 }
 
 #[test]
+fn no_leaf_outlives_the_last_root_above_it() {
+    let half = Duration::from_secs(1800);
+    let (material, _) = intermediate_below(&Authority::self_signed("corp", half, NOW).unwrap());
+    let end = |material: &CaMaterial| Authority::from_material(material).unwrap().not_after();
+    assert_eq!(end(&material), NOW + half, "there are clients that look at it");
+    let unrelated = Authority::self_signed("other", SELF_SIGNED_ROOT_TTL, NOW).unwrap();
+    let roots = material.roots.clone() + &unrelated.certificate;
+    assert_eq!(end(&CaMaterial { roots, ..material }), NOW + half);
+
+    let root = Authority::self_signed("corp", half, NOW).unwrap();
+    let renewed = Authority::renewed(&root, SELF_SIGNED_ROOT_TTL, NOW).unwrap();
+    let (material, _) = intermediate_below(&root);
+    let roots = root.certificate.clone() + &renewed.certificate;
+    assert_eq!(end(&CaMaterial { roots, ..material }), NOW + 2 * half);
+}
+
+#[test]
 fn a_self_signed_authority_answers_leaf_and_root() {
     let authority = authority();
     let issued = authority.sign(&csr(), SPIFFE, 60, LeafLifetime::default(), NOW).unwrap();
@@ -123,8 +143,8 @@ fn a_self_signed_authority_answers_leaf_and_root() {
 
 #[test]
 fn material_that_cannot_work_is_refused() {
-    let good = Authority::self_signed("cluster.local", NOW).unwrap();
-    let other = Authority::self_signed("cluster.local", NOW).unwrap();
+    let good = Authority::self_signed("cluster.local", SELF_SIGNED_ROOT_TTL, NOW).unwrap();
+    let other = Authority::self_signed("cluster.local", SELF_SIGNED_ROOT_TTL, NOW).unwrap();
     let refuse = |material: CaMaterial| Authority::from_material(&material).err().expect("refused");
 
     assert!(matches!(refuse(CaMaterial { key: other.key.clone(), ..good.clone() }), MaterialError::KeyMismatch));
@@ -139,6 +159,17 @@ fn material_that_cannot_work_is_refused() {
     let leaf = CertificateParams::new(["a".to_owned()]).unwrap().self_signed(&key).unwrap().pem();
     let leaf = CaMaterial { certificate: leaf, key: key.serialize_pem(), chain: String::new(), roots: String::new() };
     assert!(matches!(refuse(leaf), MaterialError::NotACa));
+}
+
+#[test]
+fn material_whose_certificates_nobody_accepts_is_refused() {
+    // No authority may stand below this one.
+    let (material, root) = intermediate();
+    let (below, _) = intermediate_below(&material);
+    let below = CaMaterial { chain: material.certificate.clone(), roots: root, ..below };
+    let refused = Authority::from_material(&below).err().expect("refused");
+    assert!(matches!(&refused, MaterialError::Unacceptable(_)), "{refused}");
+    assert!(refused.to_string().starts_with("proxies would not accept what it signs: "), "{refused}");
 }
 
 #[test]
@@ -186,4 +217,64 @@ fn rsa_keys_are_signed_unless_they_are_weak() {
     let sign = |csr: &str| authority().sign(csr, SPIFFE, 60, LeafLifetime::default(), NOW);
     sign(RSA).unwrap();
     assert!(matches!(sign(WEAK), Err(SignError::UnsupportedKey)));
+}
+
+/// A root as Istio makes them: its name is a PrintableString, and the identifier of its key is not the one we would give.
+fn istios_root() -> CaMaterial {
+    let key = KeyPair::generate().unwrap();
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    let name = DnValue::PrintableString("cluster.local".try_into().unwrap());
+    params.distinguished_name.push(DnType::OrganizationName, name);
+    params.key_identifier_method = KeyIdMethod::PreSpecified(vec![7; 20]);
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+    (params.not_before, params.not_after) = (NOW, NOW + Duration::from_secs(3600));
+    let certificate = params.self_signed(&key).unwrap().pem();
+    CaMaterial { roots: certificate.clone(), certificate, key: key.serialize_pem(), chain: String::new() }
+}
+
+#[test]
+fn a_renewed_root_signs_what_the_old_one_did() {
+    for old in [istios_root(), Authority::self_signed("cluster.local", SELF_SIGNED_ROOT_TTL, NOW).unwrap()] {
+        let later = NOW + Duration::from_secs(3000);
+        let new = Authority::renewed(&old, SELF_SIGNED_ROOT_TTL, later).unwrap();
+        assert_eq!((new.key == old.key, new.certificate == old.certificate), (true, false));
+        assert_eq!(new.roots.is_empty(), old.roots.is_empty());
+        let parts = |material: &CaMaterial| {
+            let (_, pem) = parse_x509_pem(material.certificate.as_bytes()).unwrap();
+            let parsed = pem.parse_x509().unwrap();
+            let identifier = parsed.extensions().iter().find_map(|extension| match extension.parsed_extension() {
+                ParsedExtension::SubjectKeyIdentifier(identifier) => Some(identifier.0.to_vec()),
+                _ => None,
+            });
+            (parsed.subject().as_raw().to_vec(), parsed.public_key().raw.to_vec(), identifier)
+        };
+        assert_eq!(parts(&new), parts(&old));
+        let (from, end) = Authority::from_material(&new).unwrap().validity();
+        assert_eq!((from, end), (later - CLOCK_SKEW, later + SELF_SIGNED_ROOT_TTL));
+    }
+}
+
+#[test]
+fn what_is_no_root_of_its_own_is_not_renewed() {
+    let (intermediate, _) = intermediate();
+    let pinned = CaMaterial { roots: String::new(), ..intermediate.clone() };
+    for material in [intermediate, pinned] {
+        let refused = Authority::renewed(&material, SELF_SIGNED_ROOT_TTL, NOW).err();
+        assert!(matches!(refused, Some(RenewError::NotARoot)), "{refused:?}");
+    }
+}
+
+#[test]
+fn trust_follows_what_is_sent_along() {
+    let (material, root) = intermediate();
+    let below = Authority::from_material(&material).unwrap();
+    assert!(below.is_trusted_below([&*root]));
+    assert!(!below.is_trusted_below([]));
+    assert!(!below.is_trusted_below([&*istios_root().certificate]));
+    // Its own root: it is not sent along, so the root above helps nobody.
+    let pinned = Authority::from_material(&CaMaterial { roots: String::new(), ..material.clone() }).unwrap();
+    assert!(pinned.is_trusted_below([&*material.certificate]));
+    assert!(!pinned.is_trusted_below([&*root]));
 }

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use mesh_proto::ads::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use mesh_proto::workload::{ADDRESS_TYPE, Address, PortList, Service, Workload, address};
+use prost::Message as _;
 
+use crate::push::answer::{Answer, Writer};
 use crate::resources::Resource;
 
 /// An Address holding a workload on `node` behind `services`.
@@ -47,6 +49,13 @@ impl Held {
     pub fn names(&self) -> Vec<&str> {
         self.0.keys().map(String::as_str).collect()
     }
+}
+
+/// What a client reads that is sent `answer`.
+pub fn read(answer: &Answer) -> DeltaDiscoveryResponse {
+    let mut writer = Writer::new(answer.clone()).expect("of a message's length");
+    let pieces: Vec<_> = std::iter::from_fn(|| writer.piece()).collect();
+    DeltaDiscoveryResponse::decode(&pieces.concat()[5..]).expect("a message")
 }
 
 /// A request for `type_url` with nothing else in it.

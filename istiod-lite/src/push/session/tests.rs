@@ -1,13 +1,13 @@
 use std::collections::VecDeque;
 
-use mesh_proto::ads::Status;
+use mesh_proto::ads::{DeltaDiscoveryResponse, Status};
 use mesh_proto::enrolment::{POD_ENROLMENT_TYPE, PodEnrolment};
 use mesh_proto::security::{AUTHORIZATION_TYPE, Authorization};
 use mesh_proto::waypoint::{ROUTE_TYPE, Route};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 
-use super::fixtures::{Held, ack, request, service, workload};
+use super::fixtures::{Held, ack, read, request, service, workload};
 use super::*;
 use crate::resources::{Audience, ResourceStore};
 
@@ -47,7 +47,7 @@ impl World {
 
 fn only(output: Output) -> DeltaDiscoveryResponse {
     assert_eq!(output.responses.len(), 1, "{output:?}");
-    output.responses.into_iter().next().unwrap()
+    read(&output.responses[0])
 }
 
 fn updated(response: &DeltaDiscoveryResponse) -> Vec<&str> {
@@ -207,9 +207,9 @@ fn types_are_pushed_in_order_whatever_the_order_of_subscription() {
     }
     let policy = Resource::new(AUTHORIZATION_TYPE, "ns/p", &Authorization::default());
     let output = world.publish([policy, workload("a", "n", &[]), service("ns/s", "vip")]);
-    let order: Vec<_> = output.responses.iter().map(|response| response.type_url.as_str()).collect();
+    let order: Vec<_> = output.responses.iter().map(|response| &*response.type_url).collect();
     assert_eq!(order, [ADDRESS_TYPE, WORKLOAD_TYPE, AUTHORIZATION_TYPE]);
-    assert_eq!(updated(&output.responses[1]), ["a"], "a service is no workload");
+    assert_eq!(updated(&read(&output.responses[1])), ["a"], "a service is no workload");
 }
 
 #[test]
@@ -316,8 +316,70 @@ fn a_resource_that_leaves_the_clients_sight_is_removed() {
 fn a_client_cannot_make_us_hold_names_without_bound() {
     let mut world = World::of([]);
     let many: Vec<String> = (0..=MAX_NAMES).map(|n| n.to_string()).collect();
-    let request = DeltaDiscoveryRequest { resource_names_subscribe: many, ..request(ADDRESS_TYPE) };
-    assert_eq!(world.session.handle_request(request, &world.view).unwrap_err(), ProtocolError::TooManyNames);
+    let asked = DeltaDiscoveryRequest { resource_names_subscribe: many, ..request(ADDRESS_TYPE) };
+    assert_eq!(world.session.handle_request(asked, &world.view).unwrap_err(), ProtocolError::TooManyNames);
+
+    // The same of all types together, in many requests, and in bytes.
+    let mut world = World::of([]);
+    let ask = |world: &mut World, type_url: &str, names: Vec<String>| {
+        let request = DeltaDiscoveryRequest { resource_names_subscribe: names, ..request(type_url) };
+        world.session.handle_request(request, &world.view).map(|_| ())
+    };
+    let half = |of: &str| (0..MAX_NAMES / 2).map(|n| format!("{of}{n}")).collect::<Vec<_>>();
+    assert_eq!(ask(&mut world, ADDRESS_TYPE, half("a")), Ok(()));
+    assert_eq!(ask(&mut world, AUTHORIZATION_TYPE, half("a")), Ok(()));
+    assert_eq!(ask(&mut world, AUTHORIZATION_TYPE, half("a")), Ok(()), "the same again");
+    assert_eq!(ask(&mut world, ADDRESS_TYPE, vec!["one more".into()]), Err(ProtocolError::TooManyNames));
+    let mut world = World::of([]);
+    let long = |n: usize| format!("{n}{}", "x".repeat(MAX_NAME_BYTES / 4));
+    for n in 0..3 {
+        assert_eq!(ask(&mut world, ADDRESS_TYPE, vec![long(n)]), Ok(()));
+    }
+    let given_up = DeltaDiscoveryRequest { resource_names_unsubscribe: vec![long(0)], ..request(ADDRESS_TYPE) };
+    world.send(given_up);
+    assert_eq!(ask(&mut world, ADDRESS_TYPE, vec![long(4)]), Ok(()));
+    assert_eq!(ask(&mut world, ADDRESS_TYPE, vec![long(5)]), Err(ProtocolError::TooManyNames));
+}
+
+#[test]
+fn what_a_returning_client_brings_along_is_bounded_by_what_there_is() {
+    let held = |names: usize| DeltaDiscoveryRequest {
+        initial_resource_versions: (0..names).map(|n| (n.to_string(), String::new())).collect(),
+        ..request(ADDRESS_TYPE)
+    };
+    let mut world = World::of([service("0", "vip")]);
+    let first = world.session.handle_request(held(MAX_NAMES + 1), &world.view).unwrap();
+    assert_eq!(first.responses[0].removed.len(), MAX_NAMES, "all but the one that there is");
+    let mut world = World::of([service("0", "vip")]);
+    let refused = world.session.handle_request(held(MAX_NAMES + 2), &world.view);
+    assert_eq!(refused.unwrap_err(), ProtocolError::TooManyNames);
+}
+
+/// 10,000 names asked for one by one cost as much as 10,000 names, not as the square of that.
+#[test]
+fn a_request_costs_what_is_in_it_and_not_what_was_asked_for_before() {
+    let mut world = World::of((0..1000).map(|n| workload(&format!("w{n}"), "node-a", &[])));
+    world.send(on_demand());
+    let start = std::time::Instant::now();
+    for n in 0..10_000 {
+        world.send(subscribe(&[&format!("w{n}")]));
+        let outstanding = world.session.types[0].as_mut().unwrap().outstanding.take();
+        assert!(outstanding.is_some(), "each is answered");
+    }
+    assert!(start.elapsed() < std::time::Duration::from_secs(10), "{:?}", start.elapsed());
+}
+
+#[test]
+fn a_refusal_as_long_as_a_request_is_read_once_and_kept_in_part() {
+    let names: Vec<Arc<str>> = (0..5000).map(|n| Arc::from(format!("shop/p{n}"))).collect();
+    let reason = "x".repeat(1000);
+    let said: Vec<String> = names.iter().map(|name| format!("{name}: {reason}")).collect();
+    let start = std::time::Instant::now();
+    let refused = refusals(&said.join("; "), &names);
+    assert!(start.elapsed() < std::time::Duration::from_secs(2), "{:?}", start.elapsed());
+    assert_eq!(refused.len(), names.len());
+    let kept: usize = refused.values().map(String::len).sum();
+    assert!((ALL_REASONS..ALL_REASONS + names.len() * SHORT_REASON).contains(&kept), "{kept}");
 }
 
 /// Whatever is published, asked, acknowledged, rejected and reconnected in whatever order, once the client has
@@ -341,7 +403,7 @@ fn wander(seed: u64) {
         let base = if wildcard { request(type_url) } else { on_demand() };
         DeltaDiscoveryRequest { type_url: type_url.into(), initial_resource_versions: held.0.clone(), ..base }
     };
-    let mut inbox: VecDeque<DeltaDiscoveryResponse> = world.send(first(&held)).responses.into();
+    let mut inbox: VecDeque<DeltaDiscoveryResponse> = world.send(first(&held)).responses.iter().map(read).collect();
     for _ in 0..random.random_range(1..120) {
         let output = match random.random_range(0..10) {
             0..4 => world.publish(random_world(&mut random)),
@@ -369,12 +431,12 @@ fn wander(seed: u64) {
             }
             _ => continue,
         };
-        inbox.extend(output.responses);
+        inbox.extend(output.responses.iter().map(read));
         assert!(inbox.len() <= 1, "seed {seed}: at most one response is outstanding");
     }
     while let Some(response) = inbox.pop_front() {
         held.apply(&response);
-        inbox.extend(world.send(ack(&response)).responses);
+        inbox.extend(world.send(ack(&response)).responses.iter().map(read));
     }
     let expected: BTreeMap<String, String> = world
         .view
@@ -401,11 +463,15 @@ fn is_wanted(
 }
 
 fn random_world(random: &mut StdRng) -> Vec<Resource> {
-    let mut resources = vec![service("ns/s", "vip")];
+    let mut resources = Vec::new();
+    if random.random_bool(0.8) {
+        resources.push(service("ns/s", ["vip", "other-vip"][random.random_range(0..2)]));
+    }
     for index in 0..8 {
         if random.random_bool(0.7) {
             let node = ["node-a", "node-b", "node-c"][random.random_range(0..3)];
-            let resource = workload(&format!("w{index}"), node, &[]);
+            let behind: &[&str] = [&["ns/s"][..], &[]][random.random_range(0..2)];
+            let resource = workload(&format!("w{index}"), node, behind);
             let hidden = random.random_bool(0.2);
             resources.push(if hidden {
                 resource.for_audience(vec![Audience::Node("node-b".into())])
@@ -415,6 +481,58 @@ fn random_world(random: &mut StdRng) -> Vec<Resource> {
         }
     }
     resources
+}
+
+/// Whatever is published, asked for and given up in whatever order, what is worked out from what changed is what is worked out
+/// from everything.
+#[test]
+fn on_demand_what_is_held_is_what_the_names_stand_for() {
+    for seed in 0..400 {
+        let mut random = StdRng::seed_from_u64(seed);
+        let scope = if random.random_bool(0.5) { on_node("node-a") } else { Scope::default() };
+        let index = random.random_range(0..2);
+        let type_url = TYPES[index];
+        let mut world = World::seen_by(scope.clone(), random_world(&mut random));
+        let of_type = |request: DeltaDiscoveryRequest| DeltaDiscoveryRequest { type_url: type_url.into(), ..request };
+        let mut outstanding: Vec<_> = world.send(of_type(on_demand())).responses;
+        for step in 0..random.random_range(1..120) {
+            let name = match random.random_range(0..11) {
+                8 => "ns/s".to_owned(),
+                9 => "/vip".to_owned(),
+                10 => "/w1-ip".to_owned(),
+                index => format!("w{index}"),
+            };
+            let output = match random.random_range(0..4) {
+                0 => world.publish(random_world(&mut random)),
+                1 => world.send(of_type(subscribe(&[&name]))),
+                2 => world.send(of_type(DeltaDiscoveryRequest {
+                    resource_names_unsubscribe: vec![name],
+                    ..DeltaDiscoveryRequest::default()
+                })),
+                _ => match outstanding.pop() {
+                    Some(response) => world.send(ack(&read(&response))),
+                    None => continue,
+                },
+            };
+            outstanding.extend(output.responses);
+            let subscription = world.session.types[index].as_ref().unwrap();
+            if subscription.settled != Some(world.view.generation())
+                || !subscription.suspects.is_empty()
+                || !subscription.unanswered.is_empty()
+            {
+                continue;
+            }
+            let own = scope.node.iter().flat_map(|node| world.view.workloads_on(node).iter().cloned());
+            let asked = subscription.requested.iter().flat_map(|name| world.view.resolve(type_url, name, &scope));
+            let expected: BTreeMap<Arc<str>, Option<Version>> = own
+                .chain(asked)
+                .filter_map(|name| world.view.get(type_url, &name, &scope))
+                .map(|resource| (Arc::clone(&resource.name), Some(resource.version)))
+                .collect();
+            let Known::Listed(held) = &subscription.known else { panic!("it is on demand") };
+            assert_eq!(held, &expected, "seed {seed}, step {step}, {:?}", subscription.requested);
+        }
+    }
 }
 
 #[test]

@@ -197,6 +197,14 @@ impl Revocations {
         Ok(Loaded { lists: count, entries, cut })
     }
 
+    /// How many lists are in `bytes`; nothing is done with them.
+    ///
+    /// # Errors
+    /// [`RevocationError`]: [`Self::load`] would not take them.
+    pub fn check(bytes: &[u8]) -> Result<usize, RevocationError> {
+        Ok(list::parse(bytes)?.len())
+    }
+
     /// Breaks the connections of those who are on a list now.
     fn cut(&self) -> usize {
         let mut open = lock(&self.0.open);

@@ -107,6 +107,30 @@ impl Trust {
     }
 }
 
+/// What a client's path must satisfy, for who makes its handshakes itself. Whoever the client is: its names are the caller's
+/// to look at.
+#[derive(Clone, Debug)]
+pub struct ClientPaths(Trust);
+
+impl ClientPaths {
+    /// Paths to `roots` without a certificate that `revocations` name.
+    pub fn new(roots: RootCertStore, revocations: Option<Revocations>) -> Self {
+        let revocations = revocations.map(|lists| (lists, Proven::default()));
+        Self(Trust { roots: Arc::new(roots), revocations })
+    }
+
+    /// # Errors
+    /// In the words of rustls, by which it chooses the alert.
+    pub fn verify(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<(), rustls::Error> {
+        self.0.verify(leaf, intermediates, now, PeerRole::Client)
+    }
+}
+
 /// In the words of rustls, by which it chooses the alert.
 fn refusal(error: webpki::Error) -> rustls::Error {
     use webpki::Error as E;

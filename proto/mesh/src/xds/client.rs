@@ -15,7 +15,7 @@ use super::delta::{DeltaClient, Interest};
 use super::inbox::{Applied, Inbox, Received};
 use super::response::ResponseError;
 use crate::drain::DrainWatcher;
-use crate::grpc::{self, GrpcConfig, GrpcError};
+use crate::grpc::{self, AuthChannel, GrpcConfig, GrpcError};
 
 /// The first wait after a lost stream, doubled for each that brought nothing.
 const BACKOFF_MIN: Duration = Duration::from_millis(10);
@@ -186,6 +186,9 @@ pub struct XdsClient {
     waiting: HashMap<String, Vec<oneshot::Sender<()>>>,
     synced: watch::Sender<bool>,
     connected: watch::Sender<bool>,
+    /// The connection of the stream that is being opened or is up.
+    opened: Option<AuthChannel>,
+    link: watch::Sender<Option<AuthChannel>>,
 }
 
 /// How a stream ended.
@@ -249,6 +252,8 @@ impl XdsClient {
             waiting: HashMap::new(),
             synced: watch::Sender::new(false),
             connected: watch::Sender::new(false),
+            opened: None,
+            link: watch::Sender::new(None),
         }
     }
 
@@ -262,6 +267,12 @@ impl XdsClient {
         self.connected.subscribe()
     }
 
+    /// The connection of the stream while that is up and has brought something: for what must reach the same replica of
+    /// the control plane as the acknowledgements do.
+    pub fn link(&self) -> watch::Receiver<Option<AuthChannel>> {
+        self.link.subscribe()
+    }
+
     /// Keeps a stream up until the drain begins; from then on nothing changes any more.
     pub async fn run(mut self, drain: DrainWatcher) {
         let gauge = metrics::gauge!("xds_connected");
@@ -272,6 +283,7 @@ impl XdsClient {
                 () = drain.draining() => break,
                 end = self.stream() => end,
             };
+            self.link.send_replace(None);
             // A stream that brought something was a good one: the next attempt starts afresh.
             if self.connected.send_replace(false) {
                 backoff = Backoff::new();
@@ -285,6 +297,7 @@ impl XdsClient {
                 () = tokio::time::sleep(wait) => {}
             }
         }
+        self.link.send_replace(None);
         self.connected.send_replace(false);
         gauge.set(0.0);
     }
@@ -299,6 +312,7 @@ impl XdsClient {
 
     async fn exchange(&mut self) -> Result<(), StreamEnd> {
         let channel = grpc::channel(self.config.grpc.clone())?;
+        self.opened = Some(channel.clone());
         let first = self.delta.handle_connected();
         let (requests, outgoing) = mpsc::channel(REQUESTS.max(first.len()));
         for request in first {
@@ -370,6 +384,7 @@ impl XdsClient {
             send(requests, request).await;
         }
         if !self.connected.send_replace(true) {
+            self.link.send_replace(self.opened.take());
             metrics::gauge!("xds_connected").set(1.0);
         }
         let synced = self.delta.is_synced();

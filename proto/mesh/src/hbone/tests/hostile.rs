@@ -300,3 +300,63 @@ async fn streams_end_with_a_connection_that_broke_while_it_was_written_to() {
     within(serving).await.unwrap().expect("the peer is gone, and broke no rule");
     assert!(within(ends.recv()).await.unwrap().is_err(), "an end that nobody has said");
 }
+
+/// A server that hears of every reset late: what it says on a stream arrives when a hundred more have been reset.
+async fn late_server(listener: TcpListener, cert: WorkloadCertificate) {
+    const BEHIND: usize = 100;
+    let (stream, peer) = listener.accept().await.unwrap();
+    let (mut stream, _) = tls::accept(&cert, stream, peer).await.unwrap();
+    stream.read_exact(&mut [0; PREFACE.len()]).await.unwrap();
+    stream.write_all(&frame(SETTINGS, 0, 0, &[])).await.unwrap();
+    let mut reset = std::collections::VecDeque::new();
+    loop {
+        let mut head = [0; 9];
+        if stream.read_exact(&mut head).await.is_err() {
+            return;
+        }
+        let [a, b, c, kind, flags, id @ ..] = head;
+        let mut payload = vec![0; u32::from_be_bytes([0, a, b, c]) as usize];
+        stream.read_exact(&mut payload).await.unwrap();
+        let id = u32::from_be_bytes(id);
+        let answer = match kind {
+            SETTINGS | PING if flags & ACK == 0 => frame(kind, ACK, 0, if kind == PING { &payload } else { &[] }),
+            // `:status: 200`, the eighth of HPACK's static table.
+            HEADERS => frame(HEADERS, END_HEADERS, id, &[0x88]),
+            RST_STREAM => {
+                reset.push_back(id);
+                if reset.len() <= BEHIND {
+                    continue;
+                }
+                frame(DATA, 0, reset.pop_front().unwrap(), b"late")
+            }
+            _ => continue,
+        };
+        stream.write_all(&answer).await.unwrap();
+    }
+}
+
+/// h2 counts them over a connection's life, and by default takes the 1,024th for an attack.
+#[tokio::test]
+async fn what_comes_too_late_for_its_streams_does_not_end_a_clients_connection() {
+    let ca = FileCa::generate("td", Duration::from_secs(3600), Clock::system()).unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    let serving = tokio::spawn(late_server(listener, ca.sign(&id("server")).unwrap()));
+    let cert = Arc::new(ca.sign(&id("client")).unwrap());
+    let pool = Pool::new(PoolSettings::default());
+    let key = PoolKey::new(id("client"), vec![id("server")], addr, IpAddr::from([127, 0, 0, 1]));
+    let authority = "10.0.0.1:80".parse().unwrap();
+    let dials = AtomicUsize::new(0);
+    for at in 0..1_400 {
+        let dial = || {
+            dials.fetch_add(1, Ordering::Relaxed);
+            TcpStream::connect(addr)
+        };
+        let tunnel = within(pool.connect(key.clone(), &cert, dial, &authority, &ConnectHeaders::default())).await;
+        drop(tunnel.unwrap_or_else(|error| panic!("tunnel {at}: {error}")));
+        assert_eq!(dials.load(Ordering::Relaxed), 1, "tunnel {at} has a connection of its own");
+        until(|| pool.stats().streams == 0).await;
+    }
+    drop(pool);
+    within(serving).await.unwrap();
+}

@@ -131,6 +131,7 @@ async fn streams_end_and_configuration_stays_and_resumes() {
     let handlers = vec![address_handler(store.clone()), authorization_handler(store.clone())];
     let client = XdsClient::new(config(address), handlers);
     let (mut synced, mut connected, mut changes) = (client.synced(), client.connected(), store.watch());
+    let mut link = client.link();
     let (trigger, drain) = drain::channel();
     let running = tokio::spawn(client.run(drain));
 
@@ -149,8 +150,10 @@ async fn streams_end_and_configuration_stays_and_resumes() {
     assert_eq!(nack.error_detail.unwrap().message, "ns/p: name is empty");
     becomes(&mut synced, |synced| *synced).await;
     becomes(&mut connected, |connected| *connected).await;
+    becomes(&mut link, Option::is_some).await;
 
     peer.fail(Status::unavailable("rolling")).await;
+    becomes(&mut link, Option::is_none).await;
     becomes(&mut connected, |connected| !*connected).await;
     assert_eq!(store.snapshot().workloads().count(), 2, "nothing is forgotten");
     assert!(*synced.borrow());
@@ -165,6 +168,7 @@ async fn streams_end_and_configuration_stays_and_resumes() {
     becomes(&mut changes, |_| true).await;
     assert_eq!(peer.request().await.response_nonce, "m1");
     assert!(store.snapshot().workload("a").is_none() && store.snapshot().workload("b").is_some());
+    becomes(&mut link, Option::is_some).await;
 
     trigger.drain(PATIENCE).await;
     tokio::time::timeout(PATIENCE, running).await.expect("run ends with the drain").unwrap();

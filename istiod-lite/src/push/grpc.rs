@@ -1,0 +1,334 @@
+//! gRPC's framing of the discovery stream, without buffers that grow: what a library keeps for a stream is as large as the largest
+//! message that ever went through it, and of these there are tens of megabytes for each of many clients.
+
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::{Buf as _, Bytes, BytesMut};
+use futures_util::future::BoxFuture;
+use http::HeaderMap;
+use http_body::Frame;
+use http_body_util::BodyExt as _;
+use mesh_proto::ads::DeltaDiscoveryRequest;
+use prost::Message as _;
+use prost::encoding::{DecodeContext, WireType, decode_key, decode_varint, skip_field};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, timeout_at};
+use tonic::Status;
+use tonic::body::Body;
+
+use super::answer::{Answer, Writer};
+use super::callers::{Reserved, Share};
+use super::session::MAX_NAMES;
+
+/// Of a message: whether it is compressed, and its length.
+const HEAD: usize = 5;
+/// Requests carry the versions of all a returning client holds: about 100 bytes for each of 100,000 resources and more.
+pub(super) const MAX_REQUEST: usize = 64 * 1024 * 1024;
+/// Those that are longer wait for room before they are read.
+const SMALL_REQUEST: usize = 64 * 1024;
+/// From when a longer one has room until it must be there, so that nobody keeps the room for nothing.
+const ARRIVAL: Duration = Duration::from_secs(30);
+/// A name takes a few bytes of a request and a hundred of memory, so they are counted before it is decoded. Of what a returning
+/// client holds, which is what there was to hold.
+const MAX_HELD: usize = 1_000_000;
+/// What a client says about itself, which nobody reads.
+const MAX_NODE: usize = 256 * 1024;
+/// A buffer that is larger is given back once it is empty.
+const KEPT: usize = 16 * 1024;
+
+/// The client's half.
+pub struct Requests {
+    body: Body,
+    buffer: BytesMut,
+    share: Share,
+    /// Kept while `next` is given up, as is the place in the line.
+    waiting: Option<BoxFuture<'static, Reserved>>,
+    /// Room for the request that is being read, and until when.
+    reserved: Option<(Reserved, Instant)>,
+}
+
+impl Requests {
+    pub fn new(body: Body, share: Share) -> Self {
+        Self { body, buffer: BytesMut::new(), share, waiting: None, reserved: None }
+    }
+
+    /// Ends with an error when a request has taken too long to come; also while nobody asks for the next one.
+    pub fn overdue(&self) -> impl Future<Output = Status> + use<> {
+        let end = self.reserved.as_ref().map(|(_, end)| *end);
+        async move {
+            match end {
+                Some(end) => tokio::time::sleep_until(end).await,
+                None => std::future::pending().await,
+            }
+            late()
+        }
+    }
+
+    /// The next request; none when there will be none any more, however that came. May be given up and called again.
+    ///
+    /// # Errors
+    /// What the client is told that does not speak the protocol.
+    pub async fn next(&mut self) -> Result<Option<DeltaDiscoveryRequest>, Status> {
+        loop {
+            if let Some(request) = take(&mut self.buffer)? {
+                self.reserved = None;
+                return Ok(Some(request));
+            }
+            if let Some(length) = announced(&self.buffer).filter(|length| *length > SMALL_REQUEST)
+                && self.reserved.is_none()
+            {
+                let share = &self.share;
+                let room = self.waiting.get_or_insert_with(|| share.reserve(length)).await;
+                self.waiting = None;
+                self.reserved = Some((room, Instant::now() + ARRIVAL));
+            }
+            let frame = match &self.reserved {
+                None => self.body.frame().await,
+                Some((_, end)) => match timeout_at(*end, self.body.frame()).await {
+                    Ok(frame) => frame,
+                    Err(_) => {
+                        self.reserved = None;
+                        return Err(late());
+                    }
+                },
+            };
+            let Some(Ok(frame)) = frame else { return Ok(None) };
+            if let Ok(data) = frame.into_data() {
+                self.buffer.extend_from_slice(&data);
+            }
+        }
+    }
+}
+
+fn late() -> Status {
+    Status::resource_exhausted(format!("a request that is not here within {} s", ARRIVAL.as_secs()))
+}
+
+/// The length of the request that begins here.
+fn announced(buffer: &[u8]) -> Option<usize> {
+    let (head, _) = buffer.split_at_checked(HEAD)?;
+    Some((&head[1..]).get_u32() as usize)
+}
+
+/// Field numbers of `DeltaDiscoveryRequest`.
+mod request {
+    pub const NODE: u32 = 1;
+    pub const SUBSCRIBE: u32 = 3;
+    pub const UNSUBSCRIBE: u32 = 4;
+    pub const HELD: u32 = 5;
+}
+
+/// Whether a request holds no more than a client may say.
+fn measure(mut message: &[u8]) -> Result<(), Status> {
+    let unreadable = |error: prost::DecodeError| Status::internal(format!("an unreadable request: {error}"));
+    let (mut names, mut held, mut node) = (0, 0, 0);
+    while !message.is_empty() {
+        let (field, wire_type) = decode_key(&mut message).map_err(unreadable)?;
+        let before = message.len();
+        match wire_type {
+            WireType::LengthDelimited => {
+                let length = decode_varint(&mut message).map_err(unreadable)?;
+                let rest = usize::try_from(length).ok().and_then(|length| message.get(length..));
+                message = rest.ok_or_else(|| Status::internal("an unreadable request: it ends within a field"))?;
+            }
+            other => skip_field(other, field, &mut message, DecodeContext::default()).map_err(unreadable)?,
+        }
+        match field {
+            request::NODE => node += before - message.len(),
+            request::SUBSCRIBE | request::UNSUBSCRIBE => names += 1,
+            request::HELD => held += 1,
+            _ => {}
+        }
+        if names > MAX_NAMES || held > MAX_HELD {
+            let most =
+                format!("more names than a request may hold: {MAX_NAMES}, and {MAX_HELD} of what the client has");
+            return Err(Status::resource_exhausted(most));
+        }
+        if node > MAX_NODE {
+            return Err(Status::resource_exhausted(format!("node: longer than {MAX_NODE} bytes")));
+        }
+    }
+    Ok(())
+}
+
+fn take(buffer: &mut BytesMut) -> Result<Option<DeltaDiscoveryRequest>, Status> {
+    let Some((head, rest)) = buffer.split_at_checked(HEAD) else { return Ok(None) };
+    if head[0] != 0 {
+        return Err(Status::unimplemented("compressed messages are not read"));
+    }
+    let length = (&head[1..]).get_u32() as usize;
+    if length > MAX_REQUEST {
+        return Err(Status::out_of_range(format!("a request of {length} bytes; at most {MAX_REQUEST} are read")));
+    }
+    let Some(message) = rest.get(..length) else { return Ok(None) };
+    measure(message)?;
+    let request = DeltaDiscoveryRequest::decode(message)
+        .map_err(|error| Status::internal(format!("an unreadable request: {error}")))?;
+    buffer.advance(HEAD + length);
+    if buffer.is_empty() && HEAD + length > KEPT {
+        *buffer = BytesMut::new();
+    }
+    Ok(Some(request))
+}
+
+/// Ours: answers as they come, and how it ends.
+pub struct Answers {
+    queue: mpsc::Receiver<Result<Answer, Status>>,
+    writing: Option<Writer>,
+    ended: bool,
+}
+
+impl Answers {
+    pub fn new(queue: mpsc::Receiver<Result<Answer, Status>>) -> Self {
+        Self { queue, writing: None, ended: false }
+    }
+
+    fn trailers(&mut self, status: &Status) -> Frame<Bytes> {
+        self.ended = true;
+        let mut trailers = HeaderMap::new();
+        // A text that is no header value is left out, and then the code says it all.
+        if status.add_header(&mut trailers).is_err() {
+            trailers = HeaderMap::new();
+            trailers.insert(Status::GRPC_STATUS, (status.code() as i32).into());
+        }
+        Frame::trailers(trailers)
+    }
+}
+
+impl http_body::Body for Answers {
+    type Data = Bytes;
+    type Error = std::convert::Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
+        loop {
+            if self.ended {
+                return Poll::Ready(None);
+            }
+            if let Some(piece) = self.writing.as_mut().and_then(Writer::piece) {
+                return Poll::Ready(Some(Ok(Frame::data(piece))));
+            }
+            self.writing = None;
+            let status = match ready!(self.queue.poll_recv(cx)) {
+                Some(Ok(answer)) => match Writer::new(answer) {
+                    Some(writer) => {
+                        self.writing = Some(writer);
+                        continue;
+                    }
+                    None => Status::out_of_range("the answer is larger than a gRPC message may be"),
+                },
+                Some(Err(status)) => status,
+                None => Status::ok(""),
+            };
+            return Poll::Ready(Some(Ok(self.trailers(&status))));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn framed(request: &DeltaDiscoveryRequest) -> Vec<u8> {
+        let body = request.encode_to_vec();
+        [&[0], &u32::try_from(body.len()).unwrap().to_be_bytes()[..], &body].concat()
+    }
+
+    fn of(type_url: &str, held: usize) -> DeltaDiscoveryRequest {
+        let initial_resource_versions = (0..held).map(|at| (format!("name-{at}"), "0123456789abcdef".into())).collect();
+        DeltaDiscoveryRequest {
+            type_url: type_url.into(),
+            initial_resource_versions,
+            ..DeltaDiscoveryRequest::default()
+        }
+    }
+
+    #[test]
+    fn requests_are_read_however_they_are_cut_and_leave_no_large_buffer() {
+        let (one, large) = (of("one", 0), of("large", 10_000));
+        let mut buffer = BytesMut::new();
+        let mut read = Vec::new();
+        for piece in [framed(&one), framed(&large), framed(&one)].concat().chunks(1000) {
+            buffer.extend_from_slice(piece);
+            while let Some(request) = take(&mut buffer).unwrap() {
+                read.push(request);
+            }
+        }
+        assert_eq!(read, [one.clone(), large.clone(), one]);
+        assert!(buffer.is_empty());
+
+        buffer.extend_from_slice(&framed(&large));
+        assert!(take(&mut buffer).unwrap().is_some());
+        assert!(buffer.capacity() <= KEPT, "{}", buffer.capacity());
+    }
+
+    #[test]
+    fn what_would_grow_in_memory_is_refused_before_it_is_decoded() {
+        let code =
+            |request: &DeltaDiscoveryRequest| take(&mut BytesMut::from(&framed(request)[..])).map_err(|it| it.code());
+        let exhausted = Err(tonic::Code::ResourceExhausted);
+        let mut names = DeltaDiscoveryRequest {
+            resource_names_subscribe: vec![String::new(); MAX_NAMES / 2],
+            resource_names_unsubscribe: vec![String::new(); MAX_NAMES / 2],
+            ..of("names", 1)
+        };
+        assert_eq!(code(&names), Ok(Some(names.clone())));
+        names.resource_names_subscribe.push(String::new());
+        assert_eq!(code(&names), exhausted);
+        let id = "x".repeat(MAX_NODE);
+        let node = Some(mesh_proto::ads::Node { id, ..Default::default() });
+        assert_eq!(code(&DeltaDiscoveryRequest { node, ..of("node", 0) }), exhausted);
+        // Two bytes for each of a client's, which would be 64 in memory.
+        let held = [[0x2a, 0]; MAX_HELD + 1].concat();
+        let length = u32::try_from(held.len()).unwrap().to_be_bytes();
+        let message = [&[0], &length[..], &held].concat();
+        assert_eq!(take(&mut BytesMut::from(&message[..])).map_err(|it| it.code()), exhausted);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_large_request_that_does_not_come_gives_its_room_back() {
+        use http_body_util::StreamBody;
+
+        let callers = super::super::callers::Callers::default();
+        let client = || callers.enter("shop", "cart", Some("uid")).unwrap();
+        let length = u32::try_from(MAX_REQUEST).unwrap().to_be_bytes();
+        let head = Bytes::from([&[0], &length[..]].concat());
+        let (send, frames) = mpsc::channel::<Result<Frame<Bytes>, Status>>(4);
+        send.send(Ok(Frame::data(head))).await.unwrap();
+        let slow = Body::new(StreamBody::new(tokio_stream::wrappers::ReceiverStream::new(frames)));
+        let slow_entry = client();
+        let mut slow = Requests::new(slow, slow_entry.share());
+        let large = of("large", 10_000);
+        // In two pieces, as what comes whole needs no room to wait in.
+        let mut rest = Bytes::from(framed(&large));
+        let pieces = [rest.split_to(HEAD), rest].map(|piece| Ok::<_, Status>(Frame::data(piece)));
+        let whole = Body::new(StreamBody::new(tokio_stream::iter(pieces)));
+        let entry = client();
+        let mut whole = Requests::new(whole, entry.share());
+        let started = Instant::now();
+        let (slow, whole) = tokio::join!(slow.next(), async {
+            // Given up and called again, as the stream's driver does.
+            assert!(tokio::time::timeout(Duration::from_secs(1), whole.next()).await.is_err(), "there is no room");
+            (whole.next().await, Instant::now())
+        });
+        assert_eq!(slow.unwrap_err().code(), tonic::Code::ResourceExhausted);
+        assert_eq!(whole.0.unwrap(), Some(large));
+        assert!(whole.1 >= started + ARRIVAL, "while the slow one had its time");
+    }
+
+    #[test]
+    fn what_is_no_request_is_told_so() {
+        for (bytes, code) in [
+            (&[1, 0, 0, 0, 0][..], tonic::Code::Unimplemented),
+            (&[0, 0xff, 0, 0, 0][..], tonic::Code::OutOfRange),
+            (&[0, 0, 0, 0, 1, 0xff][..], tonic::Code::Internal),
+        ] {
+            assert_eq!(take(&mut BytesMut::from(bytes)).unwrap_err().code(), code);
+        }
+        assert_eq!(take(&mut BytesMut::from(&[0, 0, 0, 0, 2, 0][..])).unwrap(), None);
+    }
+}
