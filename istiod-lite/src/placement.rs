@@ -24,7 +24,7 @@ pub fn resolve(world: &World, node: &str, asked: &ResolveRequest) -> Verdict {
         return unknown();
     }
     match enrolment::translate(world, pod) {
-        Some(resource) => match PodEnrolment::decode(resource.body) {
+        Some(resource) => match PodEnrolment::decode(resource.body()) {
             Ok(enrolment) => Verdict::Enrolment(enrolment),
             // Encoded a moment ago.
             Err(_) => unknown(),

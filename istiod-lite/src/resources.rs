@@ -2,7 +2,6 @@
 //! plane know each other: the store of mesh resources, who has acknowledged which generation, which pod runs where,
 //! and what node proxies report. Nothing here knows Kubernetes or gRPC.
 
-use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::net::SocketAddr;
@@ -11,14 +10,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
-use bytes::Bytes;
+use bytes::{Buf, BufMut, Bytes};
 use imbl::OrdMap;
 use imbl::ordmap::DiffItem;
+use internment::ArcIntern;
 use mesh_proto::enrolment::resolve_response::Verdict;
-use mesh_proto::enrolment::{PodState, ResolveRequest};
+use mesh_proto::enrolment::{POD_ENROLMENT_TYPE, PodEnrolment, PodState, ResolveRequest};
+use mesh_proto::workload::{ADDRESS_TYPE, WORKLOAD_TYPE, Workload};
 use prost::Message;
+use prost::encoding::{WireType, decode_varint, encode_key, encode_varint, encoded_len_varint, key_len};
 use tokio::sync::watch;
-use xxhash_rust::xxh64::xxh64;
+use xxhash_rust::xxh64::Xxh64;
 
 /// Who may see a resource.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -52,33 +54,212 @@ impl fmt::Display for Version {
     }
 }
 
-/// One mesh resource, encoded.
+/// One mesh resource, encoded. There are two for each pod, so what the pods of one template have in common is kept once: the
+/// fields of a protobuf message may come in any order, and two messages one behind the other are one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Resource {
     pub type_url: &'static str,
     pub name: Arc<str>,
     pub version: Version,
-    /// The protobuf message (value of the `Any`).
-    pub body: Bytes,
     /// Other names an on-demand client may ask for (`<network>/<ip>` of workloads and VIPs).
-    pub aliases: Vec<Arc<str>>,
-    /// Any of these may see it; never empty.
-    pub audience: Cow<'static, [Audience]>,
+    pub aliases: Box<[Arc<str>]>,
+    form: Form,
+    /// What of the message is this resource's own.
+    own: Box<[u8]>,
+    /// The rest of it.
+    common: Option<ArcIntern<Vec<u8>>>,
+    /// `None`: every proxy.
+    audience: Option<ArcIntern<Vec<Audience>>>,
 }
+
+/// What of a message is not written down, as the resource's name says it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Form {
+    /// Nothing.
+    Whole,
+    /// The UID of a workload, and the Address around it.
+    Workload,
+    /// The UID of a pod.
+    Enrolment,
+}
+
+impl Form {
+    /// The field that is the resource's name.
+    fn name_field(self) -> Option<u32> {
+        match self {
+            Self::Whole => None,
+            Self::Workload => Some(WORKLOAD_UID),
+            Self::Enrolment => Some(POD_UID),
+        }
+    }
+}
+
+/// Field numbers.
+const WORKLOAD_UID: u32 = 20;
+const POD_UID: u32 = 1;
+/// Of `Address.workload`, the first and only field of an Address that holds a workload.
+const ADDRESS_WORKLOAD: u32 = 1;
+/// The same with its wire type, as it is written.
+const ADDRESS_WORKLOAD_KEY: u8 = 0x0a;
 
 impl Resource {
     /// Encodes `message` as a resource that every proxy may see.
     pub fn new(type_url: &'static str, name: impl Into<Arc<str>>, message: &impl Message) -> Self {
-        let body = Bytes::from(message.encode_to_vec());
-        let version = Version(xxh64(&body, 0));
-        let audience = Cow::Borrowed(&[Audience::All][..]);
-        Self { type_url, name: name.into(), version, body, aliases: Vec::new(), audience }
+        Self::encoded(type_url, name.into(), Form::Whole, message.encode_to_vec(), None)
+    }
+
+    /// An Address that is a workload: `own` and `common` together, of which neither has the UID.
+    pub fn workload(uid: impl Into<Arc<str>>, own: &Workload, common: &Workload) -> Self {
+        debug_assert!(own.uid.is_empty() && common.uid.is_empty());
+        let common = ArcIntern::new(common.encode_to_vec());
+        Self::encoded(ADDRESS_TYPE, uid.into(), Form::Workload, own.encode_to_vec(), Some(common))
+    }
+
+    /// The enrolment of a pod: `own` and `common` together, of which neither has the UID.
+    pub fn enrolment(uid: impl Into<Arc<str>>, own: &PodEnrolment, common: &PodEnrolment) -> Self {
+        debug_assert!(own.uid.is_empty() && common.uid.is_empty());
+        let common = ArcIntern::new(common.encode_to_vec());
+        Self::encoded(POD_ENROLMENT_TYPE, uid.into(), Form::Enrolment, own.encode_to_vec(), Some(common))
+    }
+
+    fn encoded(
+        type_url: &'static str,
+        name: Arc<str>,
+        form: Form,
+        own: Vec<u8>,
+        common: Option<ArcIntern<Vec<u8>>>,
+    ) -> Self {
+        let (version, aliases, own) = (Version(0), Box::default(), own.into());
+        let mut this = Self { type_url, name, version, aliases, form, own, common, audience: None };
+        let mut hasher = Xxh64::new(0);
+        this.message().pieces().into_iter().for_each(|piece| hasher.update(piece));
+        this.version = Version(hasher.digest());
+        this
+    }
+
+    /// Gives it other names.
+    pub fn with_aliases(self, aliases: Vec<Arc<str>>) -> Self {
+        Self { aliases: aliases.into(), ..self }
     }
 
     /// Restricts who may see it.
     pub fn for_audience(mut self, audience: Vec<Audience>) -> Self {
-        self.audience = Cow::Owned(audience);
+        self.audience = Some(ArcIntern::new(audience));
         self
+    }
+
+    /// Any of these may see it; never empty.
+    pub fn audience(&self) -> &[Audience] {
+        self.audience.as_deref().map_or(&[Audience::All], Vec::as_slice)
+    }
+
+    /// The protobuf message (value of the `Any`).
+    pub fn message(&self) -> Encoded<'_> {
+        let head = match self.form {
+            Form::Workload => Head::default().wrap(ADDRESS_WORKLOAD, self.inner().len()),
+            Form::Whole | Form::Enrolment => Head::default(),
+        };
+        self.behind(head)
+    }
+
+    /// The message as a resource of `type_url`, which a Workload may be that is the inside of an Address. `None`: it has no such
+    /// form.
+    pub fn message_as(&self, type_url: &str) -> Option<Encoded<'_>> {
+        if type_url != WORKLOAD_TYPE {
+            return Some(self.message());
+        }
+        match self.form {
+            Form::Workload => Some(self.inner()),
+            Form::Enrolment => None,
+            Form::Whole => {
+                let (key, mut rest) = self.own.split_first()?;
+                if *key != ADDRESS_WORKLOAD_KEY {
+                    return None;
+                }
+                let length = usize::try_from(decode_varint(&mut rest).ok()?).ok()?;
+                (rest.len() == length).then_some(Encoded { head: Head::default(), name: "", own: rest, common: &[] })
+            }
+        }
+    }
+
+    /// The message in one piece.
+    pub fn body(&self) -> Bytes {
+        let message = self.message();
+        let mut body = Vec::with_capacity(message.len());
+        message.put(&mut body);
+        body.into()
+    }
+
+    /// The message without the Address around it.
+    fn inner(&self) -> Encoded<'_> {
+        self.behind(Head::default())
+    }
+
+    fn behind(&self, head: Head) -> Encoded<'_> {
+        let common = self.common.as_deref().map_or(&[][..], Vec::as_slice);
+        match self.form.name_field() {
+            Some(field) => {
+                Encoded { head: head.wrap(field, self.name.len()), name: &self.name, own: &self.own, common }
+            }
+            None => Encoded { head, name: "", own: &self.own, common },
+        }
+    }
+}
+
+/// A message as it is written, piece by piece.
+#[derive(Debug, Clone, Copy)]
+pub struct Encoded<'a> {
+    head: Head,
+    name: &'a str,
+    own: &'a [u8],
+    common: &'a [u8],
+}
+
+impl Encoded<'_> {
+    fn pieces(&self) -> [&[u8]; 4] {
+        [self.head.as_slice(), self.name.as_bytes(), self.own, self.common]
+    }
+
+    /// In bytes; never empty of content that is not.
+    #[allow(clippy::len_without_is_empty, reason = "an empty message is one, too")]
+    pub fn len(&self) -> usize {
+        self.pieces().iter().map(|piece| piece.len()).sum()
+    }
+
+    pub fn put(&self, out: &mut impl BufMut) {
+        self.pieces().into_iter().for_each(|piece| out.put_slice(piece));
+    }
+
+    /// To be decoded.
+    pub fn reader(&self) -> impl Buf + '_ {
+        let [head, name, own, common] = self.pieces();
+        head.chain(name).chain(own).chain(common)
+    }
+}
+
+/// Keys and lengths of fields whose content follows; of two at most.
+#[derive(Debug, Clone, Copy, Default)]
+struct Head {
+    bytes: [u8; 2 * Head::FIELD],
+    length: u8,
+}
+
+impl Head {
+    /// A key of a field below 2048 and the longest length there is.
+    const FIELD: usize = 2 + 10;
+
+    /// Behind what is there, the beginning of a field with so many bytes.
+    fn wrap(mut self, field: u32, length: usize) -> Self {
+        let start = usize::from(self.length);
+        let mut free = &mut self.bytes[start..];
+        encode_key(field, WireType::LengthDelimited, &mut free);
+        encode_varint(length as u64, &mut free);
+        self.length += (key_len(field) + encoded_len_varint(length as u64)) as u8;
+        self
+    }
+
+    fn as_slice(&self) -> &[u8] {
+        &self.bytes[..usize::from(self.length)]
     }
 }
 
@@ -506,10 +687,37 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
+    use mesh_proto::workload::{Address, address};
+    use xxhash_rust::xxh64::xxh64;
+
     use super::*;
 
     fn resource(name: &str, body: &str) -> Resource {
         Resource::new("t", name, &body.to_owned())
+    }
+
+    #[test]
+    fn a_workload_in_two_parts_is_the_workload_and_takes_little() {
+        let (uid, name) = ("Kubernetes//Pod/shop/cart-1", "cart-1");
+        let own = Workload { name: name.into(), node: "n1".into(), ..Workload::default() };
+        let common = Workload { namespace: "shop".into(), canonical_name: "c".repeat(300), ..Workload::default() };
+        let resource = Resource::workload(uid, &own, &common);
+        let whole = Workload { uid: uid.into(), name: name.into(), node: "n1".into(), ..common.clone() };
+        let inner = resource.message_as(WORKLOAD_TYPE).unwrap();
+        assert_eq!(Workload::decode(inner.reader()).unwrap(), whole);
+        let outer = Address { r#type: Some(address::Type::Workload(whole)) };
+        assert_eq!(Address::decode(resource.message().reader()).unwrap(), outer);
+        assert_eq!(Address::decode(resource.body()).unwrap(), outer);
+        assert_eq!(resource.body().len(), outer.encoded_len());
+        assert_eq!(resource.version, Version(xxh64(&resource.body(), 0)));
+
+        let other = Resource::workload("Kubernetes//Pod/shop/cart-2", &own, &common);
+        assert!(std::ptr::eq(&**resource.common.as_ref().unwrap(), &**other.common.as_ref().unwrap()));
+        assert!(size_of::<Resource>() <= 96, "{}", size_of::<Resource>());
+
+        let enrolment = Resource::enrolment("u", &PodEnrolment::default(), &PodEnrolment::default());
+        assert_eq!(PodEnrolment::decode(enrolment.body()).unwrap().uid, "u");
+        assert!(enrolment.message_as(WORKLOAD_TYPE).is_none());
     }
 
     #[test]

@@ -137,7 +137,7 @@ impl Facts {
         let mut update = Update::new();
         let (mut routes, mut http_policies) = (Vec::new(), Vec::new());
         for resource in &translation.resources {
-            let body = resource.body.clone();
+            let body = resource.body();
             // What we have encoded can be decoded; what proxies refuse, they are without.
             match resource.type_url {
                 ADDRESS_TYPE => {
@@ -404,7 +404,7 @@ fn waypoints_of(resource: &Resource) -> BTreeSet<Key> {
         Audience::Waypoint { namespace, name } => Some(Key::new(Arc::clone(namespace), Arc::clone(name))),
         Audience::All | Audience::Node(_) => None,
     };
-    resource.audience.iter().filter_map(waypoint).collect()
+    resource.audience().iter().filter_map(waypoint).collect()
 }
 
 /// What people call an object: `NAME`, `NAME.NAMESPACE` or `NAMESPACE/NAME`.

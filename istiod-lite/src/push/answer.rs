@@ -7,8 +7,7 @@ use std::sync::Arc;
 use bytes::{BufMut as _, Bytes, BytesMut};
 use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint};
 
-use super::view::payload;
-use crate::resources::{Resource, Version};
+use crate::resources::{self, Resource, Version};
 
 /// What is written at once, in bytes; more only where one resource is.
 const PIECE: usize = 64 * 1024;
@@ -56,7 +55,7 @@ impl Answer {
     }
 
     fn encoded<'a>(&'a self, resource: &'a Resource) -> Option<Encoded<'a>> {
-        let value = payload(&self.type_url, resource)?;
+        let value = resource.message_as(&self.type_url)?;
         let aliases = if self.with_aliases { &*resource.aliases } else { &[] };
         Some(Encoded { type_url: &self.type_url, value, resource, aliases })
     }
@@ -75,7 +74,7 @@ impl Answer {
 /// One resource of an answer.
 struct Encoded<'a> {
     type_url: &'a str,
-    value: Bytes,
+    value: resources::Encoded<'a>,
     resource: &'a Resource,
     aliases: &'a [Arc<str>],
 }
@@ -98,7 +97,8 @@ impl Encoded<'_> {
         put(out, resource::VERSION, self.resource.version.to_string().as_bytes());
         begin(out, resource::RESOURCE, self.any_length());
         put(out, any::TYPE_URL, self.type_url.as_bytes());
-        put(out, any::VALUE, &self.value);
+        begin(out, any::VALUE, self.value.len());
+        self.value.put(out);
         put(out, resource::NAME, self.resource.name.as_bytes());
         for alias in self.aliases {
             put(out, resource::ALIASES, alias.as_bytes());
@@ -217,7 +217,7 @@ mod tests {
             for (read, sent) in read.resources.iter().zip(&updated) {
                 assert_eq!((&*read.name, &*read.version), (&*sent.name, &*sent.version.to_string()));
                 let any = read.resource.as_ref().unwrap();
-                assert_eq!((any.type_url.as_str(), &*any.value), (ADDRESS_TYPE, &*sent.body));
+                assert_eq!((any.type_url.as_str(), &*any.value), (ADDRESS_TYPE, &*sent.body()));
                 let aliases: Vec<&str> =
                     if with_aliases { sent.aliases.iter().map(|of| &**of).collect() } else { vec![] };
                 assert_eq!(read.aliases, aliases);

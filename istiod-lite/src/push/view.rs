@@ -5,7 +5,6 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::{Arc, OnceLock};
 
-use bytes::Bytes;
 use mesh_proto::enrolment::POD_ENROLMENT_TYPE;
 use mesh_proto::security::AUTHORIZATION_TYPE;
 use mesh_proto::waypoint::{HTTP_POLICY_TYPE, ROUTE_TYPE};
@@ -22,9 +21,6 @@ pub const TYPES: [&str; 6] =
 /// Changes are remembered for this many generations; a client further behind is compared with its whole last state.
 const REMEMBERED: usize = 64;
 
-/// Protobuf tag of `Address.workload`, the first and only field of an Address that holds a workload.
-const ADDRESS_WORKLOAD_TAG: u8 = 0x0a;
-
 /// Who a client is, as far as audiences go. Derived from its bound token, never from what it says.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Scope {
@@ -37,7 +33,7 @@ pub struct Scope {
 impl Scope {
     /// Whether a client of this scope may see `resource`.
     pub fn sees(&self, resource: &Resource) -> bool {
-        resource.audience.iter().any(|audience| match audience {
+        resource.audience().iter().any(|audience| match audience {
             Audience::All => true,
             Audience::Node(node) => self.node.as_ref() == Some(node),
             Audience::Waypoint { namespace, name } => {
@@ -114,14 +110,14 @@ impl View {
     pub fn get(&self, type_url: &str, name: &str, scope: &Scope) -> Option<&Arc<Resource>> {
         self.snapshot
             .get(stored_type(type_url), name)
-            .filter(|resource| scope.sees(resource) && payload(type_url, resource).is_some())
+            .filter(|resource| scope.sees(resource) && resource.message_as(type_url).is_some())
     }
 
     /// All resources of a type that the client may see.
     pub fn visible(&self, type_url: &str, scope: &Scope) -> impl Iterator<Item = &Arc<Resource>> {
         self.snapshot
             .of_type(stored_type(type_url))
-            .filter(move |resource| scope.sees(resource) && payload(type_url, resource).is_some())
+            .filter(move |resource| scope.sees(resource) && resource.message_as(type_url).is_some())
     }
 
     /// The names an on-demand subscription to `requested` comes to: the resource itself (by name or alias) and, for a
@@ -189,19 +185,6 @@ fn stored_type(type_url: &str) -> &str {
     if type_url == WORKLOAD_TYPE { ADDRESS_TYPE } else { type_url }
 }
 
-/// The message bytes of `resource` as `type_url`; none if it has no such form (a service is no workload).
-pub fn payload(type_url: &str, resource: &Resource) -> Option<Bytes> {
-    if type_url != WORKLOAD_TYPE {
-        return Some(resource.body.clone());
-    }
-    let (tag, mut rest) = resource.body.split_first()?;
-    if *tag != ADDRESS_WORKLOAD_TAG {
-        return None;
-    }
-    let length = usize::try_from(prost::encoding::decode_varint(&mut rest).ok()?).ok()?;
-    (rest.len() == length).then(|| resource.body.slice_ref(rest))
-}
-
 /// What on-demand subscriptions look names up in. Built for a view when the first such client asks.
 #[derive(Debug, Default)]
 struct DemandIndex {
@@ -225,11 +208,11 @@ impl DemandIndex {
     fn build(snapshot: &Snapshot) -> Self {
         let mut index = Self::default();
         for resource in snapshot.of_type(ADDRESS_TYPE) {
-            for alias in &resource.aliases {
+            for alias in &*resource.aliases {
                 index.aliases.entry(Arc::clone(alias)).or_default().push(Arc::clone(&resource.name));
             }
-            let Some(body) = payload(WORKLOAD_TYPE, resource) else { continue };
-            let Ok(workload) = mesh_proto::workload::Workload::decode(body) else { continue };
+            let Some(message) = resource.message_as(WORKLOAD_TYPE) else { continue };
+            let Ok(workload) = mesh_proto::workload::Workload::decode(message.reader()) else { continue };
             let node = (!workload.node.is_empty()).then(|| Arc::from(workload.node));
             if let Some(node) = &node {
                 index.nodes.entry(Arc::clone(node)).or_default().push(Arc::clone(&resource.name));

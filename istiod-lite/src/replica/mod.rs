@@ -35,7 +35,7 @@ fn digest(snapshot: &Snapshot, type_url: &str) -> u64 {
     for resource in snapshot.of_type(type_url) {
         add(&resource.name);
         add(&resource.version.to_string());
-        for audience in resource.audience.iter() {
+        for audience in resource.audience() {
             match audience {
                 Audience::All => add("all"),
                 Audience::Node(node) => add(&format!("node/{node}")),

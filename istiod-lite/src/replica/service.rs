@@ -126,7 +126,7 @@ async fn within<T>(found: impl Future<Output = Result<T, Status>>, late: &'stati
 
 /// Whether peers are told that this workload does.
 pub fn speaks_hbone(snapshot: &Snapshot, name: &str) -> bool {
-    let address = snapshot.get(ADDRESS_TYPE, name).map(|resource| Address::decode(resource.body.clone()));
+    let address = snapshot.get(ADDRESS_TYPE, name).map(|resource| Address::decode(resource.message().reader()));
     match address {
         Some(Ok(Address { r#type: Some(address::Type::Workload(workload)) })) => {
             workload.tunnel_protocol() == TunnelProtocol::Hbone

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
-use mesh_proto::enrolment::{CaptureOptions, FailureMode, POD_ENROLMENT_TYPE, PodEnrolment, Prefix};
+use mesh_proto::enrolment::{CaptureOptions, FailureMode, PodEnrolment, Prefix};
 
 use super::address_bytes;
 use super::world::World;
@@ -27,9 +28,9 @@ const EXCLUDE_AT_PORTS: &str = "traffic.sidecar.istio.io/excludeInboundPorts";
 /// `None` for pods outside the mesh and those that no node has been chosen for. A pod that leaves keeps its enrolment
 /// while peers may still speak HBONE to it.
 pub fn translate(world: &World, pod: &Pod) -> Option<Resource> {
-    let uid = pod.uid.as_deref()?;
+    let uid = pod.uid.as_ref()?;
     let node = pod.node.as_deref()?;
-    let held = annotation(pod, enrol::REDIRECTION).is_some() || world.leaving.contains(uid);
+    let held = annotation(pod, enrol::REDIRECTION).is_some() || world.leaving.contains(&**uid);
     let enrolled = enrol::is_wanted(world, pod) || (held && rules::never(world, pod).is_none());
     if !enrolled {
         return None;
@@ -39,12 +40,16 @@ pub fn translate(world: &World, pod: &Pod) -> Option<Resource> {
         Some("open") => FailureMode::Open,
         _ => FailureMode::Closed,
     };
-    let message = PodEnrolment {
-        uid: uid.to_owned(),
+    let own = PodEnrolment {
         name: key.name.to_string(),
+        addresses: pod.running_addresses().into_iter().flatten().copied().map(address_bytes).collect(),
+        workload_uid: world.pod_uid(key),
+        epoch: world.epochs.get(&**uid).copied().unwrap_or_default(),
+        ..PodEnrolment::default()
+    };
+    let common = PodEnrolment {
         namespace: key.namespace.to_string(),
         service_account: pod.template.service_account.clone(),
-        addresses: pod.running_addresses().into_iter().flatten().copied().map(address_bytes).collect(),
         capture: Some(CaptureOptions {
             failure_mode: failure_mode.into(),
             bypass_inbound: flag(pod, BYPASS_INBOUND) == Ok(Some(true)),
@@ -53,11 +58,10 @@ pub fn translate(world: &World, pod: &Pod) -> Option<Resource> {
             excluded_outbound_ports: ports(pod, EXCLUDE_TO_PORTS).unwrap_or_default(),
             excluded_inbound_ports: ports(pod, EXCLUDE_AT_PORTS).unwrap_or_default(),
         }),
-        workload_uid: world.pod_uid(key),
-        epoch: world.epochs.get(uid).copied().unwrap_or_default(),
         probe_ports: probe_ports(pod).into_iter().map(u32::from).collect(),
+        ..PodEnrolment::default()
     };
-    Some(Resource::new(POD_ENROLMENT_TYPE, uid, &message).for_audience(vec![Audience::Node(node.into())]))
+    Some(Resource::enrolment(Arc::clone(uid), &own, &common).for_audience(vec![Audience::Node(node.into())]))
 }
 
 /// What is wrong with the pod's annotations about exclusions, one line each. Such a pod is captured as if it had none.

@@ -18,6 +18,8 @@ use std::sync::Arc;
 
 use imbl::ordmap::DiffItem;
 use k8s_openapi::api::core::v1::Service;
+use mesh_proto::enrolment::POD_ENROLMENT_TYPE;
+use mesh_proto::workload::ADDRESS_TYPE;
 
 use super::binding::{self, Binding, TrafficType, USE_WAYPOINT};
 use super::lookups::{Lookups, service_of};
@@ -79,10 +81,19 @@ struct ServiceUnit {
     verdict: Verdict,
 }
 
+/// Of a pod, by the names of what it is; small, as there are very many.
 #[derive(Debug, Default)]
 struct PodUnit {
-    names: Vec<Named>,
-    guards: Vec<Arc<str>>,
+    workload: Option<Arc<str>>,
+    enrolment: Option<Arc<str>>,
+    guards: Box<[Arc<str>]>,
+}
+
+impl PodUnit {
+    fn names(&self) -> impl Iterator<Item = Named> + '_ {
+        let named = |type_url: &'static str, name: &Option<Arc<str>>| Some((type_url, Arc::clone(name.as_ref()?)));
+        [named(ADDRESS_TYPE, &self.workload), named(POD_ENROLMENT_TYPE, &self.enrolment)].into_iter().flatten()
+    }
 }
 
 /// What a step emits, by name: a later one of the same name counts.
@@ -262,13 +273,13 @@ impl Translator {
         let before = self.pods.remove(key).unwrap_or_default();
         if let Some(pod) = world.pods.get(key) {
             let unit = self.placed(world, key, pod, out);
-            if !unit.names.is_empty() || !unit.guards.is_empty() {
+            if unit.names().next().is_some() || !unit.guards.is_empty() {
                 self.pods.insert(key.clone(), unit);
             }
         }
         let unit = self.pods.get(key);
-        let kept = |name: &Named| unit.is_some_and(|unit| unit.names.contains(name));
-        out.gone.extend(before.names.into_iter().filter(|name| !kept(name)));
+        let kept = |name: &Named| unit.is_some_and(|unit| unit.names().any(|of| of == *name));
+        out.gone.extend(before.names().filter(|name| !kept(name)));
         for guard in before.guards {
             drop_guard(&mut self.guards, guard, out);
         }
@@ -280,17 +291,18 @@ impl Translator {
         let view = View { world, lookups: &self.lookups, entries: &self.entries, networks: &self.networks };
         let services = workload::services(view, pod);
         let reach = &self.policies.reach;
-        let mut unit = PodUnit::default();
+        let mut guards = Vec::new();
         for authorization in guard::for_workload(world, &key.namespace, &own, &services, &self.by_name, reach) {
             let reference: Arc<str> = format!("{}/{}", authorization.namespace, authorization.name).into();
             references.push(reference.to_string());
             take_guard(&mut self.guards, &reference, || authorization_resource(&authorization), out);
-            unit.guards.push(reference);
+            guards.push(reference);
         }
         references.sort_unstable();
         let workload = workload::from_pod(view, pod, references).map(|(resource, _)| resource);
-        unit.names = out.add_all(workload.into_iter().chain(enrolment::translate(world, pod)));
-        unit
+        let [workload, enrolment] =
+            [workload, enrolment::translate(world, pod)].map(|resource| resource.map(|resource| out.add(resource).1));
+        PodUnit { workload, enrolment, guards: guards.into() }
     }
 
     /// What policies no longer say of pods, or say now.

@@ -196,7 +196,7 @@ fn authorization_resource(authorization: &Authorization) -> Resource {
 }
 
 fn address_resource(name: String, address: &Address, aliases: Vec<Arc<str>>) -> Resource {
-    Resource { aliases, ..Resource::new(ADDRESS_TYPE, name, address) }
+    Resource::new(ADDRESS_TYPE, name, address).with_aliases(aliases)
 }
 
 /// Network order, 4 or 16 bytes.

@@ -35,7 +35,7 @@ fn render(translation: &Translation) -> String {
     let mut out = String::new();
     for resource in resources {
         let kind = resource.type_url.rsplit('.').next().unwrap_or_default();
-        writeln!(out, "== {kind} {} to {:?}", resource.name, resource.audience).expect("strings take all");
+        writeln!(out, "== {kind} {} to {:?}", resource.name, resource.audience()).expect("strings take all");
         if !resource.aliases.is_empty() {
             writeln!(out, "aliases {:?}", resource.aliases).expect("strings take all");
         }
@@ -48,7 +48,7 @@ fn render(translation: &Translation) -> String {
 }
 
 fn body(resource: &Resource) -> String {
-    let bytes = resource.body.clone();
+    let bytes = resource.body();
     let json = |value: serde_json::Result<String>| value.expect("models serialize");
     match resource.type_url {
         ADDRESS_TYPE => {
@@ -117,7 +117,7 @@ spec:
     ));
     let resource =
         translation.resources.iter().find(|resource| resource.type_url == ADDRESS_TYPE).expect("the Service");
-    let address = Address::decode(resource.body.clone()).expect("an Address");
+    let address = Address::decode(resource.body()).expect("an Address");
     let mesh::model::Resource::Service(service) = mesh::model::Resource::try_from(address).expect("proxies accept it")
     else {
         panic!("a Service is no workload");
@@ -255,7 +255,7 @@ fn an_endpoint_serves_the_ports_it_names_else_what_the_service_says() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/translate").join(case).join("in.yaml");
         let translation = translate(&world(&std::fs::read_to_string(path).expect("in.yaml")));
         let resource = translation.resources.iter().find(|resource| resource.name.ends_with(name)).expect(name);
-        let address = Address::decode(resource.body.clone()).expect("an Address");
+        let address = Address::decode(resource.body()).expect("an Address");
         let Some(mesh_proto::workload::address::Type::Workload(workload)) = address.r#type else { panic!("{name}") };
         assert_eq!(workload.services.len(), 1, "{name}");
         let ports = workload.services.into_values().flat_map(|list| list.ports);

@@ -39,18 +39,22 @@ pub fn from_pod(view: View<'_>, pod: &Pod, policies: Vec<String>) -> Option<(Res
     let workload_name = pod.workload_name().to_owned();
     let network = networks::of_pod(world, pod);
     let first = |keys: &[&str]| keys.iter().find_map(|key| label(pod, key)).map(str::to_owned);
-    let message = Workload {
-        uid: world.pod_uid(key),
+    let own = Workload {
         name: key.name.to_string(),
-        namespace: key.namespace.to_string(),
         addresses: addresses.iter().copied().map(address_bytes).collect(),
+        node: pod.node.as_deref().unwrap_or_default().to_owned(),
+        status: if pod.is_healthy() { WorkloadStatus::Healthy } else { WorkloadStatus::Unhealthy }.into(),
+        locality: pod.node.as_deref().and_then(|node| locality(world, node)),
+        ..Workload::default()
+    };
+    let common = Workload {
+        namespace: key.namespace.to_string(),
         network: network.to_owned(),
         network_gateway: (network != world.network()).then(|| view.networks.way(network)).flatten(),
         tunnel_protocol: if captured || native_tunnel { TunnelProtocol::Hbone } else { TunnelProtocol::None }.into(),
         trust_domain: elide(&world.mesh.trust_domain, "cluster.local"),
         service_account: elide(&template.service_account, "default"),
         waypoint: binding.address.clone(),
-        node: pod.node.as_deref().unwrap_or_default().to_owned(),
         canonical_name: first(&["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"])
             .unwrap_or_else(|| workload_name.clone()),
         canonical_revision: first(&["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"])
@@ -59,19 +63,14 @@ pub fn from_pod(view: View<'_>, pod: &Pod, policies: Vec<String>) -> Option<(Res
         workload_name,
         native_tunnel,
         authorization_policies: policies,
-        status: if pod.is_healthy() { WorkloadStatus::Healthy } else { WorkloadStatus::Unhealthy }.into(),
         cluster_id: world.mesh.cluster_id.clone(),
         services: services(view, pod),
-        locality: pod.node.as_deref().and_then(|node| locality(world, node)),
         network_mode: if template.host_network { NetworkMode::HostNetwork } else { NetworkMode::Standard }.into(),
         ..Workload::default()
     };
     // Pods of the host network share the node's address; it names none of them.
     let aliases = if template.host_network { Vec::new() } else { aliases(network, addresses) };
-    Some((
-        address_resource(message.uid.clone(), &Address { r#type: Some(address::Type::Workload(message)) }, aliases),
-        binding,
-    ))
+    Some((Resource::workload(world.pod_uid(key), &own, &common).with_aliases(aliases), binding))
 }
 
 /// Endpoints of a Service without selector that are plain addresses.

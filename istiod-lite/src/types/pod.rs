@@ -27,11 +27,36 @@ pub struct Pod {
     /// Where it was placed.
     pub node: Option<ArcIntern<str>>,
     /// `status.podIPs`, or `status.podIP`.
-    addresses: Box<[IpAddr]>,
+    addresses: Addresses,
     pub phase: Phase,
     pub is_ready: bool,
     /// It is being deleted.
     pub is_ending: bool,
+}
+
+/// Almost always one, which is kept without an allocation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Addresses {
+    One(IpAddr),
+    Many(Box<[IpAddr]>),
+}
+
+impl Addresses {
+    fn as_slice(&self) -> &[IpAddr] {
+        match self {
+            Self::One(address) => std::slice::from_ref(address),
+            Self::Many(addresses) => addresses,
+        }
+    }
+}
+
+impl From<Vec<IpAddr>> for Addresses {
+    fn from(addresses: Vec<IpAddr>) -> Self {
+        match addresses[..] {
+            [address] => Self::One(address),
+            _ => Self::Many(addresses.into()),
+        }
+    }
 }
 
 /// What pods made from one template have in common.
@@ -133,7 +158,8 @@ impl Pod {
 
     /// Addresses of a pod that has not ended; `None` before it has any.
     pub fn running_addresses(&self) -> Option<&[IpAddr]> {
-        (!self.phase.is_over() && !self.addresses.is_empty()).then_some(&self.addresses)
+        let addresses = self.addresses.as_slice();
+        (!self.phase.is_over() && !addresses.is_empty()).then_some(addresses)
     }
 
     /// Those that are nobody else's: pods of the host's network share the node's.
@@ -274,6 +300,6 @@ mod tests {
             ("web", Some(8080), "default")
         );
         assert_eq!(one.template.calls, [Call { host: None, port: 8080 }]);
-        assert!(size_of::<Pod>() <= 192, "{}", size_of::<Pod>());
+        assert!(size_of::<Pod>() <= 144, "{}", size_of::<Pod>());
     }
 }

@@ -157,7 +157,7 @@ fn translation(text: &str) {
     let again = translate(&world);
     assert_eq!(translation.resources, again.resources);
     for resource in translation.resources {
-        let body = resource.body.clone();
+        let body = resource.body();
         let refused = match resource.type_url {
             ADDRESS_TYPE => {
                 let address = Address::decode(body).expect("our own message");
@@ -199,7 +199,7 @@ static VIEWS: LazyLock<[Arc<View>; 2]> = LazyLock::new(|| {
         };
         let mut resource =
             Resource::new(ADDRESS_TYPE, uid, &Address { r#type: Some(address::Type::Workload(workload)) });
-        resource.aliases = vec![format!("/{uid}-ip").into()];
+        resource.aliases = [format!("/{uid}-ip").into()].into();
         resource
     };
     let service = |name: &str| {

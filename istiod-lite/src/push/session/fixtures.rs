@@ -19,7 +19,7 @@ pub fn workload(uid: &str, node: &str, services: &[&str]) -> Resource {
         ..Workload::default()
     };
     let mut resource = Resource::new(ADDRESS_TYPE, uid, &Address { r#type: Some(address::Type::Workload(workload)) });
-    resource.aliases = vec![format!("/{uid}-ip").into()];
+    resource.aliases = [format!("/{uid}-ip").into()].into();
     resource
 }
 
@@ -27,7 +27,7 @@ pub fn workload(uid: &str, node: &str, services: &[&str]) -> Resource {
 pub fn service(name: &str, vip: &str) -> Resource {
     let service = Service { name: name.into(), ..Service::default() };
     let mut resource = Resource::new(ADDRESS_TYPE, name, &Address { r#type: Some(address::Type::Service(service)) });
-    resource.aliases = vec![Arc::from(format!("/{vip}"))];
+    resource.aliases = [Arc::from(format!("/{vip}"))].into();
     resource
 }
 

@@ -9,11 +9,11 @@ fn a_workload_is_the_inside_of_its_address() {
     let inner = Workload { uid: "c//Pod/ns/a".into(), name: "a".repeat(300), ..Workload::default() };
     let outer = Address { r#type: Some(address::Type::Workload(inner.clone())) };
     let resource = Resource::new(ADDRESS_TYPE, "c//Pod/ns/a", &outer);
-    assert_eq!(Workload::decode(payload(WORKLOAD_TYPE, &resource).unwrap()).unwrap(), inner);
-    assert_eq!(payload(ADDRESS_TYPE, &resource).unwrap(), resource.body);
-    assert!(payload(WORKLOAD_TYPE, &service("ns/svc", "10.0.0.1")).is_none());
+    assert_eq!(Workload::decode(resource.message_as(WORKLOAD_TYPE).unwrap().reader()).unwrap(), inner);
+    assert_eq!(resource.message_as(ADDRESS_TYPE).unwrap().len(), resource.body().len());
+    assert!(service("ns/svc", "10.0.0.1").message_as(WORKLOAD_TYPE).is_none());
     let empty = Resource::new(ADDRESS_TYPE, "x", &Address::default());
-    assert!(payload(WORKLOAD_TYPE, &empty).is_none());
+    assert!(empty.message_as(WORKLOAD_TYPE).is_none());
 }
 
 #[test]
