@@ -198,7 +198,8 @@ pub struct Attention {
     pods: Table<Pod>,
     namespaces: Table<Namespace>,
     epochs: OrdMap<String, u64>,
-    by_uid: HashMap<String, Key>,
+    /// There is one for each pod, whose own text this is.
+    by_uid: HashMap<Arc<str>, Key>,
     open: BTreeSet<Key>,
     /// What we have written into annotations and the watch has not brought yet.
     ours: HashMap<Key, Vec<Option<&'static str>>>,
@@ -213,12 +214,12 @@ impl Attention {
         let mut gone = Vec::new();
         let before = std::mem::take(&mut self.pods);
         for (key, was, is) in differing(&before, &world.pods) {
-            let uid = |pod: Option<&Pod>| pod.and_then(|pod| Some(pod.uid.as_deref()?.to_owned()));
+            let uid = |pod: Option<&Pod>| pod.and_then(|pod| pod.uid.clone());
             let (values, was, is) = ((value(was), value(is)), uid(was), uid(is));
             if was == is {
                 self.note_value(key, values.0, values.1);
             } else {
-                gone.extend(was.inspect(|uid| _ = self.by_uid.remove(uid)));
+                gone.extend(was.inspect(|uid| _ = self.by_uid.remove(uid)).map(|uid| uid.to_string()));
                 is.map(|uid| self.by_uid.insert(uid, key.clone()));
                 self.ours.remove(key);
                 self.overruled.remove(key);
@@ -232,7 +233,7 @@ impl Attention {
         uids.extend(self.epochs.diff(&world.epochs).map(|item| match item {
             DiffItem::Add(uid, _) | DiffItem::Update { new: (uid, _), .. } | DiffItem::Remove(uid, _) => uid.clone(),
         }));
-        stale.extend(uids.iter().filter_map(|uid| self.by_uid.get(uid)).cloned());
+        stale.extend(uids.iter().filter_map(|uid| self.by_uid.get(&**uid)).cloned());
         self.pods = world.pods.clone();
         self.namespaces = world.namespaces.clone();
         self.epochs = world.epochs.clone();
