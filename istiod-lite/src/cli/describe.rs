@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
-use k8s_openapi::api::core::v1::Service;
 use mesh::model::{EndpointPorts, HealthStatus, NamespacedHostname, Workload};
 use serde::Serialize;
 
@@ -12,9 +11,8 @@ use super::facts::{self, ConnectionPolicy, Facts, Membership, MutualTls, Request
 use super::output::{Cell, Format, Paint, Sheet, Table, Tone, written};
 use super::{Said, read};
 use crate::translate::binding::{self, TrafficType};
-use crate::translate::service;
 use crate::translate::world::MeshSettings;
-use crate::types::{Key, Pod};
+use crate::types::{Key, Pod, Service};
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -221,7 +219,7 @@ impl ServiceDescription {
         Self {
             service: key.to_string(),
             host: name.hostname.to_string(),
-            addresses: service::vips(object).iter().map(ToString::to_string).collect(),
+            addresses: object.vips().iter().map(ToString::to_string).collect(),
             ports: ports.map(|(port, to)| format!("{port} ({:?})", to.app_protocol).to_lowercase()).collect(),
             through: Through::of(facts, &name),
             endpoints: described,

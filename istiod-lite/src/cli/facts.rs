@@ -192,7 +192,7 @@ impl Facts {
         let short = name.hostname.split('.').next().unwrap_or_default();
         let key = Key::new(Arc::clone(&name.namespace), short);
         if let Some(service) = self.world.services.get(&key).filter(|_| self.service_name(&key) == *name) {
-            return Some((&service.metadata, TrafficType::Service));
+            return Some((&**service, TrafficType::Service));
         }
         let has_it = |spec: &ServiceEntrySpec| spec.hosts.iter().any(|host| host.eq_ignore_ascii_case(&name.hostname));
         let mut entries = in_namespace(&self.world.service_entries, &name.namespace);

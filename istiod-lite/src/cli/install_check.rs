@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use clap::Args;
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
 use k8s_openapi::api::authorization::v1::{ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec};
-use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Node, PodSpec, Service};
+use k8s_openapi::api::core::v1::{self as api, ConfigMap, Namespace, Node, PodSpec};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{DynamicObject, ListParams, PostParams};
 use kube::core::ApiResource;
@@ -24,7 +24,7 @@ use crate::translate::binding;
 use crate::translate::owner::Owners;
 use crate::translate::world::{MeshSettings, World};
 use crate::types::gateway::{GatewayClassSpec, GatewaySpec, MESH_CONTROLLER, WAYPOINT_CLASS};
-use crate::types::{CustomKind as _, Held, Key, Object, label};
+use crate::types::{CustomKind as _, Held, Key, Object, Service, label};
 use crate::watch::ROOT_CERT_CONFIG_MAP;
 
 /// The oldest Kubernetes that the manifests are tested against.
@@ -408,7 +408,8 @@ async fn waypoints_and_tags(client: &Client, system: &str) -> Result<World, kube
         Err(kube::Error::Api(status)) if status.code == 404 => Vec::new(),
         Err(error) => return Err(error),
     };
-    let services = Api::<Service>::namespaced(client.clone(), system).list(&ListParams::default()).await?.items;
+    let services = Api::<api::Service>::namespaced(client.clone(), system).list(&ListParams::default()).await?;
+    let services = services.items.into_iter().map(Service::new);
     let mesh = MeshSettings { root_namespace: system.to_owned(), ..MeshSettings::default() };
     Ok(World {
         mesh: Arc::new(mesh),
@@ -417,7 +418,7 @@ async fn waypoints_and_tags(client: &Client, system: &str) -> Result<World, kube
             .map(Object::<GatewaySpec>::from_dynamic)
             .map(|it| (it.key(), Held::new(it)))
             .collect(),
-        services: services.into_iter().map(|it| (Key::of(&it.metadata), Held::new(it))).collect(),
+        services: services.map(|it| (it.key.clone(), Held::new(it))).collect(),
         namespaces: all::<Namespace>(client, None)
             .await?
             .into_iter()

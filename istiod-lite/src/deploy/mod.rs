@@ -23,7 +23,7 @@ use crate::translate::parameters::{self, Part};
 use crate::translate::waypoint::{self, MANAGED_BY};
 use crate::translate::world::{Table, World};
 use crate::types::gateway::{GROUP, GatewayClassSpec, MESH_CONTROLLER, WAYPOINT_CLASS};
-use crate::types::{CustomKind, Key, annotation, label};
+use crate::types::{CustomKind, Key, Meta, annotation, label};
 use crate::watch::{REVOCATION_CONFIG_MAP, ROOT_CERT_CONFIG_MAP};
 
 pub use crate::translate::waypoint::WaypointSettings;
@@ -94,15 +94,15 @@ impl AppliedKind {
         ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk(group, version, kind), plural)
     }
 
-    fn existing<'a>(self, world: &'a World, key: &Key) -> Option<&'a ObjectMeta> {
+    fn existing<'a>(self, world: &'a World, key: &Key) -> Option<&'a dyn Meta> {
         match self {
-            Self::Part(Part::ServiceAccount) => world.service_accounts.get(key).map(|object| &object.metadata),
-            Self::Part(Part::Service) => world.services.get(key).map(|object| &object.metadata),
-            Self::Part(Part::Deployment) => world.deployments.get(key).map(|object| &object.metadata),
-            Self::Part(Part::HorizontalPodAutoscaler) => world.autoscalers.get(key).map(|meta| &**meta),
-            Self::Part(Part::PodDisruptionBudget) => world.disruption_budgets.get(key).map(|meta| &**meta),
-            Self::ConfigMap => config_maps(world, &key.name).get(key).map(|object| &object.metadata),
-            Self::GatewayClass => world.gateway_classes.get(key).map(|class| &class.meta),
+            Self::Part(Part::ServiceAccount) => world.service_accounts.get(key).map(|object| &object.metadata as _),
+            Self::Part(Part::Service) => world.services.get(key).map(|service| &**service as _),
+            Self::Part(Part::Deployment) => world.deployments.get(key).map(|object| &object.metadata as _),
+            Self::Part(Part::HorizontalPodAutoscaler) => world.autoscalers.get(key).map(|meta| &**meta as _),
+            Self::Part(Part::PodDisruptionBudget) => world.disruption_budgets.get(key).map(|meta| &**meta as _),
+            Self::ConfigMap => config_maps(world, &key.name).get(key).map(|object| &object.metadata as _),
+            Self::GatewayClass => world.gateway_classes.get(key).map(|class| &class.meta as _),
         }
     }
 

@@ -7,7 +7,7 @@ use crate::translate::fixture;
 use crate::translate::parameters::Parameters;
 use crate::translate::verdict::{Report, Verdict};
 use crate::translate::world::MeshSettings;
-use crate::types::Held;
+use crate::types::{Held, Service};
 
 const ROOT: Trust<'static> = Trust { roots: "ROOT", revocations: None };
 const LISTS: Trust<'static> = Trust { revocations: Some("LISTS"), ..ROOT };
@@ -113,7 +113,10 @@ fn what_was_applied_is_not_applied_again_until_it_should_be_different() {
         }
         match apply.kind {
             ACCOUNT => _ = world.service_accounts.insert(key, read(object)),
-            SERVICE => _ = world.services.insert(key, read(object)),
+            SERVICE => {
+                let service = Service::new(serde_json::from_value(object).expect("what we apply is well-formed"));
+                world.services.insert(key, Held::new(service));
+            }
             DEPLOYMENT => _ = world.deployments.insert(key, read(object)),
             AppliedKind::ConfigMap => store(&mut world, apply),
             other => panic!("{other:?}"),

@@ -5,12 +5,11 @@
 //! patience, and then what is written says so.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures_util::future;
-use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
 use mesh::grpc::{self, AuthChannel, Dialer, GrpcConfig, RootCa, TokenSource};
 use mesh_proto::replica::replica_service_client::ReplicaServiceClient;
 use mesh_proto::replica::{AcknowledgedRequest, Content, PartedRequest, Refusal};
@@ -23,12 +22,11 @@ use crate::ca::serving::dns_names;
 use crate::resources::lock;
 use crate::revision::{LABEL, Revision};
 use crate::translate::world::{World, in_namespace};
-use crate::types::{Key, label};
+use crate::types::{Key, Slice, label};
 
 /// The Service all replicas are behind, but for a revision that is added, and its port for proxies.
 const SERVICE: &str = "istiod";
 const PORT: &str = "grpc-xds";
-const SERVICE_LABEL: &str = "kubernetes.io/service-name";
 /// Between attempts at one that does not answer.
 const RETRY: Duration = Duration::from_millis(250);
 /// A reason of a KiB for each policy, and more policies than anybody has.
@@ -226,7 +224,7 @@ impl Peers {
 /// proxies of all have it.
 fn is_ours(world: &World, service: &str) -> bool {
     let key = || Key::new(&*world.mesh.root_namespace, service);
-    let revision = || label(&world.services.get(&key())?.metadata, LABEL)?.parse::<Revision>().ok();
+    let revision = || label(&**world.services.get(&key())?, LABEL)?.parse::<Revision>().ok();
     service == SERVICE || revision().is_some_and(|revision| revision.named(SERVICE) == service)
 }
 
@@ -234,32 +232,24 @@ fn is_ours(world: &World, service: &str) -> bool {
 fn present(world: &World, own_pod: Option<&str>) -> BTreeMap<SocketAddr, bool> {
     let mut present = BTreeMap::new();
     for (_, slice) in in_namespace(&world.endpoint_slices, &world.mesh.root_namespace) {
-        let service = slice.metadata.labels.as_ref().and_then(|labels| labels.get(SERVICE_LABEL));
+        let service = slice.service.as_deref();
         let Some(port) = port(slice).filter(|_| service.is_some_and(|service| is_ours(world, service))) else {
             continue;
         };
-        for endpoint in &slice.endpoints {
-            let pod = endpoint.target_ref.as_ref().and_then(|target| target.name.as_deref());
-            if own_pod.is_some() && pod == own_pod {
+        for endpoint in slice.endpoints() {
+            if own_pod.is_some() && endpoint.pod == own_pod {
                 continue;
             }
-            for address in endpoint.addresses.iter().filter_map(|address| address.parse::<IpAddr>().ok()) {
-                *present.entry(SocketAddr::new(address, port)).or_insert(false) |= is_serving(endpoint);
+            for address in endpoint.addresses {
+                *present.entry(SocketAddr::new(*address, port)).or_insert(false) |= endpoint.is_serving;
             }
         }
     }
     present
 }
 
-fn port(slice: &EndpointSlice) -> Option<u16> {
-    let port = slice.ports.iter().flatten().find(|port| port.name.as_deref() == Some(PORT))?;
-    u16::try_from(port.port?).ok()
-}
-
-/// Ready, whether or not it is to end.
-fn is_serving(endpoint: &Endpoint) -> bool {
-    let Some(conditions) = &endpoint.conditions else { return true };
-    conditions.serving.or(conditions.ready).unwrap_or(true)
+fn port(slice: &Slice) -> Option<u16> {
+    slice.ports.iter().find(|port| port.name == PORT)?.number
 }
 
 #[cfg(test)]

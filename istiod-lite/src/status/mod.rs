@@ -226,8 +226,7 @@ fn current(world: &World, kind: Kind, key: &Key) -> Option<(Value, String)> {
     match kind {
         Kind::Service => {
             let service = world.services.get(key)?;
-            let status = serde_json::to_value(service.status.as_ref()).unwrap_or_default();
-            Some((status, service.metadata.resource_version.clone().unwrap_or_default()))
+            Some((json!({"conditions": service.conditions}), service.version.to_string()))
         }
         Kind::GatewayClass => custom(world.gateway_classes.get(key)),
         Kind::Gateway => custom(world.gateways.get(key)),

@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::mesh_config::MeshConfig;
 use super::parameters::{DEFAULTS_FOR, Parameters};
 use super::world::{Table, World};
-use crate::types::{CustomKind, Held, Key, Object, Pod, gateway, label, networking, security};
+use crate::types::{CustomKind, Held, Key, Object, Pod, Service, Slice, gateway, label, networking, security};
 
 /// Puts an object of one kind where it belongs.
 type Put = fn(&mut World, Value) -> Result<(), String>;
@@ -30,9 +30,21 @@ pub fn add(world: &mut World, object: Value) -> Result<bool, String> {
             Ok(())
         }),
         "Node" => ("", |world, object| core(&mut world.nodes, object)),
-        "Pod" => ("", pod),
-        "Service" => ("", |world, object| core(&mut world.services, object)),
-        "EndpointSlice" => ("discovery.k8s.io", |world, object| core(&mut world.endpoint_slices, object)),
+        "Pod" => ("", |world, object| {
+            let pod = Pod::new(decoded(object)?);
+            world.pods.insert(pod.key.clone(), Held::new(pod));
+            Ok(())
+        }),
+        "Service" => ("", |world, object| {
+            let service = Service::new(decoded(object)?);
+            world.services.insert(service.key.clone(), Held::new(service));
+            Ok(())
+        }),
+        "EndpointSlice" => ("discovery.k8s.io", |world, object| {
+            let slice = Slice::new(decoded(object)?);
+            world.endpoint_slices.insert(slice.key.clone(), Held::new(slice));
+            Ok(())
+        }),
         "Deployment" => ("apps", |world, object| core(&mut world.deployments, object)),
         "ConfigMap" => ("", parameters),
         "GatewayClass" => (gateway::GROUP, |world, object| custom(&mut world.gateway_classes, object)),
@@ -50,15 +62,13 @@ pub fn add(world: &mut World, object: Value) -> Result<bool, String> {
     put(world, object).map(|()| true)
 }
 
-fn pod(world: &mut World, object: Value) -> Result<(), String> {
-    let pod = Pod::new(serde_json::from_value(object).map_err(|error| error.to_string())?);
-    world.pods.insert(pod.key.clone(), Held::new(pod));
-    Ok(())
+fn decoded<T: DeserializeOwned>(object: Value) -> Result<T, String> {
+    serde_json::from_value(object).map_err(|error| error.to_string())
 }
 
 /// As MeshConfig, or as parameters of waypoints: nothing else of a ConfigMap is looked at.
 fn parameters(world: &mut World, object: Value) -> Result<(), String> {
-    let found: ConfigMap = serde_json::from_value(object).map_err(|error| error.to_string())?;
+    let found: ConfigMap = decoded(object)?;
     let key = Key::of(&found.metadata);
     if MeshConfig::is_in(&key, &world.mesh) {
         world.mesh_config = world.mesh_config.after(Some(&found), &world.mesh);
@@ -75,14 +85,13 @@ fn parameters(world: &mut World, object: Value) -> Result<(), String> {
 }
 
 fn core<T: DeserializeOwned>(table: &mut Table<T>, object: Value) -> Result<(), String> {
-    let meta: ObjectMeta = serde_json::from_value(object["metadata"].clone()).map_err(|error| error.to_string())?;
-    let object: T = serde_json::from_value(object).map_err(|error| error.to_string())?;
-    table.insert(Key::of(&meta), Held::new(object));
+    let meta: ObjectMeta = decoded(object["metadata"].clone())?;
+    table.insert(Key::of(&meta), Held::new(decoded(object)?));
     Ok(())
 }
 
 fn custom<S: CustomKind>(table: &mut Table<Object<S>>, object: Value) -> Result<(), String> {
-    let object = Object::from_dynamic(serde_json::from_value(object).map_err(|error| error.to_string())?);
+    let object = Object::from_dynamic(decoded(object)?);
     table.insert(object.key(), Held::new(object));
     Ok(())
 }

@@ -164,8 +164,7 @@ fn a_route_that_names_a_port_is_one_of_that_port() {
 fn protocols_of_backends_are_told() {
     let world: World = fixture::world(WORLD);
     let web = &world.services[&Key::new("shop", "web")];
-    let ports = web.spec.as_ref().and_then(|spec| spec.ports.as_ref()).expect("ports");
-    let told: Vec<_> = ports.iter().map(service::app_protocol).collect();
+    let told: Vec<_> = web.ports().iter().map(service::app_protocol).collect();
     assert_eq!(told[1..], [AppProtocol::Http2, AppProtocol::Http11]);
 }
 

@@ -17,7 +17,6 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use imbl::ordmap::DiffItem;
-use k8s_openapi::api::core::v1::Service;
 use mesh_proto::enrolment::POD_ENROLMENT_TYPE;
 use mesh_proto::workload::ADDRESS_TYPE;
 
@@ -31,7 +30,7 @@ use super::world::{View, World, differing, in_namespace};
 use super::{Policies, Selecting, Translation, authorization_resource, gateway, guard, peer_authentication, workload};
 use super::{enrolment, policies, routes, service, service_verdict, workload_entry};
 use crate::resources::Resource;
-use crate::types::{Key, Pod, label, matches_labels};
+use crate::types::{Key, Pod, Service, Slice, label, matches_labels};
 
 /// Type and name of a resource.
 pub type Named = (&'static str, Arc<str>);
@@ -512,8 +511,7 @@ impl Seen {
         }
         if self.waypoints {
             let asks = |key: &Key, service: &Service| {
-                label(&service.metadata, USE_WAYPOINT).is_some()
-                    || new.namespace_label(&key.namespace, USE_WAYPOINT).is_some()
+                label(service, USE_WAYPOINT).is_some() || new.namespace_label(&key.namespace, USE_WAYPOINT).is_some()
             };
             services
                 .extend(new.services.iter().filter(|(key, service)| asks(key, service)).map(|(key, _)| key.clone()));
@@ -575,8 +573,8 @@ impl Stale<'_> {
     }
 
     /// Those that a slice is for.
-    fn pods_named(&mut self, namespace: &str, slice: &k8s_openapi::api::discovery::v1::EndpointSlice) {
-        for name in slice.endpoints.iter().filter_map(workload::target_pod) {
+    fn pods_named(&mut self, namespace: &str, slice: &Slice) {
+        for name in slice.pods() {
             let key = Key::new(namespace, name);
             if self.world.pods.contains_key(&key) {
                 self.pods.insert(key);

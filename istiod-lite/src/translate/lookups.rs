@@ -5,18 +5,11 @@ use std::hash::Hash;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use k8s_openapi::api::core::v1::Service;
-use k8s_openapi::api::discovery::v1::EndpointSlice;
-
 use super::networks;
-use super::service;
 use super::workload_entry;
 use super::world::{World, differing};
 use crate::types::networking::WorkloadEntrySpec;
-use crate::types::{Key, Labels, Object, Pod, label, matches_labels};
-
-/// The label of a slice that names its Service.
-const SERVICE_NAME: &str = "kubernetes.io/service-name";
+use crate::types::{Key, Labels, Object, Pod, Service, Slice, label, matches_labels};
 
 #[derive(Debug, Default)]
 pub struct Lookups {
@@ -140,7 +133,7 @@ impl Lookups {
             unknown => (&none, unknown.insert(Addresses::default())),
         };
         for (key, was, is) in differing(&old.services, &new.services) {
-            let of = |service: Option<&Service>| service.map(service::vips).unwrap_or_default();
+            let of = |service: Option<&Service>| service.map(|service| service.vips().to_vec()).unwrap_or_default();
             addresses.services.replace(key, of(was), of(is));
         }
         for (key, was, is) in differing(&old.pods, &new.pods) {
@@ -176,9 +169,8 @@ fn place(there: &mut BTreeMap<Arc<str>, Abroad>, key: &Key, abroad: Option<Abroa
 }
 
 /// The Service that a slice is of.
-pub fn service_of(slice: &EndpointSlice) -> Option<Key> {
-    let name = label(&slice.metadata, SERVICE_NAME)?;
-    Some(Key::new(slice.metadata.namespace.as_deref().unwrap_or_default(), name))
+pub fn service_of(slice: &Slice) -> Option<Key> {
+    Some(Key::new(Arc::clone(&slice.key.namespace), Arc::clone(slice.service.as_ref()?)))
 }
 
 /// Which objects are at a place; one may be at several, and several at one.

@@ -37,7 +37,6 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use k8s_openapi::api::core::v1::Service;
 use mesh_proto::security::{AUTHORIZATION_TYPE, Authorization};
 use mesh_proto::waypoint::{HTTP_POLICY_TYPE, ROUTE_TYPE};
 use mesh_proto::workload::{ADDRESS_TYPE, Address};
@@ -51,7 +50,7 @@ use self::verdict::{Kind, Report, Status, Verdict, Wanted};
 use self::world::World;
 use crate::resources::{Audience, Resource};
 use crate::types::security::{AuthorizationPolicySpec, WorkloadSelector};
-use crate::types::{Key, matches_labels};
+use crate::types::{Key, Service, matches_labels};
 
 /// Everything that follows from a world.
 #[derive(Debug, Default)]
@@ -157,7 +156,7 @@ fn service_verdict(key: &Key, service: &Service, binding: &Binding) -> Verdict {
     Verdict {
         kind: Kind::Service,
         key: key.clone(),
-        generation: service.metadata.generation.unwrap_or_default(),
+        generation: service.generation,
         report: Report::Conditions {
             owned: &["istio.io/WaypointBound"],
             wanted: binding.condition.clone().into_iter().collect(),

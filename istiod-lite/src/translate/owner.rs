@@ -4,11 +4,11 @@
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
-use k8s_openapi::api::core::v1::{Namespace, Service};
+use k8s_openapi::api::core::v1::Namespace;
 
 use super::world::{World, differing, in_namespace};
 use crate::revision::{LABEL, Revision, TAG};
-use crate::types::{Key, Meta, created, label};
+use crate::types::{Key, Meta, Service, label};
 
 /// Whose Gateways are whose in a world.
 pub struct Owners<'a> {
@@ -22,7 +22,7 @@ impl<'a> Owners<'a> {
     pub fn of(world: &'a World) -> Self {
         // The oldest of a tag counts: it comes last.
         let mut found: Vec<_> = tag_services(world).collect();
-        found.sort_by_key(|(key, service)| Reverse((created(&service.metadata), *key)));
+        found.sort_by_key(|(key, service)| Reverse((service.created, *key)));
         let tags = found.into_iter().filter_map(|(_, service)| tagged(service)).collect();
         Self { world, default: Revision::default(), tags }
     }
@@ -64,7 +64,7 @@ pub fn tag_services(world: &World) -> impl Iterator<Item = (&Key, &Service)> {
 
 /// Tag and revision.
 fn tagged(service: &Service) -> Option<(&str, &str)> {
-    let said = |key: &str| label(&service.metadata, key).filter(|said| !said.is_empty());
+    let said = |key: &str| label(service, key).filter(|said| !said.is_empty());
     Some((said(TAG)?, said(LABEL)?))
 }
 

@@ -7,7 +7,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use http::header::HOST;
 use http::uri::{Authority, PathAndQuery};
 use http::{HeaderName, HeaderValue};
-use k8s_openapi::api::core::v1::Service;
 use mesh_proto::waypoint::{
     Backend, Filter, Header, HeaderModifier, KeyMatch, Parent, PathModifier, Redirect, Rewrite, Route, RouteMatch,
     RouteRule, ServicePort, backend, filter, key_match, path_modifier, route_match,
@@ -20,7 +19,7 @@ use super::service_entry;
 use super::verdict::{ParentReport, Status, Wanted, joined};
 use super::world::World;
 use crate::types::gateway::{self as api, HttpRouteSpec, ParentRef};
-use crate::types::{Key, Lenient, Object, created};
+use crate::types::{Key, Lenient, Object, Service, created};
 
 /// Parents we report on, the route if any parent takes it, and the waypoints that carry it out.
 #[derive(Debug, Default)]
@@ -100,11 +99,10 @@ fn of_service(
 ) -> Taken {
     let key = parent_key(route, parent);
     let service = world.services.get(&key).ok_or_else(|| format!("Service {key} does not exist"))?;
-    let spec = service.spec.as_ref();
-    if spec.is_some_and(|spec| spec.type_.as_deref() == Some("ExternalName")) {
+    if service.is_external() {
         return Err(format!("Service {key} is an ExternalName"));
     }
-    if spec.is_some_and(|spec| spec.cluster_ip.as_deref() == Some("None")) {
+    if service.is_headless() {
         return Err(format!("Service {key} is headless: no address to attach to"));
     }
     if let Some(port) = parent.port
@@ -166,8 +164,7 @@ fn waypoint_condition(waypoints: &[Key]) -> Wanted {
 }
 
 fn has_port(service: &Service, number: u16) -> bool {
-    let ports = service.spec.iter().flat_map(|spec| spec.ports.iter().flatten());
-    ports.into_iter().any(|port| port.port == i32::from(number))
+    service.ports().iter().any(|port| port.number == i32::from(number))
 }
 
 /// Nothing can be told to be a request of such a rule.
@@ -540,7 +537,7 @@ fn resolve_backend(
         return Err(("UnsupportedValue", format!("Service {key} needs a port")));
     };
     let service = world.services.get(&key).ok_or(("BackendNotFound", format!("Service {key} does not exist")))?;
-    if service.spec.as_ref().is_some_and(|spec| spec.type_.as_deref() == Some("ExternalName")) {
+    if service.is_external() {
         return Err(("BackendNotFound", format!("Service {key} is an ExternalName, which the mesh does not know")));
     }
     if !has_port(service, port) {

@@ -1,11 +1,7 @@
 //! Kubernetes Services as the mesh's services.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
 
-use k8s_openapi::api::core::v1::{Service as KubeService, ServicePort};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use mesh_proto::workload::{
     Address, AppProtocol, IpFamilies, LoadBalancing, NetworkAddress, Port, Service, address, load_balancing,
 };
@@ -15,7 +11,7 @@ use super::workload;
 use super::world::{View, World};
 use super::{address_bytes, address_resource};
 use crate::resources::Resource;
-use crate::types::{Key, annotation};
+use crate::types::{Key, Meta, Service as KubeService, ServicePort, TargetPort, annotation};
 
 /// The annotation that says which endpoints are preferred.
 const TRAFFIC_DISTRIBUTION: &str = "networking.istio.io/traffic-distribution";
@@ -24,34 +20,33 @@ const TRAFFIC_DISTRIBUTION: &str = "networking.istio.io/traffic-distribution";
 pub fn translate(view: View<'_>, service: &KubeService) -> Option<(Resource, Binding)> {
     let world = view.world;
     let spec = service.spec.as_ref()?;
-    if spec.type_.as_deref() == Some("ExternalName") {
+    if spec.is_external {
         return None;
     }
-    let key = Key::of(&service.metadata);
-    let binding = binding::resolve(world, &service.metadata, TrafficType::Service);
-    let vips = vips(service);
+    let (key, vips) = (&service.key, &spec.vips);
+    let binding = binding::resolve(world, service, TrafficType::Service);
     let network = world.network();
     let message = Service {
         name: key.name.to_string(),
         namespace: key.namespace.to_string(),
-        hostname: world.hostname(&key),
+        hostname: world.hostname(key),
         addresses: vips
             .iter()
             .map(|vip| NetworkAddress { network: network.into(), address: address_bytes(*vip), length: None })
             .collect(),
-        ports: spec.ports.iter().flatten().filter_map(port).collect(),
-        subject_alt_names: identities_beyond(view, &key, service).into_iter().collect(),
+        ports: spec.ports.iter().filter_map(port).collect(),
+        subject_alt_names: identities_beyond(view, key, service).into_iter().collect(),
         waypoint: binding.address.clone(),
         weighted_waypoints: binding.weighted(),
         load_balancing: load_balancing(world, service),
-        ip_families: ip_families(spec.ip_families.as_deref().unwrap_or_default()).into(),
+        ip_families: ip_families(spec.has_ipv4, spec.has_ipv6).into(),
         canonical: true,
-        ingress_use_waypoint: binding::ingress_uses_waypoint(world, &service.metadata),
+        ingress_use_waypoint: binding::ingress_uses_waypoint(world, service),
         ..Service::default()
     };
     let aliases = vips.iter().map(|vip| format!("{network}/{vip}").into()).collect();
     let resource =
-        address_resource(world.service_name(&key), &Address { r#type: Some(address::Type::Service(message)) }, aliases);
+        address_resource(world.service_name(key), &Address { r#type: Some(address::Type::Service(message)) }, aliases);
     Some((resource, binding))
 }
 
@@ -61,31 +56,21 @@ fn identities_beyond(view: View<'_>, key: &Key, service: &KubeService) -> BTreeS
     match workload::selector(service) {
         Some(selector) => beyond.selected(selector),
         None => {
-            let endpoints = view.slices_of(key).flat_map(|slice| &slice.endpoints);
-            let pods = endpoints.filter_map(workload::target_pod);
+            let pods = view.slices_of(key).flat_map(|slice| slice.pods());
             pods.filter_map(|pod| beyond.pod(pod)).map(str::to_owned).collect()
         }
     }
 }
 
-/// Cluster IPs; none for a headless Service or one that has not been given any yet.
-pub fn vips(service: &KubeService) -> Vec<IpAddr> {
-    let Some(spec) = &service.spec else { return Vec::new() };
-    let many = spec.cluster_ips.as_deref().unwrap_or_default();
-    let one = if many.is_empty() { spec.cluster_ip.as_slice() } else { &[] };
-    many.iter().chain(one).filter_map(|ip| ip.parse().ok()).collect()
-}
-
 fn port(port: &ServicePort) -> Option<Port> {
-    let service_port = port_number(port.port)?;
+    let service_port = port_number(port.number)?;
     Some(Port {
         service_port,
-        target_port: match &port.target_port {
-            // Zero means the same as absent.
-            None | Some(IntOrString::Int(0)) => service_port,
-            Some(IntOrString::Int(number)) => port_number(*number)?,
+        target_port: match &port.target {
+            TargetPort::Same => service_port,
+            TargetPort::Number(number) => port_number(*number)?,
             // It differs from pod to pod.
-            Some(IntOrString::String(_)) => 0,
+            TargetPort::Name(_) => 0,
         },
         app_protocol: app_protocol(port).into(),
     })
@@ -118,20 +103,18 @@ pub fn app_protocol_named(text: &str) -> Option<AppProtocol> {
 
 /// `appProtocol` beats the port's name, which beats well-known numbers; `Unknown` means: look at the first bytes.
 pub fn app_protocol(port: &ServicePort) -> AppProtocol {
-    if port.protocol.as_deref().is_some_and(|protocol| protocol != "TCP") {
+    if !port.is_tcp {
         return AppProtocol::Unknown;
     }
-    let by_number = || matches!(port.port, 25 | 53 | 3306 | 27017).then_some(AppProtocol::Tcp);
-    port.app_protocol
-        .as_deref()
-        .and_then(app_protocol_named)
-        .or_else(|| port.name.as_deref().and_then(app_protocol_named))
+    let by_number = || matches!(port.number, 25 | 53 | 3306 | 27017).then_some(AppProtocol::Tcp);
+    app_protocol_named(&port.app_protocol)
+        .or_else(|| app_protocol_named(&port.name))
         .or_else(by_number)
         .unwrap_or(AppProtocol::Unknown)
 }
 
-fn ip_families(families: &[String]) -> IpFamilies {
-    match (families.iter().any(|f| f == "IPv4"), families.iter().any(|f| f == "IPv6")) {
+fn ip_families(has_ipv4: bool, has_ipv6: bool) -> IpFamilies {
+    match (has_ipv4, has_ipv6) {
         (true, true) => IpFamilies::Dual,
         (true, false) => IpFamilies::Ipv4Only,
         (false, true) => IpFamilies::Ipv6Only,
@@ -152,8 +135,8 @@ pub fn distributed(asked: Option<&str>) -> (load_balancing::Mode, &'static [load
 }
 
 /// The traffic distribution that an object's annotation asks for, else that of its namespace.
-pub fn annotated_distribution<'a>(world: &'a World, meta: &'a ObjectMeta) -> Option<&'a str> {
-    let of_namespace = || annotation(&world.namespace(meta.namespace.as_deref()?)?.metadata, TRAFFIC_DISTRIBUTION);
+pub fn annotated_distribution<'a>(world: &'a World, meta: &'a dyn Meta) -> Option<&'a str> {
+    let of_namespace = || annotation(&world.namespace(meta.namespace_name())?.metadata, TRAFFIC_DISTRIBUTION);
     annotation(meta, TRAFFIC_DISTRIBUTION).or_else(of_namespace)
 }
 
@@ -161,16 +144,12 @@ pub fn annotated_distribution<'a>(world: &'a World, meta: &'a ObjectMeta) -> Opt
 fn load_balancing(world: &World, service: &KubeService) -> Option<LoadBalancing> {
     use load_balancing::{HealthPolicy, Mode, Scope};
     let spec = service.spec.as_ref()?;
-    let distribution =
-        spec.traffic_distribution.as_deref().or_else(|| annotated_distribution(world, &service.metadata));
-    let (mode, scopes): (Mode, &[Scope]) = match spec.internal_traffic_policy.as_deref() {
-        Some("Local") => (Mode::Strict, &[Scope::Node]),
-        _ => distributed(distribution),
+    let distribution = spec.traffic_distribution.as_deref().or_else(|| annotated_distribution(world, service));
+    let (mode, scopes): (Mode, &[Scope]) = match spec.is_local {
+        true => (Mode::Strict, &[Scope::Node]),
+        false => distributed(distribution),
     };
-    let health = match spec.publish_not_ready_addresses {
-        Some(true) => HealthPolicy::AllowAll,
-        _ => HealthPolicy::OnlyHealthy,
-    };
+    let health = if spec.publishes_not_ready { HealthPolicy::AllowAll } else { HealthPolicy::OnlyHealthy };
     if mode == Mode::UnspecifiedMode && health == HealthPolicy::OnlyHealthy {
         return None;
     }

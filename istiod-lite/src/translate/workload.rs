@@ -3,9 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use k8s_openapi::api::core::v1::{Node, Service as KubeService, ServicePort};
-use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
-use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use k8s_openapi::api::core::v1::Node;
 use mesh_proto::workload::{
     Address, Locality, NetworkMode, Port, PortList, TunnelProtocol, Workload, WorkloadStatus, WorkloadType, address,
 };
@@ -18,7 +16,9 @@ use super::world::{View, World};
 use super::{address_bytes, address_resource};
 use crate::enrol;
 use crate::resources::Resource;
-use crate::types::{Key, Meta, Pod, annotation, label, matches_labels};
+use crate::types::{
+    AddressType, Key, Meta, Pod, Service, ServicePort, Slice, TargetPort, annotation, label, matches_labels,
+};
 
 /// The label by which a pod says that it answers HBONE itself.
 pub const NATIVE_TUNNEL: &str = "networking.istio.io/tunnel";
@@ -74,24 +74,16 @@ pub fn from_pod(view: View<'_>, pod: &Pod, policies: Vec<String>) -> Option<(Res
 }
 
 /// Endpoints of a Service without selector that are plain addresses.
-pub fn from_slice<'a>(
-    world: &'a World,
-    service: &'a KubeService,
-    slice: &'a EndpointSlice,
-) -> impl Iterator<Item = Resource> + 'a {
-    let addressed = has_no_selector(service) && matches!(slice.address_type.as_str(), "IPv4" | "IPv6");
-    let key = Key::of(&slice.metadata);
+pub fn from_slice<'a>(world: &'a World, service: &'a Service, slice: &'a Slice) -> impl Iterator<Item = Resource> + 'a {
+    let addressed = has_no_selector(service) && slice.address_type != AddressType::Other;
+    let (key, name) = (&slice.key, &service.key);
     slice
-        .endpoints
-        .iter()
-        .filter(move |endpoint| addressed && target_pod(endpoint).is_none())
-        .flat_map(|endpoint| endpoint.addresses.iter().map(move |ip| (endpoint, ip)))
-        .filter_map(move |(endpoint, ip)| {
-            let ip: IpAddr = ip.parse().ok()?;
+        .endpoints()
+        .filter(move |endpoint| addressed && endpoint.pod.is_none())
+        .flat_map(|endpoint| endpoint.addresses.iter().map(move |ip| (endpoint, *ip)))
+        .map(move |(endpoint, ip)| {
             let uid = format!("{}/discovery.k8s.io/EndpointSlice/{key}/{ip}", world.mesh.cluster_id);
             let ports = slice_ports(service, slice);
-            let name = Key::of(&service.metadata);
-            let ready = endpoint.conditions.as_ref().and_then(|conditions| conditions.ready).unwrap_or(true);
             let message = Workload {
                 uid: uid.clone(),
                 name: key.name.to_string(),
@@ -103,13 +95,13 @@ pub fn from_slice<'a>(
                 canonical_revision: "latest".into(),
                 workload_type: WorkloadType::Pod.into(),
                 workload_name: key.name.to_string(),
-                status: if ready { WorkloadStatus::Healthy } else { WorkloadStatus::Unhealthy }.into(),
+                status: if endpoint.is_ready { WorkloadStatus::Healthy } else { WorkloadStatus::Unhealthy }.into(),
                 cluster_id: world.mesh.cluster_id.clone(),
-                services: BTreeMap::from([(world.service_name(&name), PortList { ports })]),
+                services: BTreeMap::from([(world.service_name(name), PortList { ports })]),
                 network_mode: NetworkMode::HostNetwork.into(),
                 ..Workload::default()
             };
-            Some(address_resource(uid, &Address { r#type: Some(address::Type::Workload(message)) }, Vec::new()))
+            address_resource(uid, &Address { r#type: Some(address::Type::Workload(message)) }, Vec::new())
         })
 }
 
@@ -122,9 +114,9 @@ pub fn services(view: View<'_>, pod: &Pod) -> BTreeMap<String, PortList> {
             Some(selector) if matches_labels(selector, Some(&pod.labels)) => selected_ports(service, pod),
             Some(_) => continue,
             // A name, whatever slices say that are called so.
-            None if is_external(service) => continue,
+            None if service.is_external() => continue,
             None => {
-                let mut slices = view.slices_of(name).filter(|slice| names_pod(slice, &key.name));
+                let mut slices = view.slices_of(name).filter(|slice| slice.pods().any(|pod| *pod == *key.name));
                 let Some(slice) = slices.next() else { continue };
                 slice_ports(service, slice)
             }
@@ -149,11 +141,11 @@ pub fn services_of_labels(
     selected
         .map(|(key, service)| {
             let ports = tcp_ports(service).filter_map(|port| {
-                let target = match (own(port.name.as_deref().unwrap_or_default()), &port.target_port) {
+                let target = match (own(&port.name), &port.target) {
                     (Some(own), _) => own,
-                    (None, Some(IntOrString::Int(number))) if *number != 0 => *number,
-                    (None, Some(IntOrString::String(name))) => own(name)?,
-                    (None, _) => port.port,
+                    (None, TargetPort::Number(number)) => *number,
+                    (None, TargetPort::Name(name)) => own(name)?,
+                    (None, TargetPort::Same) => port.number,
                 };
                 resolved_port(port, target)
             });
@@ -162,31 +154,26 @@ pub fn services_of_labels(
         .collect()
 }
 
-fn is_external(service: &KubeService) -> bool {
-    service.spec.as_ref().and_then(|spec| spec.type_.as_deref()) == Some("ExternalName")
+pub fn selector(service: &Service) -> Option<&BTreeMap<String, String>> {
+    let spec = service.spec.as_ref()?;
+    (!spec.selector.is_empty() && !spec.is_external).then_some(&spec.selector)
 }
 
-pub fn selector(service: &KubeService) -> Option<&BTreeMap<String, String>> {
-    let selector = service.spec.as_ref()?.selector.as_ref()?;
-    (!selector.is_empty() && !is_external(service)).then_some(selector)
+pub fn has_no_selector(service: &Service) -> bool {
+    selector(service).is_none() && !service.is_external()
 }
 
-pub fn has_no_selector(service: &KubeService) -> bool {
-    selector(service).is_none() && !is_external(service)
+fn tcp_ports(service: &Service) -> impl Iterator<Item = &ServicePort> {
+    service.ports().iter().filter(|port| port.is_tcp)
 }
 
-fn tcp_ports(service: &KubeService) -> impl Iterator<Item = &ServicePort> {
-    let ports = service.spec.iter().flat_map(|spec| spec.ports.iter().flatten());
-    ports.filter(|port| port.protocol.as_deref().is_none_or(|protocol| protocol == "TCP"))
-}
-
-fn selected_ports(service: &KubeService, pod: &Pod) -> Vec<Port> {
+fn selected_ports(service: &Service, pod: &Pod) -> Vec<Port> {
     tcp_ports(service)
         .filter_map(|port| {
-            let target = match &port.target_port {
-                Some(IntOrString::Int(number)) if *number != 0 => *number,
-                Some(IntOrString::String(name)) => pod.port(name)?,
-                _ => port.port,
+            let target = match &port.target {
+                TargetPort::Number(number) => *number,
+                TargetPort::Name(name) => pod.port(name)?,
+                TargetPort::Same => port.number,
             };
             resolved_port(port, target)
         })
@@ -195,33 +182,20 @@ fn selected_ports(service: &KubeService, pod: &Pod) -> Vec<Port> {
 
 fn resolved_port(port: &ServicePort, target: i32) -> Option<Port> {
     Some(Port {
-        service_port: port_number(port.port)?,
+        service_port: port_number(port.number)?,
         target_port: port_number(target)?,
         app_protocol: app_protocol(port).into(),
     })
 }
 
 /// Pairs a slice's ports with the Service's by name.
-fn slice_ports(service: &KubeService, slice: &EndpointSlice) -> Vec<Port> {
+fn slice_ports(service: &Service, slice: &Slice) -> Vec<Port> {
     tcp_ports(service)
         .filter_map(|port| {
-            let name = port.name.as_deref().unwrap_or_default();
-            let found = slice.ports.iter().flatten().find(|candidate| {
-                candidate.name.as_deref().unwrap_or_default() == name
-                    && candidate.protocol.as_deref().is_none_or(|protocol| protocol == "TCP")
-            })?;
-            resolved_port(port, found.port?)
+            let found = slice.ports.iter().find(|candidate| candidate.name == port.name && candidate.is_tcp)?;
+            resolved_port(port, found.number?.into())
         })
         .collect()
-}
-
-pub fn target_pod(endpoint: &Endpoint) -> Option<&str> {
-    let target = endpoint.target_ref.as_ref()?;
-    (target.kind.as_deref() == Some("Pod")).then_some(target.name.as_deref()?)
-}
-
-fn names_pod(slice: &EndpointSlice, pod: &str) -> bool {
-    slice.endpoints.iter().any(|endpoint| target_pod(endpoint) == Some(pod))
 }
 
 fn locality(world: &World, node: &str) -> Option<Locality> {

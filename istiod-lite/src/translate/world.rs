@@ -7,8 +7,7 @@ use std::sync::Arc;
 use imbl::OrdMap;
 use imbl::ordmap::DiffItem;
 use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Node, Service, ServiceAccount};
-use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Node, ServiceAccount};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use super::allocate::Prefixes;
@@ -22,7 +21,7 @@ use crate::revision::Revision;
 use crate::types::gateway::{GatewayClassSpec, GatewaySpec, HttpRouteSpec};
 use crate::types::networking::{ServiceEntrySpec, WorkloadEntrySpec};
 use crate::types::security::{AuthorizationPolicySpec, PeerAuthenticationSpec};
-use crate::types::{Held, Key, Object, Pod, label};
+use crate::types::{Held, Key, Object, Pod, Service, Slice, label};
 
 /// Objects of one kind. A clone shares all of it; two tables are compared at the cost of what differs.
 pub type Table<T> = OrdMap<Key, Held<T>>;
@@ -67,7 +66,7 @@ pub struct World {
     pub nodes: Table<Node>,
     pub pods: Table<Pod>,
     pub services: Table<Service>,
-    pub endpoint_slices: Table<EndpointSlice>,
+    pub endpoint_slices: Table<Slice>,
     pub gateway_classes: Table<Object<GatewayClassSpec>>,
     pub gateways: Table<Object<GatewaySpec>>,
     pub http_routes: Table<Object<HttpRouteSpec>>,
@@ -187,7 +186,7 @@ impl<'a> View<'a> {
         in_namespace(&self.world.services, namespace)
     }
 
-    pub fn slices_of<'s>(self, service: &'s Key) -> impl Iterator<Item = &'a EndpointSlice> + use<'a, 's> {
+    pub fn slices_of<'s>(self, service: &'s Key) -> impl Iterator<Item = &'a Slice> + use<'a, 's> {
         let slices = &self.world.endpoint_slices;
         self.lookups.slices_of(service).filter_map(|key| slices.get(key)).map(|slice| &**slice)
     }

@@ -6,19 +6,26 @@ pub mod gateway;
 pub mod networking;
 mod pod;
 pub mod security;
+mod service;
+mod slice;
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Deref;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock, Mutex};
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
+use mesh::text::Texts;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
+use crate::resources::lock;
+
 pub use pod::{Phase, Pod, STATIC_POD_UID};
+pub use service::{Service, ServicePort, TargetPort};
+pub use slice::{AddressType, SERVICE_NAME, Slice};
 
 /// Labels or annotations.
 pub type Labels = BTreeMap<String, String>;
@@ -35,16 +42,36 @@ impl Key {
         Self { namespace: namespace.into(), name: name.into() }
     }
 
+    /// That of an object; those of one namespace share its name.
     pub fn of(meta: &ObjectMeta) -> Self {
-        Self::new(meta.namespace.as_deref().unwrap_or_default(), meta.name.as_deref().unwrap_or_default())
+        let namespace = shared_namespace(meta.namespace.as_deref().unwrap_or_default());
+        Self::new(namespace, meta.name.as_deref().unwrap_or_default())
     }
-}
 
-impl Key {
     /// What stands before every object of a namespace in a map.
     pub fn first_of(namespace: &str) -> Self {
         Self::new(namespace, "")
     }
+}
+
+/// Names of namespaces that keys of objects share.
+#[derive(Default)]
+struct Namespaces {
+    names: Texts,
+    /// How many were left by the last sweep.
+    left: usize,
+}
+
+static NAMESPACES: LazyLock<Mutex<Namespaces>> = LazyLock::new(Mutex::default);
+
+fn shared_namespace(name: &str) -> Arc<str> {
+    let mut known = lock(&NAMESPACES);
+    let name = known.names.get(name);
+    if known.names.len() > 2 * known.left {
+        known.names.sweep();
+        known.left = known.names.len();
+    }
+    name
 }
 
 impl fmt::Display for Key {

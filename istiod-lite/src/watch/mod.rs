@@ -12,7 +12,7 @@ use std::time::Duration;
 use futures_util::{StreamExt, pin_mut};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
-use k8s_openapi::api::core::v1::{self as api, ConfigMap, Namespace, Node, Service, ServiceAccount};
+use k8s_openapi::api::core::v1::{self as api, ConfigMap, Namespace, Node, ServiceAccount};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -32,7 +32,7 @@ use crate::translate::mesh_config::Chosen;
 use crate::translate::parameters::{DEFAULTS_FOR, Parameters};
 use crate::translate::world::{MeshSettings, Table, World};
 use crate::types::networking::WorkloadEntrySpec;
-use crate::types::{CustomKind, Held, Key, Labels, Object, Pod};
+use crate::types::{CustomKind, Held, Key, Labels, Object, Pod, Service, Slice};
 
 /// Between attempts while the API does not answer; doubled up to the second.
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
@@ -70,9 +70,32 @@ impl Watch {
         let managed = || all().labels(MANAGED_LABEL);
         start.core::<Namespace>("Namespace", all(), |world| &mut world.namespaces);
         start.core::<Node>("Node", all(), |world| &mut world.nodes);
-        start.pods(|world| &mut world.pods);
-        start.core::<Service>("Service", all(), |world| &mut world.services);
-        start.core::<EndpointSlice>("EndpointSlice", all(), |world| &mut world.endpoint_slices);
+        start.compact(
+            "Pod",
+            |world| &mut world.pods,
+            |pod: api::Pod| {
+                let key = Key::of(&pod.metadata);
+                let mut pod = Pod::new(pod);
+                pod.key = key.clone();
+                (key, pod)
+            },
+        );
+        start.compact(
+            "Service",
+            |world| &mut world.services,
+            |service: api::Service| {
+                let service = Service::new(service);
+                (service.key.clone(), service)
+            },
+        );
+        start.compact(
+            "EndpointSlice",
+            |world| &mut world.endpoint_slices,
+            |slice: EndpointSlice| {
+                let slice = Slice::new(slice);
+                (slice.key.clone(), slice)
+            },
+        );
         start.core::<Deployment>("Deployment", managed(), |world| &mut world.deployments);
         start.core::<ServiceAccount>("ServiceAccount", managed(), |world| &mut world.service_accounts);
         start.meta::<HorizontalPodAutoscaler>("HorizontalPodAutoscaler", managed(), |world| &mut world.autoscalers);
@@ -226,7 +249,7 @@ impl Start<'_> {
         let api = Api::<K>::all(self.client.clone());
         self.spawn(kind, api, config, table, |mut object| {
             object.meta_mut().managed_fields = None;
-            object
+            (Key::of(object.meta()), object)
         });
     }
 
@@ -239,7 +262,7 @@ impl Start<'_> {
         self.spawn(kind, api, config, table, |mut object| {
             let mut meta = std::mem::take(object.meta_mut());
             meta.managed_fields = None;
-            meta
+            (Key::of(&meta), meta)
         });
     }
 
@@ -248,7 +271,13 @@ impl Start<'_> {
         let root = lock(&self.watch.world).mesh.root_namespace.clone();
         let api = Api::<ConfigMap>::namespaced(self.client.clone(), &root);
         let defaults = watcher::Config::default().labels(DEFAULTS_FOR);
-        self.spawn(DEFAULTS_FOR, api, defaults, |world| &mut world.class_defaults, Parameters::read);
+        self.spawn(
+            DEFAULTS_FOR,
+            api,
+            defaults,
+            |world| &mut world.class_defaults,
+            |found| (Key::of(&found.metadata), Parameters::read(found)),
+        );
         self.tasks.spawn(parameters::follow(Arc::clone(self.watch), self.client.clone()));
     }
 
@@ -257,14 +286,22 @@ impl Start<'_> {
         self.tasks.spawn(mesh_config::follow(Arc::clone(self.watch), self.client.clone()));
     }
 
-    fn pods(&mut self, table: fn(&mut World) -> &mut Table<Pod>) {
-        let api = Api::<api::Pod>::all(self.client.clone());
-        self.spawn("Pod", api, watcher::Config::default(), table, Pod::new);
+    /// Of objects of which only what is looked at is kept.
+    fn compact<K, T>(&mut self, kind: &'static str, table: fn(&mut World) -> &mut Table<T>, convert: fn(K) -> (Key, T))
+    where
+        K: Resource<DynamicType = ()> + Clone + DeserializeOwned + std::fmt::Debug + Send + Sync + 'static,
+        T: Send + Sync + 'static,
+    {
+        let api = Api::<K>::all(self.client.clone());
+        self.spawn(kind, api, watcher::Config::default(), table, convert);
     }
 
     fn custom<S: CustomKind>(&mut self, table: fn(&mut World) -> &mut Table<Object<S>>) {
         let api = Api::<DynamicObject>::all_with(self.client.clone(), &S::api_resource());
-        self.spawn(S::KIND, api, watcher::Config::default(), table, Object::from_dynamic);
+        self.spawn(S::KIND, api, watcher::Config::default(), table, |object| {
+            let object = Object::from_dynamic(object);
+            (object.key(), object)
+        });
     }
 
     fn spawn<K, T>(
@@ -273,7 +310,7 @@ impl Start<'_> {
         api: Api<K>,
         config: watcher::Config,
         table: fn(&mut World) -> &mut Table<T>,
-        convert: fn(K) -> T,
+        convert: fn(K) -> (Key, T),
     ) where
         K: Resource + Clone + DeserializeOwned + std::fmt::Debug + Send + Sync + 'static,
         T: Send + Sync + 'static,
@@ -283,14 +320,14 @@ impl Start<'_> {
     }
 }
 
-/// Keeps one table current, for ever.
+/// Keeps one table current, for ever. `convert` says what to keep of an object, and under which key.
 async fn follow<K, T>(
     watch: Arc<Watch>,
     kind: &'static str,
     api: Api<K>,
     config: watcher::Config,
     table: fn(&mut World) -> &mut Table<T>,
-    convert: fn(K) -> T,
+    convert: fn(K) -> (Key, T),
 ) where
     K: Resource + Clone + DeserializeOwned + std::fmt::Debug + Send + Sync + 'static,
     T: Send + Sync + 'static,
@@ -299,7 +336,10 @@ async fn follow<K, T>(
     pin_mut!(events);
     let mut listing = Table::new();
     let mut retry = RETRY.0;
-    let entry = |object: K| (Key::of(object.meta()), Held::new(convert(object)));
+    let entry = |object: K| {
+        let (key, object) = convert(object);
+        (key, Held::new(object))
+    };
     while let Some(event) = events.next().await {
         match event {
             Ok(event) => {

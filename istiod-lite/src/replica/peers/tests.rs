@@ -1,15 +1,18 @@
+use std::net::IpAddr;
+
 use serde_json::{Value, json};
 
 use super::*;
 use crate::ca::{Authority, SELF_SIGNED_ROOT_TTL};
 use crate::translate::fixture;
+use crate::types::SERVICE_NAME;
 
 const NOBODY: [u8; 0] = [];
 const NOW: time::OffsetDateTime = time::macros::datetime!(2030-01-01 0:00 UTC);
 
 fn slice(name: &str, service: &str, port: &str, endpoints: &str) -> String {
     format!(
-        "kind: EndpointSlice\nmetadata: {{name: {name}, namespace: istio-system, labels: {{{SERVICE_LABEL}: {service}}}}}\n\
+        "kind: EndpointSlice\nmetadata: {{name: {name}, namespace: istio-system, labels: {{{SERVICE_NAME}: {service}}}}}\n\
          addressType: IPv4\nports: [{{name: http-monitoring, port: 15014}}, {{name: {port}, port: 15012}}]\n\
          endpoints: [{endpoints}]\n---\n"
     )
