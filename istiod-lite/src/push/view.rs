@@ -73,6 +73,10 @@ impl View {
 
     /// The view after this one.
     pub fn next(&self, snapshot: Arc<Snapshot>) -> Self {
+        if self.generation() == 0 {
+            // Nobody was told of that, and all the names there are would be remembered.
+            return Self::new(snapshot);
+        }
         let mut steps = self.steps.clone();
         if steps.len() == REMEMBERED {
             steps.pop_front();
