@@ -266,6 +266,16 @@ impl Head {
 /// The resources of one type by name. Equality of what is shared costs nothing.
 type ByName = OrdMap<Arc<str>, Arc<Resource>>;
 
+/// Every second one, and then the others. What comes sorted leaves each leaf of a tree half full as it splits off; what comes
+/// in between fills it.
+pub(crate) fn interleaved<T>(sorted: impl IntoIterator<Item = T>) -> impl Iterator<Item = T> {
+    let (mut first, mut second) = (Vec::new(), Vec::new());
+    for (at, item) in sorted.into_iter().enumerate() {
+        if at % 2 == 0 { &mut first } else { &mut second }.push(item);
+    }
+    first.into_iter().chain(second)
+}
+
 /// All resources of one generation. Cheap to hold; never changes. What did not change is shared with the one before.
 #[derive(Debug, Clone, Default)]
 pub struct Snapshot {
@@ -362,7 +372,7 @@ impl ResourceStore {
         for (type_url, name) in removed {
             changed |= next.types.get_mut(type_url).and_then(|by_name| by_name.remove(&*name)).is_some();
         }
-        for resource in resources {
+        for resource in interleaved(resources) {
             let by_name = next.types.entry(resource.type_url).or_default();
             if by_name.get(&*resource.name).is_none_or(|old| **old != resource) {
                 by_name.insert(Arc::clone(&resource.name), Arc::new(resource));

@@ -39,14 +39,14 @@ pub enum TrafficType {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Binding {
     /// What the mesh is told; may lead nowhere on purpose.
-    pub address: Option<GatewayAddress>,
+    pub address: Option<Box<GatewayAddress>>,
     /// The Gateway it names and may use, or could if it existed. What only that waypoint may reach stays closed
     /// without it.
     pub waypoint: Option<Key>,
     /// A second one that takes a part of the connections.
-    pub canary: Option<Canary>,
+    pub canary: Option<Box<Canary>>,
     /// The condition `istio.io/WaypointBound`; `None` when nothing was asked for.
-    pub condition: Option<Wanted>,
+    pub condition: Option<Box<Wanted>>,
 }
 
 /// A waypoint beside the one an object uses. It has all routes and policies of the object, whatever its share.
@@ -121,7 +121,7 @@ pub fn resolve(world: &World, meta: &dyn Meta, traffic: TrafficType) -> Binding 
                 Some(Ok(canary)) => {
                     let Canary { waypoint, weight, .. } = &canary;
                     message.push_str(&format!(". Canary waypoint {waypoint} takes {weight} of 100 connections"));
-                    Some(canary)
+                    Some(Box::new(canary))
                 }
                 Some(Err(problem)) => {
                     message.push_str(&format!(". Canary: {problem}; all traffic takes {waypoint}"));
@@ -130,15 +130,17 @@ pub fn resolve(world: &World, meta: &dyn Meta, traffic: TrafficType) -> Binding 
                 None => None,
             };
             Binding {
-                address: Some(address(&waypoint, world.hostname(&waypoint))),
+                address: Some(address(&waypoint, world.hostname(&waypoint)).into()),
                 waypoint: Some(waypoint),
                 canary,
-                condition: Some(Wanted::new("istio.io/WaypointBound", Status::True, "WaypointAccepted", message)),
+                condition: Some(
+                    Wanted::new("istio.io/WaypointBound", Status::True, "WaypointAccepted", message).into(),
+                ),
             }
         }
         // A namespace label speaks to services and pods alike; it binds those its waypoint is for.
         Err(Unusable::TrafficType(message)) if !own => Binding {
-            condition: (traffic != TrafficType::Workload).then(|| Unusable::TrafficType(message).condition("")),
+            condition: (traffic != TrafficType::Workload).then(|| Unusable::TrafficType(message).condition("").into()),
             ..Binding::NONE
         },
         Err(problem) => {
@@ -151,10 +153,10 @@ pub fn resolve(world: &World, meta: &dyn Meta, traffic: TrafficType) -> Binding 
                 _ => format!("{}.{}.waypoint-unusable.invalid", waypoint.name, waypoint.namespace),
             };
             Binding {
-                address: (!fails_open).then(|| address(&waypoint, hostname)),
+                address: (!fails_open).then(|| address(&waypoint, hostname).into()),
                 waypoint: allowed.then_some(waypoint),
                 canary: None,
-                condition: Some(problem.condition(consequence)),
+                condition: Some(problem.condition(consequence).into()),
             }
         }
     }

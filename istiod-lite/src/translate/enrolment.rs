@@ -25,16 +25,24 @@ const EXCLUDE_TO_PREFIXES: &str = "traffic.sidecar.istio.io/excludeOutboundIPRan
 const EXCLUDE_TO_PORTS: &str = "traffic.sidecar.istio.io/excludeOutboundPorts";
 const EXCLUDE_AT_PORTS: &str = "traffic.sidecar.istio.io/excludeInboundPorts";
 
-/// `None` for pods outside the mesh and those that no node has been chosen for. A pod that leaves keeps its enrolment
-/// while peers may still speak HBONE to it.
-pub fn translate(world: &World, pod: &Pod) -> Option<Resource> {
+/// The UID and the node of a pod that its node is told of: `None` for pods outside the mesh and those that no node has been
+/// chosen for. A pod that leaves keeps its enrolment while peers may still speak HBONE to it.
+fn placed<'a>(world: &World, pod: &'a Pod) -> Option<(&'a Arc<str>, &'a str)> {
     let uid = pod.uid.as_ref()?;
     let node = pod.node.as_deref()?;
     let held = annotation(pod, enrol::REDIRECTION).is_some() || world.leaving.contains(&**uid);
     let enrolled = enrol::is_wanted(world, pod) || (held && rules::never(world, pod).is_none());
-    if !enrolled {
-        return None;
-    }
+    enrolled.then_some((uid, node))
+}
+
+/// The name of what [`translate`] comes to.
+pub fn name<'a>(world: &World, pod: &'a Pod) -> Option<&'a Arc<str>> {
+    placed(world, pod).map(|(uid, _)| uid)
+}
+
+/// What the pod's node is told.
+pub fn translate(world: &World, pod: &Pod) -> Option<Resource> {
+    let (uid, node) = placed(world, pod)?;
     let key = &pod.key;
     let failure_mode = match annotation(pod, FAILURE_MODE) {
         Some("open") => FailureMode::Open,

@@ -68,7 +68,9 @@ pub struct Translator {
     /// What came of everything but Services and pods.
     rest: BTreeSet<Named>,
     rest_guards: Vec<Arc<str>>,
-    pods: BTreeMap<Key, PodUnit>,
+    /// The generated authorizations that a pod's workload carries, where there are any. What else comes of a pod follows from
+    /// the world it came of: there are too many to remember it of each.
+    guarded: HashMap<Key, Box<[Arc<str>]>>,
     /// How many workloads carry each of the generated authorizations.
     guards: HashMap<Arc<str>, usize>,
     verdicts: Arc<[Verdict]>,
@@ -78,21 +80,6 @@ pub struct Translator {
 struct ServiceUnit {
     names: Vec<Named>,
     verdict: Verdict,
-}
-
-/// Of a pod, by the names of what it is; small, as there are very many.
-#[derive(Debug, Default)]
-struct PodUnit {
-    workload: Option<Arc<str>>,
-    enrolment: Option<Arc<str>>,
-    guards: Box<[Arc<str>]>,
-}
-
-impl PodUnit {
-    fn names(&self) -> impl Iterator<Item = Named> + '_ {
-        let named = |type_url: &'static str, name: &Option<Arc<str>>| Some((type_url, Arc::clone(name.as_ref()?)));
-        [named(ADDRESS_TYPE, &self.workload), named(POD_ENROLMENT_TYPE, &self.enrolment)].into_iter().flatten()
-    }
 }
 
 /// What a step emits, by name: a later one of the same name counts.
@@ -155,7 +142,7 @@ impl Translator {
         }
         let stale = stale.pods;
         for key in &stale {
-            self.pod(world, key, &mut out);
+            self.pod(&old, world, key, &mut out);
         }
         let Emitted { resources, mut gone } = out;
         gone.retain(|name| !resources.contains_key(name));
@@ -268,23 +255,18 @@ impl Translator {
         changed
     }
 
-    fn pod(&mut self, world: &World, key: &Key, out: &mut Emitted) {
-        let before = self.pods.remove(key).unwrap_or_default();
-        if let Some(pod) = world.pods.get(key) {
-            let unit = self.placed(world, key, pod, out);
-            if unit.names().next().is_some() || !unit.guards.is_empty() {
-                self.pods.insert(key.clone(), unit);
-            }
-        }
-        let unit = self.pods.get(key);
-        let kept = |name: &Named| unit.is_some_and(|unit| unit.names().any(|of| of == *name));
-        out.gone.extend(before.names().filter(|name| !kept(name)));
-        for guard in before.guards {
+    fn pod(&mut self, old: &World, world: &World, key: &Key, out: &mut Emitted) {
+        let guards = self.guarded.remove(key).unwrap_or_default();
+        let now = world.pods.get(key).map(|pod| self.placed(world, key, pod, out)).unwrap_or_default();
+        let before = old.pods.get(key).map(|pod| names_of(old, pod)).unwrap_or_default();
+        out.gone.extend(before.into_iter().flatten().filter(|name| !now.contains(&Some(name.clone()))));
+        for guard in guards {
             drop_guard(&mut self.guards, guard, out);
         }
     }
 
-    fn placed(&mut self, world: &World, key: &Key, pod: &Pod, out: &mut Emitted) -> PodUnit {
+    /// Returns the names of what comes of a pod.
+    fn placed(&mut self, world: &World, key: &Key, pod: &Pod, out: &mut Emitted) -> [Option<Named>; 2] {
         let mut references = self.policies.selecting(&key.namespace, Some(&pod.labels));
         let own = binding::resolve(world, pod, TrafficType::Workload);
         let view = View { world, lookups: &self.lookups, entries: &self.entries, networks: &self.networks };
@@ -299,9 +281,12 @@ impl Translator {
         }
         references.sort_unstable();
         let workload = workload::from_pod(view, pod, references).map(|(resource, _)| resource);
-        let [workload, enrolment] =
-            [workload, enrolment::translate(world, pod)].map(|resource| resource.map(|resource| out.add(resource).1));
-        PodUnit { workload, enrolment, guards: guards.into() }
+        let names = [workload, enrolment::translate(world, pod)].map(|made| made.map(|resource| out.add(resource)));
+        debug_assert_eq!(names, names_of(world, pod));
+        if !guards.is_empty() {
+            self.guarded.insert(key.clone(), guards.into());
+        }
+        names
     }
 
     /// What policies no longer say of pods, or say now.
@@ -406,6 +391,12 @@ fn mark_by_entries(before: &EntrySelectors, now: &EntrySelectors, stale: &mut St
     let differ: BTreeSet<&String> =
         before.keys().chain(now.keys()).filter(|namespace| before.get(*namespace) != now.get(*namespace)).collect();
     stale.pods_where(|namespace| differ.iter().any(|of| of.as_str() == namespace), |_, _| true);
+}
+
+/// What comes of a pod in a world.
+fn names_of(world: &World, pod: &Pod) -> [Option<Named>; 2] {
+    let workload = workload::name(world, pod).map(|name| (ADDRESS_TYPE, name.into()));
+    [workload, enrolment::name(world, pod).map(|name| (POD_ENROLMENT_TYPE, Arc::clone(name)))]
 }
 
 fn take_guard(

@@ -159,7 +159,7 @@ fn service_verdict(key: &Key, service: &Service, binding: &Binding) -> Verdict {
         generation: service.generation,
         report: Report::Conditions {
             owned: &["istio.io/WaypointBound"],
-            wanted: binding.condition.clone().into_iter().collect(),
+            wanted: binding.condition.as_deref().cloned().into_iter().collect(),
         },
     }
 }

@@ -36,7 +36,7 @@ pub fn translate(view: View<'_>, service: &KubeService) -> Option<(Resource, Bin
             .collect(),
         ports: spec.ports.iter().filter_map(port).collect(),
         subject_alt_names: identities_beyond(view, key, service).into_iter().collect(),
-        waypoint: binding.address.clone(),
+        waypoint: binding.address.as_deref().cloned(),
         weighted_waypoints: binding.weighted(),
         load_balancing: load_balancing(world, service),
         ip_families: ip_families(spec.has_ipv4, spec.has_ipv6).into(),

@@ -433,7 +433,7 @@ pub fn translate(
                 addresses: vips(world, own.iter().copied().chain(written.map(|ip| (ip, None)))),
                 ports: entry.ports.iter().map(|port| port_of(port, None)).collect(),
                 subject_alt_names: identities.clone(),
-                waypoint: binding.address.clone(),
+                waypoint: binding.address.as_deref().cloned(),
                 weighted_waypoints: binding.weighted(),
                 load_balancing: load_balancing(world, entry),
                 canonical: is_canonical,
@@ -616,7 +616,7 @@ fn verdict(entry: &Entry<'_>, problems: Vec<Problem>, binding: &Binding, address
         generation: entry.object.generation(),
         report: Report::Addressed {
             owned: OWNED,
-            wanted: wanted.into_iter().chain(binding.condition.clone()).collect(),
+            wanted: wanted.into_iter().chain(binding.condition.as_deref().cloned()).collect(),
             addresses,
         },
     }

@@ -28,6 +28,11 @@ pub fn has_native_tunnel(meta: &dyn Meta) -> bool {
     label(meta, NATIVE_TUNNEL) == Some("http")
 }
 
+/// The name of what [`from_pod`] comes to.
+pub fn name(world: &World, pod: &Pod) -> Option<String> {
+    pod.running_addresses().map(|_| world.pod_uid(&pod.key))
+}
+
 /// The pod's workload and binding. `None` while it has no address and once it has ended.
 pub fn from_pod(view: View<'_>, pod: &Pod, policies: Vec<String>) -> Option<(Resource, Binding)> {
     let world = view.world;
@@ -54,7 +59,7 @@ pub fn from_pod(view: View<'_>, pod: &Pod, policies: Vec<String>) -> Option<(Res
         tunnel_protocol: if captured || native_tunnel { TunnelProtocol::Hbone } else { TunnelProtocol::None }.into(),
         trust_domain: elide(&world.mesh.trust_domain, "cluster.local"),
         service_account: elide(&template.service_account, "default"),
-        waypoint: binding.address.clone(),
+        waypoint: binding.address.as_deref().cloned(),
         canonical_name: first(&["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"])
             .unwrap_or_else(|| workload_name.clone()),
         canonical_revision: first(&["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"])

@@ -82,7 +82,7 @@ pub fn translate(
                 services: services(view, entries, object),
                 is_unhealthy: !is_healthy(object),
                 policies,
-                waypoint: binding.address,
+                waypoint: binding.address.map(|address| *address),
             };
             let other = view.owned().host(&spec.address.to_ascii_lowercase(), &key.namespace);
             let resource = match other {
@@ -93,7 +93,10 @@ pub fn translate(
                 Ok(resource) => {
                     let accepted =
                         Wanted::new(service_entry::ACCEPTED, Status::True, "Accepted", "all of it is enforced");
-                    (Some(resource), [accepted].into_iter().chain(binding.condition).collect())
+                    (
+                        Some(resource),
+                        [accepted].into_iter().chain(binding.condition.map(|condition| *condition)).collect(),
+                    )
                 }
                 Err(unusable) => (None, vec![invalid(unusable)]),
             }

@@ -26,7 +26,7 @@ use tokio::sync::{self, Notify};
 use tokio::task::JoinSet;
 
 use crate::placement;
-use crate::resources::{Holder, Placements, PodDirectory, PodInfo, lock};
+use crate::resources::{Holder, Placements, PodDirectory, PodInfo, interleaved, lock};
 use crate::translate::binding::MANAGED_LABEL;
 use crate::translate::mesh_config::Chosen;
 use crate::translate::parameters::{DEFAULTS_FOR, Parameters};
@@ -334,7 +334,7 @@ async fn follow<K, T>(
 {
     let events = watcher(api, config);
     pin_mut!(events);
-    let mut listing = Table::new();
+    let mut listing = Vec::new();
     let mut retry = RETRY.0;
     let entry = |object: K| {
         let (key, object) = convert(object);
@@ -346,12 +346,9 @@ async fn follow<K, T>(
                 retry = RETRY.0;
                 match event {
                     Event::Init => listing.clear(),
-                    Event::InitApply(object) => {
-                        let (key, object) = entry(object);
-                        listing.insert(key, object);
-                    }
+                    Event::InitApply(object) => listing.push(entry(object)),
                     Event::InitDone => {
-                        let listed = std::mem::take(&mut listing);
+                        let listed: Table<T> = interleaved(std::mem::take(&mut listing)).collect();
                         watch.installed(kind, true);
                         watch.update(table, |table| *table = listed);
                         watch.synced_kind(kind);
