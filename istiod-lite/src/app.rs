@@ -321,7 +321,7 @@ async fn translate_changes(
         let Changes { resources, removed, verdicts, pods } = changes;
         tell_unreadable(&world, &pods, &mut unreadable);
         let enrolled =
-            of_type(POD_ENROLMENT_TYPE, resources.iter().map(|resource| (resource.type_url, &resource.name)));
+            of_type(POD_ENROLMENT_TYPE, resources.iter().map(|resource| (resource.type_url(), &resource.name)));
         let withdrawn = of_type(POD_ENROLMENT_TYPE, removed.iter().map(|(type_url, name)| (*type_url, name)));
         stays.observe(&world, &enrolled, &withdrawn, milliseconds());
         let touched = (pods.len(), resources.len(), removed.len());

@@ -16,7 +16,9 @@ pub mod notices;
 pub mod rules;
 pub mod turns;
 
+use std::borrow::Borrow;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::hash::{Hash, Hasher};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -30,7 +32,7 @@ use tokio::time::Instant;
 
 use crate::resources::{ReportSink, lock};
 use crate::translate::world::{Table, World, differing, in_namespace};
-use crate::types::{Key, Pod, annotation};
+use crate::types::{Held, Key, Pod, annotation};
 
 /// On pods: `enabled` = answers HBONE; `pending` = its node could not capture it.
 pub const REDIRECTION: &str = "ambient.istio.io/redirection";
@@ -198,14 +200,37 @@ pub struct Attention {
     pods: Table<Pod>,
     namespaces: Table<Namespace>,
     epochs: OrdMap<String, u64>,
-    /// There is one for each pod, whose own text this is.
-    by_uid: HashMap<Arc<str>, Key>,
+    by_uid: HashSet<ByUid>,
     open: BTreeSet<Key>,
     /// What we have written into annotations and the watch has not brought yet.
     ours: HashMap<Key, Vec<Option<&'static str>>>,
     /// When somebody else was seen to write another value in the place of one.
     overruled: HashMap<Key, Instant>,
 }
+
+/// A pod that is looked for by its UID: there are very many, and this is a pointer.
+#[derive(Debug)]
+struct ByUid(Held<Pod>);
+
+impl Borrow<str> for ByUid {
+    fn borrow(&self) -> &str {
+        self.0.uid.as_deref().unwrap_or_default()
+    }
+}
+
+impl Hash for ByUid {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        Borrow::<str>::borrow(self).hash(state);
+    }
+}
+
+impl PartialEq for ByUid {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.uid == other.0.uid
+    }
+}
+
+impl Eq for ByUid {}
 
 impl Attention {
     /// The pods to look at now, and the UIDs of those that are gone.
@@ -219,10 +244,12 @@ impl Attention {
             if was == is {
                 self.note_value(key, values.0, values.1);
             } else {
-                gone.extend(was.inspect(|uid| _ = self.by_uid.remove(uid)).map(|uid| uid.to_string()));
-                is.map(|uid| self.by_uid.insert(uid, key.clone()));
+                gone.extend(was.inspect(|uid| _ = self.by_uid.remove(&**uid)).map(|uid| uid.to_string()));
                 self.ours.remove(key);
                 self.overruled.remove(key);
+            }
+            if let Some(pod) = world.pods.get(key).filter(|pod| pod.uid.is_some()) {
+                self.by_uid.replace(ByUid(pod.clone()));
             }
             stale.insert(key.clone());
         }
@@ -233,7 +260,7 @@ impl Attention {
         uids.extend(self.epochs.diff(&world.epochs).map(|item| match item {
             DiffItem::Add(uid, _) | DiffItem::Update { new: (uid, _), .. } | DiffItem::Remove(uid, _) => uid.clone(),
         }));
-        stale.extend(uids.iter().filter_map(|uid| self.by_uid.get(&**uid)).cloned());
+        stale.extend(uids.iter().filter_map(|uid| self.by_uid.get(&**uid)).map(|of| of.0.key.clone()));
         self.pods = world.pods.clone();
         self.namespaces = world.namespaces.clone();
         self.epochs = world.epochs.clone();
@@ -293,7 +320,7 @@ fn annotate(world: &World, pod: &Pod, reports: &Reports, attention: &Attention) 
         return None;
     }
     let wanted = if judged.is_ok() {
-        let node = pod.node.as_deref()?;
+        let node = pod.node()?;
         let is_late = || reports.last(node).is_some_and(|last| attention.is_overruled(&pod.key, last));
         match reports.of(world, node, uid).map(|heard| heard.state) {
             Some(State::Enrolled | State::Failed) if current.is_some() && is_late() => return None,
@@ -422,7 +449,6 @@ impl Stays {
 mod tests {
     use super::rules::DATAPLANE_MODE;
     use super::*;
-    use crate::types::Held;
     use serde_json::json;
 
     fn world(namespace_mode: Option<&str>, annotations: serde_json::Value) -> World {

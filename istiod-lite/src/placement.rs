@@ -17,7 +17,7 @@ pub fn unknown() -> Verdict {
 /// What is decided about `asked`, if it is placed on `node`.
 pub fn resolve(world: &World, node: &str, asked: &ResolveRequest) -> Verdict {
     let Some(pod) = world.pods.get(&Key::new(&*asked.namespace, &*asked.name)) else { return unknown() };
-    let placed = pod.node.as_deref() == Some(node);
+    let placed = pod.node() == Some(node);
     let uids = [pod.uid.as_deref(), annotation(&**pod, STATIC_POD_UID)];
     // Another UID: a pod of that name is gone, or not known yet.
     if !placed || !uids.contains(&Some(asked.uid.as_str())) {

@@ -16,6 +16,8 @@ use imbl::ordmap::DiffItem;
 use internment::ArcIntern;
 use mesh_proto::enrolment::resolve_response::Verdict;
 use mesh_proto::enrolment::{POD_ENROLMENT_TYPE, PodEnrolment, PodState, ResolveRequest};
+use mesh_proto::security::AUTHORIZATION_TYPE;
+use mesh_proto::waypoint::{HTTP_POLICY_TYPE, ROUTE_TYPE};
 use mesh_proto::workload::{ADDRESS_TYPE, WORKLOAD_TYPE, Workload};
 use prost::Message;
 use prost::encoding::{WireType, decode_varint, encode_key, encode_varint, encoded_len_varint, key_len};
@@ -58,11 +60,11 @@ impl fmt::Display for Version {
 /// fields of a protobuf message may come in any order, and two messages one behind the other are one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Resource {
-    pub type_url: &'static str,
+    kind: Kind,
     pub name: Arc<str>,
     pub version: Version,
-    /// Other names an on-demand client may ask for (`<network>/<ip>` of workloads and VIPs).
-    pub aliases: Box<[Arc<str>]>,
+    /// Other names, a line each: almost always there is one.
+    aliases: Option<Box<str>>,
     form: Form,
     /// What of the message is this resource's own.
     own: Box<[u8]>,
@@ -70,6 +72,30 @@ pub struct Resource {
     common: Option<ArcIntern<Vec<u8>>>,
     /// `None`: every proxy.
     audience: Option<ArcIntern<Vec<Audience>>>,
+}
+
+/// The types of resources, in a byte.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Address,
+    Authorization,
+    PodEnrolment,
+    Route,
+    HttpPolicy,
+}
+
+impl Kind {
+    const ALL: [Self; 5] = [Self::Address, Self::Authorization, Self::PodEnrolment, Self::Route, Self::HttpPolicy];
+
+    fn type_url(self) -> &'static str {
+        match self {
+            Self::Address => ADDRESS_TYPE,
+            Self::Authorization => AUTHORIZATION_TYPE,
+            Self::PodEnrolment => POD_ENROLMENT_TYPE,
+            Self::Route => ROUTE_TYPE,
+            Self::HttpPolicy => HTTP_POLICY_TYPE,
+        }
+    }
 }
 
 /// What of a message is not written down, as the resource's name says it.
@@ -104,48 +130,62 @@ const ADDRESS_WORKLOAD_KEY: u8 = 0x0a;
 
 impl Resource {
     /// Encodes `message` as a resource that every proxy may see.
+    ///
+    /// # Panics
+    /// If there are no resources of that type.
     pub fn new(type_url: &'static str, name: impl Into<Arc<str>>, message: &impl Message) -> Self {
-        Self::encoded(type_url, name.into(), Form::Whole, message.encode_to_vec(), None)
+        let kind = Kind::ALL.into_iter().find(|kind| kind.type_url() == type_url).expect("a type that is pushed");
+        Self::encoded(kind, name.into(), Form::Whole, message.encode_to_vec(), None)
     }
 
     /// An Address that is a workload: `own` and `common` together, of which neither has the UID.
     pub fn workload(uid: impl Into<Arc<str>>, own: &Workload, common: &Workload) -> Self {
         debug_assert!(own.uid.is_empty() && common.uid.is_empty());
         let common = ArcIntern::new(common.encode_to_vec());
-        Self::encoded(ADDRESS_TYPE, uid.into(), Form::Workload, own.encode_to_vec(), Some(common))
+        Self::encoded(Kind::Address, uid.into(), Form::Workload, own.encode_to_vec(), Some(common))
     }
 
     /// The enrolment of a pod: `own` and `common` together, of which neither has the UID.
     pub fn enrolment(uid: impl Into<Arc<str>>, own: &PodEnrolment, common: &PodEnrolment) -> Self {
         debug_assert!(own.uid.is_empty() && common.uid.is_empty());
         let common = ArcIntern::new(common.encode_to_vec());
-        Self::encoded(POD_ENROLMENT_TYPE, uid.into(), Form::Enrolment, own.encode_to_vec(), Some(common))
+        Self::encoded(Kind::PodEnrolment, uid.into(), Form::Enrolment, own.encode_to_vec(), Some(common))
     }
 
     fn encoded(
-        type_url: &'static str,
+        kind: Kind,
         name: Arc<str>,
         form: Form,
         own: Vec<u8>,
         common: Option<ArcIntern<Vec<u8>>>,
     ) -> Self {
-        let (version, aliases, own) = (Version(0), Box::default(), own.into());
-        let mut this = Self { type_url, name, version, aliases, form, own, common, audience: None };
+        let (version, aliases, own) = (Version(0), None, own.into());
+        let mut this = Self { kind, name, version, aliases, form, own, common, audience: None };
         let mut hasher = Xxh64::new(0);
         this.message().pieces().into_iter().for_each(|piece| hasher.update(piece));
         this.version = Version(hasher.digest());
         this
     }
 
-    /// Gives it other names.
-    pub fn with_aliases(self, aliases: Vec<Arc<str>>) -> Self {
-        Self { aliases: aliases.into(), ..self }
+    /// Gives it other names an on-demand client may ask for (`<network>/<ip>` of workloads and VIPs). One with a line break in it,
+    /// which no network has, is left out.
+    pub fn with_aliases(self, mut aliases: Vec<String>) -> Self {
+        aliases.retain(|alias| !alias.contains('\n'));
+        Self { aliases: (!aliases.is_empty()).then(|| aliases.join("\n").into()), ..self }
+    }
+
+    pub fn aliases(&self) -> impl Iterator<Item = &str> + Clone {
+        self.aliases.iter().flat_map(|names| names.split('\n'))
     }
 
     /// Restricts who may see it.
     pub fn for_audience(mut self, audience: Vec<Audience>) -> Self {
         self.audience = Some(ArcIntern::new(audience));
         self
+    }
+
+    pub fn type_url(&self) -> &'static str {
+        self.kind.type_url()
     }
 
     /// Any of these may see it; never empty.
@@ -349,7 +389,7 @@ impl ResourceStore {
         let last = self.current.load_full();
         let removed = {
             let kept: HashSet<(&str, &str)> =
-                resources.iter().map(|resource| (resource.type_url, &*resource.name)).collect();
+                resources.iter().map(|resource| (resource.type_url(), &*resource.name)).collect();
             let all = last.types.iter().flat_map(|(type_url, by_name)| by_name.keys().map(|name| (*type_url, name)));
             let gone = all.filter(|(type_url, name)| !kept.contains(&(*type_url, &**name)));
             gone.map(|(type_url, name)| (type_url, Arc::clone(name))).collect::<Vec<_>>()
@@ -373,7 +413,7 @@ impl ResourceStore {
             changed |= next.types.get_mut(type_url).and_then(|by_name| by_name.remove(&*name)).is_some();
         }
         for resource in interleaved(resources) {
-            let by_name = next.types.entry(resource.type_url).or_default();
+            let by_name = next.types.entry(resource.type_url()).or_default();
             if by_name.get(&*resource.name).is_none_or(|old| **old != resource) {
                 by_name.insert(Arc::clone(&resource.name), Arc::new(resource));
                 changed = true;
@@ -702,8 +742,10 @@ mod tests {
 
     use super::*;
 
+    const T: &str = ROUTE_TYPE;
+
     fn resource(name: &str, body: &str) -> Resource {
-        Resource::new("t", name, &body.to_owned())
+        Resource::new(T, name, &body.to_owned())
     }
 
     #[test]
@@ -723,7 +765,7 @@ mod tests {
 
         let other = Resource::workload("Kubernetes//Pod/shop/cart-2", &own, &common);
         assert!(std::ptr::eq(&**resource.common.as_ref().unwrap(), &**other.common.as_ref().unwrap()));
-        assert!(size_of::<Resource>() <= 96, "{}", size_of::<Resource>());
+        assert!(size_of::<Resource>() <= 80, "{}", size_of::<Resource>());
 
         let enrolment = Resource::enrolment("u", &PodEnrolment::default(), &PodEnrolment::default());
         assert_eq!(PodEnrolment::decode(enrolment.body()).unwrap().uid, "u");
@@ -766,8 +808,8 @@ mod tests {
         let before = store.snapshot();
         store.publish([resource("a", "2"), resource("b", "1")]);
         let after = store.snapshot();
-        assert!(Arc::ptr_eq(before.get("t", "b").unwrap(), after.get("t", "b").unwrap()));
-        assert_ne!(before.get("t", "a").unwrap().version, after.get("t", "a").unwrap().version);
+        assert!(Arc::ptr_eq(before.get(T, "b").unwrap(), after.get(T, "b").unwrap()));
+        assert_ne!(before.get(T, "a").unwrap().version, after.get(T, "a").unwrap().version);
         assert_eq!(store.publish([resource("b", "1")]), 3, "a removal is a change");
     }
 

@@ -130,7 +130,7 @@ impl PodDescription {
         let connection_policies = workload.filter(|_| mesh.in_mesh).map(|workload| facts.connection_policies(workload));
         Self {
             pod: pod.key.to_string(),
-            node: pod.node.as_deref().map(str::to_owned),
+            node: pod.node().map(str::to_owned),
             phase: pod.phase.name(),
             ready: pod.is_ready,
             addresses: pod.running_addresses().into_iter().flatten().map(ToString::to_string).collect(),

@@ -139,7 +139,7 @@ impl Facts {
         for resource in &translation.resources {
             let body = resource.body();
             // What we have encoded can be decoded; what proxies refuse, they are without.
-            match resource.type_url {
+            match resource.type_url() {
                 ADDRESS_TYPE => {
                     let decoded =
                         Address::decode(body).ok().and_then(|address| model::Resource::try_from(address).ok());

@@ -83,7 +83,7 @@ pub fn notices(world: &World, pod: &Pod, reports: &Reports, now: Instant) -> Vec
 }
 
 fn of_node(world: &World, pod: &Pod, reports: &Reports, now: Instant) -> Option<Notice> {
-    let node = pod.node.as_deref()?;
+    let node = pod.node()?;
     let heard = reports.of(world, node, pod.uid.as_deref()?)?;
     let late = heard.is_overdue(now);
     match heard.state {
@@ -181,7 +181,7 @@ fn event(pod: &Pod, notice: &Notice, digest: u64) -> Option<Event> {
             "ownerReferences": [{"apiVersion": "v1", "kind": "Pod", "name": pod_name, "uid": uid}],
         },
         "involvedObject": {"apiVersion": "v1", "kind": "Pod", "name": pod_name, "namespace": namespace,
-            "uid": uid, "resourceVersion": pod.version},
+            "uid": uid, "resourceVersion": pod.version.to_string()},
         "type": notice.severity.to_string(), "reason": notice.reason, "message": message, "count": 1,
         "firstTimestamp": now, "lastTimestamp": now, "source": {"component": FIELD_MANAGER},
         "reportingComponent": FIELD_MANAGER, "reportingInstance": FIELD_MANAGER,

@@ -49,7 +49,7 @@ impl Turns {
         }
         self.led = leads;
         let is_ours = |key: &Key| {
-            let node = world.pods.get(key).and_then(|pod| pod.node.as_deref());
+            let node = world.pods.get(key).and_then(|pod| pod.node());
             node.is_some_and(|node| reports.last(node).is_some())
         };
         let (mut to_tell, others): (BTreeSet<Key>, BTreeSet<Key>) = stale.into_iter().partition(is_ours);

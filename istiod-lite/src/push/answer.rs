@@ -56,8 +56,7 @@ impl Answer {
 
     fn encoded<'a>(&'a self, resource: &'a Resource) -> Option<Encoded<'a>> {
         let value = resource.message_as(&self.type_url)?;
-        let aliases = if self.with_aliases { &*resource.aliases } else { &[] };
-        Some(Encoded { type_url: &self.type_url, value, resource, aliases })
+        Some(Encoded { type_url: &self.type_url, value, resource, with_aliases: self.with_aliases })
     }
 
     fn length(&self) -> usize {
@@ -76,16 +75,20 @@ struct Encoded<'a> {
     type_url: &'a str,
     value: resources::Encoded<'a>,
     resource: &'a Resource,
-    aliases: &'a [Arc<str>],
+    with_aliases: bool,
 }
 
 impl Encoded<'_> {
+    fn aliases(&self) -> impl Iterator<Item = &str> {
+        self.resource.aliases().filter(|_| self.with_aliases)
+    }
+
     fn any_length(&self) -> usize {
         field_length(self.type_url.len()) + field_length(self.value.len())
     }
 
     fn length(&self) -> usize {
-        let aliases: usize = self.aliases.iter().map(|alias| field_length(alias.len())).sum();
+        let aliases: usize = self.aliases().map(|alias| field_length(alias.len())).sum();
         field_length(Version::LENGTH)
             + field_length(self.any_length())
             + field_length(self.resource.name.len())
@@ -100,7 +103,7 @@ impl Encoded<'_> {
         begin(out, any::VALUE, self.value.len());
         self.value.put(out);
         put(out, resource::NAME, self.resource.name.as_bytes());
-        for alias in self.aliases {
+        for alias in self.aliases() {
             put(out, resource::ALIASES, alias.as_bytes());
         }
     }
@@ -219,7 +222,7 @@ mod tests {
                 let any = read.resource.as_ref().unwrap();
                 assert_eq!((any.type_url.as_str(), &*any.value), (ADDRESS_TYPE, &*sent.body()));
                 let aliases: Vec<&str> =
-                    if with_aliases { sent.aliases.iter().map(|of| &**of).collect() } else { vec![] };
+                    if with_aliases { sent.aliases().collect() } else { vec![] };
                 assert_eq!(read.aliases, aliases);
             }
             // The same as a library writes.

@@ -379,7 +379,7 @@ impl Subscription {
                     self.suspects.insert(Arc::clone(&resolved));
                     if view
                         .get(type_url, &resolved, scope)
-                        .is_some_and(|found| found.aliases.iter().any(|a| **a == **name))
+                        .is_some_and(|found| found.aliases().any(|alias| alias == name))
                     {
                         held.remove(&resolved);
                     }

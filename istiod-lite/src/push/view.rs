@@ -143,7 +143,7 @@ impl View {
     /// [`Self::workloads_on`] would say, asked from the other end.
     pub fn is_wanted(&self, type_url: &str, name: &str, requested: &BTreeSet<Arc<str>>, scope: &Scope) -> bool {
         let Some(resource) = self.get(type_url, name, scope) else { return false };
-        let by_alias = |resource: &Resource| resource.aliases.iter().any(|alias| requested.contains(alias));
+        let by_alias = |resource: &Resource| resource.aliases().any(|alias| requested.contains(alias));
         if requested.contains(name) {
             return true;
         }
@@ -212,8 +212,8 @@ impl DemandIndex {
     fn build(snapshot: &Snapshot) -> Self {
         let mut index = Self::default();
         for resource in snapshot.of_type(ADDRESS_TYPE) {
-            for alias in &*resource.aliases {
-                index.aliases.entry(Arc::clone(alias)).or_default().push(Arc::clone(&resource.name));
+            for alias in resource.aliases() {
+                index.aliases.entry(alias.into()).or_default().push(Arc::clone(&resource.name));
             }
             let Some(message) = resource.message_as(WORKLOAD_TYPE) else { continue };
             let Ok(workload) = mesh_proto::workload::Workload::decode(message.reader()) else { continue };

@@ -29,7 +29,7 @@ const EXCLUDE_AT_PORTS: &str = "traffic.sidecar.istio.io/excludeInboundPorts";
 /// chosen for. A pod that leaves keeps its enrolment while peers may still speak HBONE to it.
 fn placed<'a>(world: &World, pod: &'a Pod) -> Option<(&'a Arc<str>, &'a str)> {
     let uid = pod.uid.as_ref()?;
-    let node = pod.node.as_deref()?;
+    let node = pod.node()?;
     let held = annotation(pod, enrol::REDIRECTION).is_some() || world.leaving.contains(&**uid);
     let enrolled = enrol::is_wanted(world, pod) || (held && rules::never(world, pod).is_none());
     enrolled.then_some((uid, node))

@@ -128,7 +128,7 @@ fn done(parent: &str, rule: &str) -> Option<String> {
         .conditions
         .iter()
         .all(|condition| (condition.status == Status::True) == (condition.r#type != "PartiallyInvalid"));
-    let resource = translation.resources.iter().find(|resource| resource.type_url == ROUTE_TYPE)?;
+    let resource = translation.resources.iter().find(|resource| resource.type_url() == ROUTE_TYPE)?;
     let told = format!("{:?}", Route::decode(resource.body()).expect("a Route"));
     is_done.then_some(told)
 }

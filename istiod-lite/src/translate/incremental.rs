@@ -91,7 +91,7 @@ struct Emitted {
 
 impl Emitted {
     fn add(&mut self, resource: Resource) -> Named {
-        let name = (resource.type_url, Arc::clone(&resource.name));
+        let name = (resource.type_url(), Arc::clone(&resource.name));
         self.resources.insert(name.clone(), resource);
         name
     }
@@ -267,7 +267,7 @@ impl Translator {
 
     /// Returns the names of what comes of a pod.
     fn placed(&mut self, world: &World, key: &Key, pod: &Pod, out: &mut Emitted) -> [Option<Named>; 2] {
-        let mut references = self.policies.selecting(&key.namespace, Some(&pod.labels));
+        let mut references = self.policies.selecting(&key.namespace, Some(&pod.template.labels));
         let own = binding::resolve(world, pod, TrafficType::Workload);
         let view = View { world, lookups: &self.lookups, entries: &self.entries, networks: &self.networks };
         let services = workload::services(view, pod);
@@ -303,7 +303,7 @@ impl Translator {
         };
         stale.pods_where(
             |namespace| differ.iter().any(|of| of.namespace.as_deref().is_none_or(|of| *of == *namespace)),
-            |key, pod| differ.iter().any(|of| of.selects(&key.namespace, Some(&pod.labels))),
+            |key, pod| differ.iter().any(|of| of.selects(&key.namespace, Some(&pod.template.labels))),
         );
         let root = &*stale.world.mesh.root_namespace;
         for (key, was, is) in differing(&stale.old.peer_authentications, &stale.world.peer_authentications) {
@@ -312,7 +312,7 @@ impl Translator {
             let of_all = policies().any(|policy| !peer_authentication::has_selector(policy));
             stale.pods_where(
                 |namespace| *namespace == *key.namespace || (of_all && *key.namespace == *root),
-                |_, pod| of_all || policies().any(|policy| peer_authentication::may_select(policy, Some(&pod.labels))),
+                |_, pod| of_all || policies().any(|policy| peer_authentication::may_select(policy, Some(&pod.template.labels))),
             );
         }
         let (was, is) = (&before.reach, &now.reach);
@@ -375,7 +375,7 @@ impl Translator {
             if let Some(selector) = workload::selector(service) {
                 stale.pods_where(
                     |namespace| *namespace == *key.namespace,
-                    |_, pod| matches_labels(selector, Some(&pod.labels)),
+                    |_, pod| matches_labels(selector, Some(&pod.template.labels)),
                 );
             } else {
                 for slice in self.view(stale.world).slices_of(key) {
@@ -518,7 +518,7 @@ impl Seen {
             stale.pods_where(|namespace| self.namespaces.contains(namespace), |_, _| true);
         }
         if !self.nodes.is_empty() {
-            stale.pods_where(|_| true, |_, pod| pod.node.as_deref().is_some_and(|node| self.nodes.contains(node)));
+            stale.pods_where(|_| true, |_, pod| pod.node().is_some_and(|node| self.nodes.contains(node)));
         }
         if !self.enrolments.is_empty() {
             stale.pods_where(|_| true, |_, pod| pod.uid.as_deref().is_some_and(|uid| self.enrolments.contains(uid)));

@@ -30,7 +30,7 @@ impl Applied {
     fn step(&mut self, world: &World) -> Changes {
         let changes = self.translator.translate(&self.discovery.of(world.clone()));
         for resource in &changes.resources {
-            self.resources.insert((resource.type_url, Arc::clone(&resource.name)), resource.clone());
+            self.resources.insert((resource.type_url(), Arc::clone(&resource.name)), resource.clone());
         }
         for name in &changes.removed {
             self.resources.remove(name);

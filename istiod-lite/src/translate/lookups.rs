@@ -86,7 +86,7 @@ impl Lookups {
         for (key, was, is) in differing(&old.pods, &new.pods) {
             // Almost none is: nothing is made for the others.
             let abroad = is.filter(|pod| networks::of_pod(new, pod) != home).map(|pod| Abroad {
-                labels: Labels::clone(&pod.labels),
+                labels: Labels::clone(&pod.template.labels),
                 identity: new.identity(&key.namespace, &pod.template.service_account),
             });
             let was = was.is_some_and(|was| label(was, networks::NETWORK).is_some());
@@ -173,9 +173,9 @@ pub fn service_of(slice: &Slice) -> Option<Key> {
     Some(Key::new(Arc::clone(&slice.key.namespace), Arc::clone(slice.service.as_ref()?)))
 }
 
-/// Which objects are at a place; one may be at several, and several at one.
+/// Which objects are at a place, sorted; one may be at several, and several at one. Almost always it is one at one.
 #[derive(Debug)]
-struct Places<P>(HashMap<P, BTreeSet<Key>>);
+struct Places<P>(HashMap<P, Vec<Key>>);
 
 impl<P> Default for Places<P> {
     fn default() -> Self {
@@ -187,14 +187,18 @@ impl<P: Eq + Hash> Places<P> {
     fn replace(&mut self, key: &Key, was: impl IntoIterator<Item = P>, is: impl IntoIterator<Item = P>) {
         for place in was {
             if let Some(there) = self.0.get_mut(&place) {
-                there.remove(key);
+                there.retain(|of| of != key);
                 if there.is_empty() {
                     self.0.remove(&place);
                 }
             }
         }
         for place in is {
-            self.0.entry(place).or_default().insert(key.clone());
+            let there = self.0.entry(place).or_default();
+            if let Err(at) = there.binary_search(key) {
+                there.reserve_exact(1);
+                there.insert(at, key.clone());
+            }
         }
     }
 }

@@ -194,7 +194,7 @@ fn authorization_resource(authorization: &Authorization) -> Resource {
     Resource::new(AUTHORIZATION_TYPE, format!("{}/{}", authorization.namespace, authorization.name), authorization)
 }
 
-fn address_resource(name: String, address: &Address, aliases: Vec<Arc<str>>) -> Resource {
+fn address_resource(name: String, address: &Address, aliases: Vec<String>) -> Resource {
     Resource::new(ADDRESS_TYPE, name, address).with_aliases(aliases)
 }
 

@@ -194,8 +194,8 @@ impl Remote {
         let place = addresses.first().map_or_else(|| hostname.clone(), ToString::to_string);
         let uid = format!("NetworkGateway/{network}/{place}/{port}");
         let aliases = match addresses.is_empty() {
-            true => vec![format!("{}/{hostname}", gateway.namespace).into()],
-            false => addresses.iter().map(|ip| format!("{network}/{ip}").into()).collect(),
+            true => vec![format!("{}/{hostname}", gateway.namespace)],
+            false => addresses.iter().map(|ip| format!("{network}/{ip}")).collect(),
         };
         let message = Workload {
             uid: uid.clone(),

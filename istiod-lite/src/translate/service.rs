@@ -44,7 +44,7 @@ pub fn translate(view: View<'_>, service: &KubeService) -> Option<(Resource, Bin
         ingress_use_waypoint: binding::ingress_uses_waypoint(world, service),
         ..Service::default()
     };
-    let aliases = vips.iter().map(|vip| format!("{network}/{vip}").into()).collect();
+    let aliases = vips.iter().map(|vip| format!("{network}/{vip}")).collect();
     let resource =
         address_resource(world.service_name(key), &Address { r#type: Some(address::Type::Service(message)) }, aliases);
     Some((resource, binding))

@@ -441,7 +441,7 @@ pub fn translate(
                 visibility: visibility.into(),
                 ..Service::default()
             };
-            let aliases = message.addresses.iter().map(|vip| alias(vip).into()).collect();
+            let aliases = message.addresses.iter().map(alias).collect();
             let name = entry.service_name(host);
             let resource = Address { r#type: Some(address::Type::Service(message)) };
             out.resources.push(address_resource(name.clone(), &resource, aliases));

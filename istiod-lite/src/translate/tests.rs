@@ -31,13 +31,14 @@ fn golden(case: &str) {
 
 fn render(translation: &Translation) -> String {
     let mut resources: Vec<&Resource> = translation.resources.iter().collect();
-    resources.sort_by_key(|resource| (resource.type_url, resource.name.clone()));
+    resources.sort_by_key(|resource| (resource.type_url(), resource.name.clone()));
     let mut out = String::new();
     for resource in resources {
-        let kind = resource.type_url.rsplit('.').next().unwrap_or_default();
+        let kind = resource.type_url().rsplit('.').next().unwrap_or_default();
         writeln!(out, "== {kind} {} to {:?}", resource.name, resource.audience()).expect("strings take all");
-        if !resource.aliases.is_empty() {
-            writeln!(out, "aliases {:?}", resource.aliases).expect("strings take all");
+        let aliases: Vec<&str> = resource.aliases().collect();
+        if !aliases.is_empty() {
+            writeln!(out, "aliases {aliases:?}").expect("strings take all");
         }
         writeln!(out, "{}", body(resource)).expect("strings take all");
     }
@@ -50,7 +51,7 @@ fn render(translation: &Translation) -> String {
 fn body(resource: &Resource) -> String {
     let bytes = resource.body();
     let json = |value: serde_json::Result<String>| value.expect("models serialize");
-    match resource.type_url {
+    match resource.type_url() {
         ADDRESS_TYPE => {
             let address = Address::decode(bytes).expect("an Address");
             match mesh::model::Resource::try_from(address).expect("proxies accept it") {
@@ -116,7 +117,7 @@ spec:
 ",
     ));
     let resource =
-        translation.resources.iter().find(|resource| resource.type_url == ADDRESS_TYPE).expect("the Service");
+        translation.resources.iter().find(|resource| resource.type_url() == ADDRESS_TYPE).expect("the Service");
     let address = Address::decode(resource.body()).expect("an Address");
     let mesh::model::Resource::Service(service) = mesh::model::Resource::try_from(address).expect("proxies accept it")
     else {

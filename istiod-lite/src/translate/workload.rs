@@ -47,9 +47,9 @@ pub fn from_pod(view: View<'_>, pod: &Pod, policies: Vec<String>) -> Option<(Res
     let own = Workload {
         name: key.name.to_string(),
         addresses: addresses.iter().copied().map(address_bytes).collect(),
-        node: pod.node.as_deref().unwrap_or_default().to_owned(),
+        node: pod.node().unwrap_or_default().to_owned(),
         status: if pod.is_healthy() { WorkloadStatus::Healthy } else { WorkloadStatus::Unhealthy }.into(),
-        locality: pod.node.as_deref().and_then(|node| locality(world, node)),
+        locality: pod.node().and_then(|node| locality(world, node)),
         ..Workload::default()
     };
     let common = Workload {
@@ -116,7 +116,7 @@ pub fn services(view: View<'_>, pod: &Pod) -> BTreeMap<String, PortList> {
     let mut services = BTreeMap::new();
     for (name, service) in view.services_in(&key.namespace) {
         let ports = match selector(service) {
-            Some(selector) if matches_labels(selector, Some(&pod.labels)) => selected_ports(service, pod),
+            Some(selector) if matches_labels(selector, Some(&pod.template.labels)) => selected_ports(service, pod),
             Some(_) => continue,
             // A name, whatever slices say that are called so.
             None if service.is_external() => continue,
@@ -128,7 +128,7 @@ pub fn services(view: View<'_>, pod: &Pod) -> BTreeMap<String, PortList> {
         };
         services.insert(world.service_name(name), PortList { ports });
     }
-    services.extend(services_selecting_pod(view.entries, &key.namespace, Some(&pod.labels)));
+    services.extend(services_selecting_pod(view.entries, &key.namespace, Some(&pod.template.labels)));
     services
 }
 
@@ -218,8 +218,8 @@ pub fn locality_of(node: &Node) -> Option<Locality> {
     (locality != Locality::default()).then_some(locality)
 }
 
-fn aliases(network: &str, addresses: &[IpAddr]) -> Vec<std::sync::Arc<str>> {
-    addresses.iter().map(|ip| format!("{network}/{ip}").into()).collect()
+fn aliases(network: &str, addresses: &[IpAddr]) -> Vec<String> {
+    addresses.iter().map(|ip| format!("{network}/{ip}")).collect()
 }
 
 /// Values that the reader assumes are not sent.

@@ -189,7 +189,7 @@ pub fn resource(view: View<'_>, meta: &ObjectMeta, endpoint: &Endpoint, by_name:
     let mut place = spec.locality.split('/').map(str::to_owned);
     let mut next = || place.next().unwrap_or_default();
     let locality = Locality { region: next(), zone: next(), subzone: next() };
-    let aliases = addresses.iter().map(|ip| format!("{network}/{ip}").into()).collect();
+    let aliases = addresses.iter().map(|ip| format!("{network}/{ip}")).collect();
     let message = Workload {
         uid: uid.clone(),
         name: key.name.to_string(),

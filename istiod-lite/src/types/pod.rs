@@ -1,6 +1,7 @@
 //! Pods as the control plane remembers them. There are a hundred thousand of them, so only what is looked at is kept, and
 //! what the pods of one template have in common once.
 
+use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -19,19 +20,40 @@ pub struct Pod {
     pub key: Key,
     pub uid: Option<Arc<str>>,
     /// `metadata.resourceVersion`.
-    pub version: Box<str>,
-    pub labels: ArcIntern<Labels>,
-    /// Only those of Istio's groups, and [`STATIC_POD_UID`].
-    annotations: ArcIntern<Labels>,
+    pub version: ObjectVersion,
     pub template: ArcIntern<Template>,
-    /// Where it was placed.
-    pub node: Option<ArcIntern<str>>,
+    node: Option<ArcIntern<String>>,
     /// `status.podIPs`, or `status.podIP`.
     addresses: Addresses,
     pub phase: Phase,
     pub is_ready: bool,
     /// It is being deleted.
     pub is_ending: bool,
+}
+
+/// `metadata.resourceVersion`, as it is sent back. Almost always a number, which is kept without an allocation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ObjectVersion {
+    Number(u64),
+    Text(Box<str>),
+}
+
+impl ObjectVersion {
+    fn new(text: String) -> Self {
+        match text.parse() {
+            Ok(number) if format!("{number}") == text => Self::Number(number),
+            _ => Self::Text(text.into()),
+        }
+    }
+}
+
+impl fmt::Display for ObjectVersion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Number(number) => number.fmt(f),
+            Self::Text(text) => text.fmt(f),
+        }
+    }
 }
 
 /// Almost always one, which is kept without an allocation.
@@ -60,8 +82,11 @@ impl From<Vec<IpAddr>> for Addresses {
 }
 
 /// What pods made from one template have in common.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Template {
+    pub labels: Labels,
+    /// Only those of Istio's groups, and [`STATIC_POD_UID`]. The pods of many templates have the same.
+    annotations: ArcIntern<Labels>,
     /// `default` if the pod names none.
     pub service_account: String,
     pub host_network: bool,
@@ -130,6 +155,7 @@ impl Pod {
         }
         let mut annotations = meta.annotations.unwrap_or_default();
         annotations.retain(|name, _| is_read(name));
+        let labels = meta.labels.unwrap_or_default();
         let owners = meta.owner_references.unwrap_or_default().into_iter();
         let owner = owners.filter(|owner| owner.controller == Some(true)).map(|owner| (owner.kind, owner.name)).next();
         let owner = owner.map(|(kind, name)| Owner { kind, name });
@@ -137,11 +163,9 @@ impl Pod {
             key: Key::new(meta.namespace.as_deref().unwrap_or_default(), meta.name.as_deref().unwrap_or_default()),
             // What no API server gives out, no proxy takes.
             uid: meta.uid.filter(|uid| is_uid(uid)).map(Arc::from),
-            version: meta.resource_version.unwrap_or_default().into(),
-            labels: ArcIntern::new(meta.labels.unwrap_or_default()),
-            annotations: ArcIntern::new(annotations),
-            node: spec.node_name.as_deref().filter(|node| !node.is_empty()).map(ArcIntern::from),
-            template: ArcIntern::new(Template::new(spec, owner)),
+            version: ObjectVersion::new(meta.resource_version.unwrap_or_default()),
+            node: spec.node_name.clone().filter(|node| !node.is_empty()).map(ArcIntern::new),
+            template: ArcIntern::new(Template::new(spec, owner, labels, annotations)),
             addresses: addresses.into(),
             phase: match status.phase.as_deref() {
                 Some("Pending") => Phase::Pending,
@@ -154,6 +178,11 @@ impl Pod {
             is_ready: status.conditions.iter().flatten().any(is_true),
             is_ending: meta.deletion_timestamp.is_some(),
         }
+    }
+
+    /// Where it was placed.
+    pub fn node(&self) -> Option<&str> {
+        self.node.as_deref().map(String::as_str)
     }
 
     /// Addresses of a pod that has not ended; `None` before it has any.
@@ -175,7 +204,7 @@ impl Pod {
     /// The owning controller; for a Deployment that is the ReplicaSet without its hash.
     pub fn workload_name(&self) -> &str {
         let Some(owner) = &self.template.owner else { return &self.key.name };
-        let hash = self.labels.get("pod-template-hash").filter(|_| owner.kind == "ReplicaSet");
+        let hash = self.template.labels.get("pod-template-hash").filter(|_| owner.kind == "ReplicaSet");
         hash.and_then(|hash| owner.name.strip_suffix(&**hash)?.strip_suffix('-')).unwrap_or(&owner.name)
     }
 
@@ -191,11 +220,11 @@ impl Meta for Pod {
     }
 
     fn labels(&self) -> Option<&Labels> {
-        Some(&self.labels)
+        Some(&self.template.labels)
     }
 
     fn annotations(&self) -> Option<&Labels> {
-        Some(&self.annotations)
+        Some(&self.template.annotations)
     }
 }
 
@@ -205,13 +234,15 @@ fn is_read(annotation: &str) -> bool {
 }
 
 impl Template {
-    fn new(spec: api::PodSpec, owner: Option<Owner>) -> Self {
+    fn new(spec: api::PodSpec, owner: Option<Owner>, labels: Labels, annotations: Labels) -> Self {
         let sidecars = spec.init_containers.iter().flatten().filter(|c| c.restart_policy.as_deref() == Some("Always"));
         let containers = || spec.containers.iter().chain(sidecars.clone());
         let ports = containers().flat_map(|container| container.ports.iter().flatten());
         let ports = ports.filter(|port| port.protocol.as_deref().is_none_or(|protocol| protocol == "TCP"));
         let account = spec.service_account_name.as_deref().filter(|name| !name.is_empty()).unwrap_or("default");
         Self {
+            labels,
+            annotations: ArcIntern::new(annotations),
             service_account: account.to_owned(),
             host_network: spec.host_network == Some(true),
             owner,
@@ -293,13 +324,12 @@ mod tests {
     fn pods_of_one_template_share_what_they_have_in_common() {
         let (one, other) = (pod("web-1"), pod("web-2"));
         assert!(std::ptr::eq(&*one.template, &*other.template));
-        assert!(std::ptr::eq(&*one.labels, &*other.labels));
-        assert_eq!(one.annotations.len(), 1, "only what is read is kept");
+        assert_eq!(one.template.annotations.len(), 1, "only what is read is kept");
         assert_eq!(
             (one.workload_name(), one.port("http"), &*one.template.service_account),
             ("web", Some(8080), "default")
         );
         assert_eq!(one.template.calls, [Call { host: None, port: 8080 }]);
-        assert!(size_of::<Pod>() <= 144, "{}", size_of::<Pod>());
+        assert!(size_of::<Pod>() <= 112, "{}", size_of::<Pod>());
     }
 }

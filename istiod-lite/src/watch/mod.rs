@@ -195,9 +195,9 @@ impl PodDirectory for Watch {
             name: name.into(),
             namespace: namespace.into(),
             service_account: pod.template.service_account.as_str().into(),
-            node: pod.node.as_deref().unwrap_or_default().into(),
+            node: pod.node().unwrap_or_default().into(),
             phase: pod.phase.name().into(),
-            labels: Labels::clone(&pod.labels),
+            labels: Labels::clone(&pod.template.labels),
         })
     }
 
@@ -206,7 +206,7 @@ impl PodDirectory for Watch {
         pods.iter().any(|(key, pod)| {
             *key.namespace == *namespace
                 && !node.is_empty()
-                && pod.node.as_deref() == Some(node)
+                && pod.node() == Some(node)
                 && pod.template.service_account == account
                 && !pod.phase.is_over()
         })

@@ -158,7 +158,7 @@ fn translation(text: &str) {
     assert_eq!(translation.resources, again.resources);
     for resource in translation.resources {
         let body = resource.body();
-        let refused = match resource.type_url {
+        let refused = match resource.type_url() {
             ADDRESS_TYPE => {
                 let address = Address::decode(body).expect("our own message");
                 model::Resource::try_from(address)
@@ -199,7 +199,7 @@ static VIEWS: LazyLock<[Arc<View>; 2]> = LazyLock::new(|| {
         };
         let mut resource =
             Resource::new(ADDRESS_TYPE, uid, &Address { r#type: Some(address::Type::Workload(workload)) });
-        resource.aliases = [format!("/{uid}-ip").into()].into();
+        resource = resource.with_aliases(vec![format!("/{uid}-ip")]);
         resource
     };
     let service = |name: &str| {

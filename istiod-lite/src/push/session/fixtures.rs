@@ -1,7 +1,6 @@
 //! Resources and a model client for tests of the exchange.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use mesh_proto::ads::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use mesh_proto::workload::{ADDRESS_TYPE, Address, PortList, Service, Workload, address};
@@ -19,7 +18,7 @@ pub fn workload(uid: &str, node: &str, services: &[&str]) -> Resource {
         ..Workload::default()
     };
     let mut resource = Resource::new(ADDRESS_TYPE, uid, &Address { r#type: Some(address::Type::Workload(workload)) });
-    resource.aliases = [format!("/{uid}-ip").into()].into();
+    resource = resource.with_aliases(vec![format!("/{uid}-ip")]);
     resource
 }
 
@@ -27,7 +26,7 @@ pub fn workload(uid: &str, node: &str, services: &[&str]) -> Resource {
 pub fn service(name: &str, vip: &str) -> Resource {
     let service = Service { name: name.into(), ..Service::default() };
     let mut resource = Resource::new(ADDRESS_TYPE, name, &Address { r#type: Some(address::Type::Service(service)) });
-    resource.aliases = [Arc::from(format!("/{vip}"))].into();
+    resource = resource.with_aliases(vec![format!("/{vip}")]);
     resource
 }
 
