@@ -152,13 +152,7 @@ impl Resource {
         Self::encoded(Kind::PodEnrolment, uid.into(), Form::Enrolment, own.encode_to_vec(), Some(common))
     }
 
-    fn encoded(
-        kind: Kind,
-        name: Arc<str>,
-        form: Form,
-        own: Vec<u8>,
-        common: Option<ArcIntern<Vec<u8>>>,
-    ) -> Self {
+    fn encoded(kind: Kind, name: Arc<str>, form: Form, own: Vec<u8>, common: Option<ArcIntern<Vec<u8>>>) -> Self {
         let (version, aliases, own) = (Version(0), None, own.into());
         let mut this = Self { kind, name, version, aliases, form, own, common, audience: None };
         let mut hasher = Xxh64::new(0);
@@ -307,7 +301,7 @@ impl Head {
 type ByName = OrdMap<Arc<str>, Arc<Resource>>;
 
 /// Every second one, and then the others. What comes sorted leaves each leaf of a tree half full as it splits off; what comes
-/// in between fills it.
+/// in between fills it. For what has no key twice, as the last is not the last here.
 pub(crate) fn interleaved<T>(sorted: impl IntoIterator<Item = T>) -> impl Iterator<Item = T> {
     let (mut first, mut second) = (Vec::new(), Vec::new());
     for (at, item) in sorted.into_iter().enumerate() {

@@ -144,6 +144,11 @@ impl Writer {
         Some(Self { answer, length: Some(length), resources: 0, removed: 0, done: false })
     }
 
+    /// All is written.
+    pub fn is_done(&self) -> bool {
+        self.done
+    }
+
     /// The next piece; none when all is written.
     pub fn piece(&mut self) -> Option<Bytes> {
         if self.done {
@@ -221,8 +226,7 @@ mod tests {
                 assert_eq!((&*read.name, &*read.version), (&*sent.name, &*sent.version.to_string()));
                 let any = read.resource.as_ref().unwrap();
                 assert_eq!((any.type_url.as_str(), &*any.value), (ADDRESS_TYPE, &*sent.body()));
-                let aliases: Vec<&str> =
-                    if with_aliases { sent.aliases().collect() } else { vec![] };
+                let aliases: Vec<&str> = if with_aliases { sent.aliases().collect() } else { vec![] };
                 assert_eq!(read.aliases, aliases);
             }
             // The same as a library writes.

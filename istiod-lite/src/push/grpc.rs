@@ -177,12 +177,15 @@ fn take(buffer: &mut BytesMut) -> Result<Option<DeltaDiscoveryRequest>, Status> 
 pub struct Answers {
     queue: mpsc::Receiver<Result<Answer, Status>>,
     writing: Option<Writer>,
+    /// A piece of the answer was just taken. The next comes after everybody else's turn: what follows for a client that has
+    /// everything is not to wait for megabytes of each of those that have nothing.
+    pausing: bool,
     ended: bool,
 }
 
 impl Answers {
     pub fn new(queue: mpsc::Receiver<Result<Answer, Status>>) -> Self {
-        Self { queue, writing: None, ended: false }
+        Self { queue, writing: None, pausing: false, ended: false }
     }
 
     fn trailers(&mut self, status: &Status) -> Frame<Bytes> {
@@ -209,7 +212,12 @@ impl http_body::Body for Answers {
             if self.ended {
                 return Poll::Ready(None);
             }
+            if std::mem::take(&mut self.pausing) {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
             if let Some(piece) = self.writing.as_mut().and_then(Writer::piece) {
+                self.pausing = self.writing.as_ref().is_some_and(|writer| !writer.is_done());
                 return Poll::Ready(Some(Ok(Frame::data(piece))));
             }
             self.writing = None;
@@ -231,6 +239,12 @@ impl http_body::Body for Answers {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use mesh_proto::workload::ADDRESS_TYPE;
+
+    use super::super::session::fixtures::workload;
     use super::*;
 
     fn framed(request: &DeltaDiscoveryRequest) -> Vec<u8> {
@@ -287,6 +301,37 @@ mod tests {
         let length = u32::try_from(held.len()).unwrap().to_be_bytes();
         let message = [&[0], &length[..], &held].concat();
         assert_eq!(take(&mut BytesMut::from(&message[..])).map_err(|it| it.code()), exhausted);
+    }
+
+    #[tokio::test]
+    async fn others_have_their_turn_between_the_pieces_of_a_long_answer() {
+        let updated = (0..5000).map(|at| Arc::new(workload(&format!("uid-{at}"), "node", &["ns/a"]))).collect();
+        let answer = Answer {
+            type_url: ADDRESS_TYPE.into(),
+            nonce: "1".into(),
+            generation: 1,
+            updated,
+            removed: Vec::new(),
+            with_aliases: false,
+        };
+        let (send, queue) = mpsc::channel(1);
+        send.send(Ok(answer)).await.unwrap();
+        drop(send);
+        let turns = Arc::new(AtomicUsize::new(0));
+        let others = Arc::clone(&turns);
+        tokio::spawn(async move {
+            loop {
+                others.fetch_add(1, Ordering::Relaxed);
+                tokio::task::yield_now().await;
+            }
+        });
+        let (mut answers, mut pieces) = (Answers::new(queue), 0);
+        while let Some(frame) = answers.frame().await {
+            pieces += usize::from(frame.unwrap().is_data());
+        }
+        assert!(pieces > 4, "{pieces}");
+        let turns = turns.load(Ordering::Relaxed);
+        assert!(turns >= pieces - 1, "{turns} for {pieces}");
     }
 
     #[tokio::test(start_paused = true)]

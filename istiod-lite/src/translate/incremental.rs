@@ -10,7 +10,8 @@
 //! - **everything else** (policies, entries, routes, Gateways: what users write by hand, and what knows of one another)
 //!   as a whole, when any of it has, a Service or a namespace; pods coming and going leave it alone.
 //!
-//! What came of an object is remembered by name, so that it is withdrawn when the object goes or comes to something else.
+//! What came of an object is remembered by name, so that it is withdrawn when the object goes or comes to something else. Of
+//! a pod it is not: what it came to follows from the world before (`names_of`), so whatever that reads has to make pods stale.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
@@ -312,7 +313,10 @@ impl Translator {
             let of_all = policies().any(|policy| !peer_authentication::has_selector(policy));
             stale.pods_where(
                 |namespace| *namespace == *key.namespace || (of_all && *key.namespace == *root),
-                |_, pod| of_all || policies().any(|policy| peer_authentication::may_select(policy, Some(&pod.template.labels))),
+                |_, pod| {
+                    of_all
+                        || policies().any(|policy| peer_authentication::may_select(policy, Some(&pod.template.labels)))
+                },
             );
         }
         let (was, is) = (&before.reach, &now.reach);

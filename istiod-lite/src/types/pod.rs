@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::net::IpAddr;
+use std::ops::Deref;
 use std::sync::Arc;
 
 use internment::ArcIntern;
@@ -87,6 +88,12 @@ pub struct Template {
     pub labels: Labels,
     /// Only those of Istio's groups, and [`STATIC_POD_UID`]. The pods of many templates have the same.
     annotations: ArcIntern<Labels>,
+    spec: ArcIntern<Spec>,
+}
+
+/// What is the same where pods of one template have labels of their own, as those of a StatefulSet.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Spec {
     /// `default` if the pod names none.
     pub service_account: String,
     pub host_network: bool,
@@ -235,14 +242,26 @@ fn is_read(annotation: &str) -> bool {
 
 impl Template {
     fn new(spec: api::PodSpec, owner: Option<Owner>, labels: Labels, annotations: Labels) -> Self {
+        Self { labels, annotations: ArcIntern::new(annotations), spec: ArcIntern::new(Spec::new(spec, owner)) }
+    }
+}
+
+impl Deref for Template {
+    type Target = Spec;
+
+    fn deref(&self) -> &Spec {
+        &self.spec
+    }
+}
+
+impl Spec {
+    fn new(spec: api::PodSpec, owner: Option<Owner>) -> Self {
         let sidecars = spec.init_containers.iter().flatten().filter(|c| c.restart_policy.as_deref() == Some("Always"));
         let containers = || spec.containers.iter().chain(sidecars.clone());
         let ports = containers().flat_map(|container| container.ports.iter().flatten());
         let ports = ports.filter(|port| port.protocol.as_deref().is_none_or(|protocol| protocol == "TCP"));
         let account = spec.service_account_name.as_deref().filter(|name| !name.is_empty()).unwrap_or("default");
         Self {
-            labels,
-            annotations: ArcIntern::new(annotations),
             service_account: account.to_owned(),
             host_network: spec.host_network == Some(true),
             owner,
@@ -324,6 +343,10 @@ mod tests {
     fn pods_of_one_template_share_what_they_have_in_common() {
         let (one, other) = (pod("web-1"), pod("web-2"));
         assert!(std::ptr::eq(&*one.template, &*other.template));
+        let mut own = one.template.labels.clone();
+        own.insert("statefulset.kubernetes.io/pod-name".into(), "web-1".into());
+        let own = Template { labels: own, ..Template::clone(&one.template) };
+        assert!(std::ptr::eq(&*own, &**other.template), "labels of its own cost a pod its labels");
         assert_eq!(one.template.annotations.len(), 1, "only what is read is kept");
         assert_eq!(
             (one.workload_name(), one.port("http"), &*one.template.service_account),

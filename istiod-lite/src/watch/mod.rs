@@ -348,6 +348,7 @@ async fn follow<K, T>(
                     Event::Init => listing.clear(),
                     Event::InitApply(object) => listing.push(entry(object)),
                     Event::InitDone => {
+                        // No object is in a list twice.
                         let listed: Table<T> = interleaved(std::mem::take(&mut listing)).collect();
                         watch.installed(kind, true);
                         watch.update(table, |table| *table = listed);

@@ -50,6 +50,8 @@ type Limit = (f64, f64);
 const RSS_SMALL_LIMIT: Limit = (40.0, 20.0);
 /// MiB, and a KiB for each pod.
 const RSS_LIMIT: f64 = 64.0;
+/// KiB beside that for each connection: TLS records and HTTP/2 frames on their way, of either direction.
+const CONNECTION_LIMIT: f64 = 64.0;
 /// Seconds until everybody is back.
 const STORM_LIMIT: Limit = (30.0, 10.0);
 /// Milliseconds that a change may take to those who stayed, meanwhile: who is not starved hears within a second.
@@ -233,16 +235,17 @@ fn rows(scene: &Scene, figures: &Figures, small: Option<f64>) -> Vec<Row> {
     };
     let once = |value: Option<f64>| [(true, value)];
     let rss_limit = f64::from(scene.size.pods) / 1024.0 + RSS_LIMIT;
-    let rss_limit = Some((rss_limit, rss_limit / 2.0));
+    let limit = |limit: f64| Some((limit, limit / 2.0));
+    let connections = f64::from(scene.size.nodes) * CONNECTION_LIMIT / 1024.0;
     let per_proxy = figures.rss_mib.zip(figures.rss_idle_mib).map(|(rss, idle)| (rss - idle).max(0.0) * 1024.0);
     let mut rows = vec![
         row("ready", "s", &once(figures.ready_s), None),
-        row("rss_idle", "mib", &once(figures.rss_idle_mib), rss_limit),
+        row("rss_idle", "mib", &once(figures.rss_idle_mib), limit(rss_limit)),
     ];
     if scene.few > 0 {
         rows.push(row("rss_few", "mib", &once(figures.rss_few_mib), Some(RSS_SMALL_LIMIT)));
     }
-    rows.push(row("rss", "mib", &once(figures.rss_mib), rss_limit));
+    rows.push(row("rss", "mib", &once(figures.rss_mib), limit(rss_limit + connections)));
     rows.push(row("rss_per_proxy", "kib", &once(per_proxy.map(|kib| kib / f64::from(scene.size.nodes))), None));
     let each = |of: &dyn Fn(&stage::Round) -> f64| -> Vec<(bool, Option<f64>)> {
         match figures.rounds.is_empty() {
@@ -343,7 +346,10 @@ mod tests {
         let growth = row("cpu_growth@102400");
         assert_eq!((growth.ours, growth.verdict()), (Some(1.5), Some(Verdict::Holds)));
         let rss = row("rss@102400");
-        assert_eq!((rss.budget.as_ref().map(|budget| budget.must), rss.verdict()), (Some(164.0), Some(Verdict::Holds)));
+        assert_eq!(
+            (rss.budget.as_ref().map(|budget| budget.must), rss.verdict()),
+            (Some(165.25), Some(Verdict::Holds))
+        );
         assert_eq!(row("cpu@102400").ours, Some(0.15));
     }
 }
