@@ -761,6 +761,9 @@ mod tests {
         assert!(std::ptr::eq(&**resource.common.as_ref().unwrap(), &**other.common.as_ref().unwrap()));
         assert!(size_of::<Resource>() <= 80, "{}", size_of::<Resource>());
 
+        let named = resource.with_aliases(vec!["/10.0.0.1".into(), "a\n/10.0.0.2".into(), "/fd00::1".into()]);
+        assert!(named.aliases().eq(["/10.0.0.1", "/fd00::1"]), "none is made of another's pieces");
+
         let enrolment = Resource::enrolment("u", &PodEnrolment::default(), &PodEnrolment::default());
         assert_eq!(PodEnrolment::decode(enrolment.body()).unwrap().uid, "u");
         assert!(enrolment.message_as(WORKLOAD_TYPE).is_none());

@@ -329,6 +329,26 @@ fn step_by_step_comes_to_the_same_as_from_scratch() {
     }
 }
 
+/// What came of a pod is told by the world it came of, and its name may be another in the next.
+#[test]
+fn a_pod_is_withdrawn_by_the_name_it_had() {
+    let mut world = town();
+    let mut applied = Applied::default();
+    applied.step(&world);
+    world.mesh = Arc::new(super::world::MeshSettings { cluster_id: "other".into(), ..(*world.mesh).clone() });
+    applied.step(&world);
+    let mut anew = Applied::default();
+    anew.step(&world);
+    assert_eq!(applied.resources, anew.resources);
+    let pods: Vec<Key> = world.pods.keys().cloned().collect();
+    assert!(!pods.is_empty());
+    pods.iter().for_each(|pod| _ = world.pods.remove(pod));
+    applied.step(&world);
+    let mut anew = Applied::default();
+    anew.step(&world);
+    assert_eq!(applied.resources, anew.resources);
+}
+
 /// Three namespaces of 200 pods each, behind ten Services.
 fn town() -> World {
     let mut documents = Vec::new();

@@ -355,4 +355,15 @@ mod tests {
         assert_eq!(one.template.calls, [Call { host: None, port: 8080 }]);
         assert!(size_of::<Pod>() <= 112, "{}", size_of::<Pod>());
     }
+
+    #[test]
+    fn versions_go_back_as_they_came_and_a_uid_is_one_that_an_api_server_gives_out() {
+        for text in ["12345", "0", "007", "", "a1", "18446744073709551616"] {
+            assert_eq!(ObjectVersion::new(text.into()).to_string(), text);
+        }
+        assert!(pod("web-1").uid.is_some());
+        for uid in ["", "a_b", "a/b", "\u{e9}"] {
+            assert_eq!(pod(uid).uid, None, "{uid}");
+        }
+    }
 }
