@@ -1,27 +1,48 @@
-//! Container images without a container engine: the binary and the shared libraries it needs, in an archive `docker load` and
-//! `podman load` read.
+//! Container images without a container engine: the binary and the shared libraries it needs, in an archive that is an OCI image
+//! layout with the `manifest.json` beside it that older engines look for: `docker load`, `podman load`, `ctr images import` and
+//! `kind load image-archive` take it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::Workspace;
 use crate::step::Steps;
 
-const BINARIES: [&str; 3] = ["ztunnel", "istiod-lite", "waypoint"];
+/// Besides the program: by whom it is run where nothing else is said. ztunnel enters other network namespaces, the others need
+/// nothing but their ports.
+const IMAGES: [(&str, Option<&str>); 3] =
+    [("ztunnel", None), ("istiod-lite", Some("1337:1337")), ("waypoint", Some("1337:1337"))];
+/// Of an archive. A node has to fetch it before it has a mesh.
+const LARGEST: u64 = 40 * 1000 * 1000;
+
+const OCI: &str = "application/vnd.oci.image";
+
+/// What becomes an image.
+struct Image<'a> {
+    name: &'a str,
+    program: &'a Path,
+    /// Other programs, which stand beside it.
+    beside: &'a [&'a Path],
+    /// User and group; root if none.
+    user: Option<&'a str>,
+}
 
 /// Writes `target/image/<name>.tar` for each binary.
 pub fn write_all(workspace: &Workspace) -> Result<()> {
     let directory = workspace.target.join("image");
     let plugin = cni_plugin(workspace)?;
-    for name in BINARIES {
-        let program = workspace.target.join("release").join(name);
+    for (name, user) in IMAGES {
+        let program = &workspace.target.join("release").join(name);
         let beside: &[&Path] = if name == "ztunnel" { &[&plugin] } else { &[] };
-        let archive = write(&program, beside, &directory, name).with_context(|| format!("image {name}"))?;
-        println!("{}", archive.display());
+        let archive =
+            Image { name, program, beside, user }.write(&directory).with_context(|| format!("image {name}"))?;
+        let size = fs::metadata(&archive)?.len();
+        println!("{} ({:.1} MB)", archive.display(), size as f64 / 1e6);
+        ensure!(size < LARGEST, "{} has {size} bytes; {LARGEST} are the most", archive.display());
     }
     Ok(())
 }
@@ -38,42 +59,98 @@ fn cni_plugin(workspace: &Workspace) -> Result<PathBuf> {
     Ok(workspace.target.join(host).join("release/ztunnel-cni"))
 }
 
-fn write(program: &Path, beside: &[&Path], directory: &Path, name: &str) -> Result<PathBuf> {
-    let work = directory.join(format!("{name}.work"));
-    let _ = fs::remove_dir_all(&work);
-    let root = work.join("root");
-    let inside = root.join("usr/local/bin").join(name);
-    fs::create_dir_all(root.join("usr/local/bin"))?;
-    fs::create_dir_all(root.join("tmp"))?;
-    fs::copy(program, &inside).with_context(|| format!("no {}", program.display()))?;
-    Steps::new().run("stripping", Command::new("strip").arg(&inside))?;
-    for other in beside {
-        let copy = root.join("usr/local/bin").join(other.file_name().context("a program has a name")?);
-        fs::copy(other, &copy).with_context(|| format!("no {}", other.display()))?;
-        Steps::new().run("stripping", Command::new("strip").arg(&copy))?;
+impl Image<'_> {
+    /// Writes `<directory>/<name>.tar`.
+    fn write(&self, directory: &Path) -> Result<PathBuf> {
+        let work = directory.join(format!("{}.work", self.name));
+        let _ = fs::remove_dir_all(&work);
+        let root = work.join("root");
+        self.fill(&root)?;
+        let layout = Layout { blobs: work.join("layout/blobs/sha256") };
+        fs::create_dir_all(&layout.blobs)?;
+
+        let layer = work.join("layer.tar");
+        tar(&layer, &root, &["."])?;
+        let content = sha256(&layer)?;
+        // Without name and time, so that the same comes to the same.
+        Steps::new().run("compressing", Command::new("gzip").args(["--no-name", "--best"]).arg(&layer))?;
+        let layer = layout.put(&format!("{OCI}.layer.v1.tar+gzip"), fs::read(work.join("layer.tar.gz"))?)?;
+        let mut run = json!({
+            "Entrypoint": [format!("/usr/local/bin/{}", self.name)], "Env": ["PATH=/usr/local/bin"]
+        });
+        if let Some(user) = self.user {
+            run["User"] = user.into();
+        }
+        let architecture = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
+        let config = json!({
+            "architecture": architecture, "os": "linux", "config": run,
+            "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{content}")]},
+            "history": [{"created_by": "cargo xtask image"}],
+        });
+        let config = layout.put(&format!("{OCI}.config.v1+json"), serde_json::to_vec(&config)?)?;
+        let media_type = format!("{OCI}.manifest.v1+json");
+        let manifest = json!({"schemaVersion": 2, "mediaType": media_type, "config": config, "layers": [layer]});
+        let mut manifest = layout.put(&media_type, serde_json::to_vec(&manifest)?)?;
+        manifest["platform"] = json!({"architecture": architecture, "os": "linux"});
+        manifest["annotations"] = json!({
+            "io.containerd.image.name": format!("docker.io/library/{}:latest", self.name),
+            "org.opencontainers.image.ref.name": "latest",
+        });
+        let index = json!({"schemaVersion": 2, "mediaType": format!("{OCI}.index.v1+json"), "manifests": [manifest]});
+        let older = json!([{
+            "Config": place(&config), "RepoTags": [format!("{}:latest", self.name)], "Layers": [place(&layer)],
+        }]);
+        let files =
+            [("oci-layout", json!({"imageLayoutVersion": "1.0.0"})), ("index.json", index), ("manifest.json", older)];
+        for (file, content) in &files {
+            fs::write(work.join("layout").join(file), serde_json::to_vec(content)?)?;
+        }
+        let archive = directory.join(format!("{}.tar", self.name));
+        tar(&archive, &work.join("layout"), &["oci-layout", "index.json", "manifest.json", "blobs"])?;
+        fs::remove_dir_all(&work)?;
+        Ok(archive)
     }
-    for library in libraries(program)? {
-        let target = root.join(library.strip_prefix("/").unwrap_or(&library));
-        fs::create_dir_all(target.parent().context("a library has a directory")?)?;
-        fs::copy(&library, target)?;
+
+    /// All there is in the container.
+    fn fill(&self, root: &Path) -> Result<()> {
+        let binaries = root.join("usr/local/bin");
+        fs::create_dir_all(&binaries)?;
+        fs::create_dir_all(root.join("tmp"))?;
+        let own = [(self.program, self.name.as_ref())];
+        let others = self.beside.iter().filter_map(|other| Some((*other, other.file_name()?)));
+        for (program, name) in own.into_iter().chain(others) {
+            let copy = binaries.join(name);
+            fs::copy(program, &copy).with_context(|| format!("no {}", program.display()))?;
+            Steps::new().run("stripping", Command::new("strip").arg(&copy))?;
+        }
+        for library in libraries(self.program)? {
+            let target = root.join(library.strip_prefix("/").unwrap_or(&library));
+            fs::create_dir_all(target.parent().context("a library has a directory")?)?;
+            fs::copy(&library, target)?;
+        }
+        Ok(())
     }
-    let layer = work.join("layer.tar");
-    tar(&layer, &root, &["."])?;
-    let digest = sha256(&layer)?;
-    let config = json!({
-        "architecture": if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" },
-        "os": "linux",
-        "config": {"Entrypoint": [format!("/usr/local/bin/{name}")], "Env": ["PATH=/usr/local/bin"]},
-        "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{digest}")]},
-        "history": [{"created_by": "cargo xtask image"}]
-    });
-    fs::write(work.join("config.json"), serde_json::to_vec(&config)?)?;
-    let manifest = json!([{"Config": "config.json", "RepoTags": [format!("{name}:latest")], "Layers": ["layer.tar"]}]);
-    fs::write(work.join("manifest.json"), serde_json::to_vec(&manifest)?)?;
-    let archive = directory.join(format!("{name}.tar"));
-    tar(&archive, &work, &["manifest.json", "config.json", "layer.tar"])?;
-    fs::remove_dir_all(&work)?;
-    Ok(archive)
+}
+
+/// An OCI image layout that is being written.
+struct Layout {
+    blobs: PathBuf,
+}
+
+impl Layout {
+    /// Stores content; returns its descriptor.
+    fn put(&self, media_type: &str, content: Vec<u8>) -> Result<Value> {
+        let file = self.blobs.join("new");
+        fs::write(&file, &content)?;
+        let digest = sha256(&file)?;
+        fs::rename(&file, self.blobs.join(&digest))?;
+        Ok(json!({"mediaType": media_type, "digest": format!("sha256:{digest}"), "size": content.len()}))
+    }
+}
+
+/// Where in the archive a descriptor's content is.
+fn place(descriptor: &Value) -> String {
+    format!("blobs/{}", descriptor["digest"].as_str().unwrap_or_default().replace(':', "/"))
 }
 
 /// Same input, same bytes: owner, order and times are fixed.
@@ -102,6 +179,9 @@ fn sha256(file: &Path) -> Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Stdio;
+    use std::time::{Duration, Instant};
+
     use super::*;
 
     fn sh(script: &str) -> String {
@@ -110,42 +190,108 @@ mod tests {
         String::from_utf8(output.stdout).unwrap()
     }
 
+    fn echo() -> Image<'static> {
+        Image { name: "echo", program: Path::new("/bin/echo"), beside: &[], user: Some("7:8") }
+    }
+
+    struct Scratch(PathBuf);
+
+    impl Scratch {
+        fn new(name: &str) -> Self {
+            Self(std::env::temp_dir().join(format!("xtask-{name}-{}", std::process::id())))
+        }
+    }
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
     /// What a container engine does with an archive: follow the manifest, compare the layer's digest, unpack, run.
     #[test]
     fn an_image_unpacks_into_a_root_that_runs() {
-        let directory = std::env::temp_dir().join(format!("xtask-image-{}", std::process::id()));
-        let archive = write(Path::new("/bin/echo"), &[], &directory, "echo").unwrap();
+        let scratch = Scratch::new("image");
+        let directory = &scratch.0;
+        let archive = echo().write(directory).unwrap();
         let again = fs::read(&archive).unwrap();
-        assert_eq!(
-            fs::read(write(Path::new("/bin/echo"), &[], &directory, "echo").unwrap()).unwrap(),
-            again,
-            "same bytes"
-        );
+        assert!(fs::read(echo().write(directory).unwrap()).unwrap() == again, "same bytes");
         let d = directory.display();
         sh(&format!("mkdir {d}/load {d}/root; tar -xf {} -C {d}/load", archive.display()));
-        let json = |file: &str| -> serde_json::Value {
-            serde_json::from_slice(&fs::read(directory.join("load").join(file)).unwrap()).unwrap()
-        };
-        let manifest = json("manifest.json");
-        assert_eq!(manifest[0]["RepoTags"][0], "echo:latest");
-        let config = json(manifest[0]["Config"].as_str().unwrap());
-        let layer = directory.join("load").join(manifest[0]["Layers"][0].as_str().unwrap());
-        assert_eq!(config["rootfs"]["diff_ids"][0], format!("sha256:{}", sha256(&layer).unwrap()));
-        sh(&format!("tar -xf {} -C {d}/root", layer.display()));
+        let load = directory.join("load");
+        let json = |file: &str| -> Value { serde_json::from_slice(&fs::read(load.join(file)).unwrap()).unwrap() };
+        assert_eq!(json("oci-layout"), json!({"imageLayoutVersion": "1.0.0"}));
+        let described = json("index.json")["manifests"][0].clone();
+        assert_eq!(described["annotations"]["io.containerd.image.name"], "docker.io/library/echo:latest");
+        let manifest = json(&place(&described));
+        for descriptor in [&described, &manifest["config"], &manifest["layers"][0]] {
+            let file = load.join(place(descriptor));
+            assert_eq!(descriptor["digest"], format!("sha256:{}", sha256(&file).unwrap()));
+            assert_eq!(descriptor["size"], fs::metadata(file).unwrap().len());
+        }
+        // Older engines come to the same.
+        let older = &json("manifest.json")[0];
+        assert_eq!(older["RepoTags"], json!(["echo:latest"]));
+        assert_eq!(older["Config"], place(&manifest["config"]));
+        assert_eq!(older["Layers"], json!([place(&manifest["layers"][0])]));
+        let config = json(&place(&manifest["config"]));
+        assert_eq!(config["config"]["User"], "7:8");
+        let layer = load.join(place(&manifest["layers"][0]));
+        sh(&format!("gzip -cd {} > {d}/layer.tar; tar -xf {d}/layer.tar -C {d}/root", layer.display()));
+        let content = sha256(&directory.join("layer.tar")).unwrap();
+        assert_eq!(config["rootfs"]["diff_ids"], json!([format!("sha256:{content}")]));
         let entry = config["config"]["Entrypoint"][0].as_str().unwrap();
         assert!(directory.join("root").join(entry.trim_start_matches('/')).exists());
         // Only root can take it for the root of everything.
         if nix::unistd::geteuid().is_root() {
             assert_eq!(sh(&format!("chroot {d}/root {entry} it runs")), "it runs\n");
         }
-        fs::remove_dir_all(&directory).unwrap();
+    }
+
+    /// Debian's containerd, as `ctr -n k8s.io images import` and `kind load image-archive` use it.
+    #[test]
+    fn containerd_takes_it() {
+        let tools = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/tools/containerd/usr/bin");
+        let tools = match std::env::var_os("CARGO_TARGET_DIR") {
+            Some(target) => Path::new(&target).join("tools/containerd/usr/bin"),
+            None => tools,
+        };
+        if !tools.join("containerd").exists() || !nix::unistd::geteuid().is_root() {
+            assert_ne!(std::env::var("LAB").as_deref(), Ok("required"), "no containerd: run `cargo xtask setup`");
+            return;
+        }
+        let scratch = Scratch::new("containerd");
+        let directory = &scratch.0;
+        let archive = echo().write(directory).unwrap();
+        let d = directory.display();
+        let disabled = "disabled_plugins = [\"io.containerd.grpc.v1.cri\", \"io.containerd.internal.v1.opt\"]";
+        fs::write(directory.join("config.toml"), format!("version = 2\n{disabled}\n")).unwrap();
+        let mut daemon = Command::new(tools.join("containerd"));
+        daemon.args(["--config", &format!("{d}/config.toml"), "--address", &format!("{d}/socket")]);
+        daemon.args(["--root", &format!("{d}/content"), "--state", &format!("{d}/state")]);
+        let mut daemon = daemon.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let ctr = |rest: &[&str]| {
+            let mut command = Command::new(tools.join("ctr"));
+            command.args(["--address", &format!("{d}/socket"), "--namespace", "k8s.io"]).args(rest);
+            command.output().unwrap()
+        };
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !ctr(&["version"]).status.success() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        let imported = ctr(&["images", "import", "--snapshotter", "native", &archive.display().to_string()]);
+        let listed = ctr(&["images", "list", "--quiet"]);
+        daemon.kill().unwrap();
+        daemon.wait().unwrap();
+        assert!(imported.status.success(), "{}", String::from_utf8_lossy(&imported.stderr));
+        assert_eq!(String::from_utf8_lossy(&listed.stdout), "docker.io/library/echo:latest\n");
     }
 
     #[test]
     fn a_program_that_was_not_built_is_named() {
-        let directory = std::env::temp_dir().join(format!("xtask-no-image-{}", std::process::id()));
-        let error = write(Path::new("/nonexistent/program"), &[], &directory, "program").unwrap_err();
+        let scratch = Scratch::new("no-image");
+        let missing = Image { program: Path::new("/nonexistent/program"), name: "program", ..echo() };
+        let error = missing.write(&scratch.0).unwrap_err();
         assert!(format!("{error:#}").contains("/nonexistent/program"), "{error:#}");
-        fs::remove_dir_all(&directory).unwrap();
     }
 }

@@ -83,7 +83,7 @@ enum Task {
         secs: u64,
         names: Vec<String>,
     },
-    /// Write container images of the three binaries as archives that docker and podman load
+    /// Write container images of the three binaries as OCI archives, which docker, podman, ctr and kind load
     Image,
 }
 
