@@ -200,6 +200,8 @@ fn guarded_port(stage: &Stage) -> Result<()> {
     stage.comes_to("client", &[DIRECT], "200")?;
     with_policy(stage, "shop", "{group: gateway.networking.k8s.io, kind: Gateway, name: waypoint}", || {
         stage.comes_to("client", &[DIRECT], REFUSED)?;
+        // That one may have been under way and cut; the next is refused by name.
+        stage.comes_to("client", &[DIRECT], REFUSED)?;
         logged(stage, "node-b", &["direction=\"inbound\"", CLIENT, "shop/istio_only_waypoint_", "=\"DENY\""])?;
         stage.comes_to("stranger", &["http://server-v1.shop/"], REFUSED)?;
         stage.comes_to("client", &[SERVER], "200")?;
