@@ -176,6 +176,16 @@ async fn an_api_server_is_answered_over_both_versions_of_http() {
     });
     let expected = "AuthorizationPolicy shop/p: targetRefs: Service shop/wbe does not exist";
     assert_eq!(warned.await, [json!(expected)]);
+    // Where Istio's CRD is in the cluster: nothing carries it out, and where the keys are may not be just anywhere.
+    let keys = json!({"jwtRules": [{"issuer": "shop", "jwksUri": "http://169.254.169.254/latest/meta-data"}]});
+    let mut authentication = review("u-keys", keys);
+    for part in ["kind", "object"] {
+        authentication["request"][part]["kind"] = "RequestAuthentication".into();
+    }
+    let refused = &mesh.ask(b"h2", &authentication).await["response"];
+    assert_eq!(refused["allowed"], false, "{refused}");
+    let message = refused["status"]["message"].as_str().expect("a message");
+    assert!(message.starts_with("spec.jwtRules[0].jwksUri: ") && message.contains("is link-local"), "{message}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::route;
+use super::{request_authentication, route};
 use crate::revision::LABEL;
 use crate::translate::binding::is_waypoint;
 use crate::translate::owner::{Owners, tag_services};
@@ -13,7 +13,7 @@ use crate::translate::verdict::{Fault, Kind, Status, Verdict, Wanted};
 use crate::translate::world::World;
 use crate::translate::{documents, translate};
 use crate::types::gateway::GatewaySpec;
-use crate::types::{Key, Object};
+use crate::types::{Key, Object, security};
 
 /// Says what runs, not what was written.
 const RUNTIME: &str = "Programmed";
@@ -37,6 +37,10 @@ pub fn judge(world: &World, object: Value) -> Judgement {
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let (kind, namespace) = (text(&object["kind"]), text(&object["metadata"]["namespace"]));
     let key = Key::new(namespace, text(&object["metadata"]["name"]));
+    let version = object["apiVersion"].as_str().and_then(|version| version.strip_prefix(security::GROUP));
+    if kind == request_authentication::KIND && version.is_some_and(|rest| rest.starts_with('/')) {
+        return request_authentication::judge(&object, &world.mesh);
+    }
     let mut around = around(world, &object, &key.namespace);
     let of_route = route::faults(&object);
     if documents::add(&mut around, object) != Ok(true) {

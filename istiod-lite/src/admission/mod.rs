@@ -1,9 +1,10 @@
 //! Admission: what the API server asks before it stores an object of a kind that we serve. Refused is what can never work,
 //! whatever else there is in the cluster and whatever a later version can do; what waits for another object, or is not
 //! done yet, is admitted with a warning. The judgement is the translation's own ([`judge`]), so a refusal and a status never
-//! disagree. Whoever runs without us loses nothing but early news: `failurePolicy: Ignore`.
+//! disagree; one kind is judged that nothing carries out yet ([`request_authentication`]). Whoever runs without us loses nothing but early news: `failurePolicy: Ignore`.
 
 mod judge;
+mod request_authentication;
 mod review;
 mod route;
 mod server;

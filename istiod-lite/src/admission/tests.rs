@@ -22,6 +22,10 @@ const KINDS: &[(&str, &str, &str, &[&str])] = &[
     ("httproutes", "HTTPRoute", "gateway.networking.k8s.io", &["v1", "v1beta1"]),
 ];
 
+/// Likewise, of what nothing here carries out and has no CRD of ours.
+const OTHERS: &[(&str, &str, &str, &[&str])] =
+    &[("requestauthentications", "RequestAuthentication", "security.istio.io", &["v1", "v1beta1"])];
+
 fn root(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
@@ -44,7 +48,7 @@ fn shop() -> Known {
 
 /// The objects of a table, each with what it leaves out.
 fn objects(plural: &str) -> Vec<Value> {
-    let (_, kind, group, versions) = KINDS.iter().find(|(of, ..)| *of == plural).expect("a kind");
+    let (_, kind, group, versions) = KINDS.iter().chain(OTHERS).find(|(of, ..)| *of == plural).expect("a kind");
     let text = read(&root(&format!("testdata/admission/{plural}.yaml")));
     let complete = |document: &str| {
         let mut object = parsed(document);
@@ -88,7 +92,7 @@ fn is_refused(outcome: &Outcome) -> bool {
 #[test]
 fn what_can_never_work_is_refused_and_what_may_work_later_warned_of() {
     let shop = shop();
-    for (plural, ..) in KINDS {
+    for (plural, ..) in KINDS.iter().chain(OTHERS) {
         let mut said = String::new();
         for object in objects(plural) {
             let name = object["metadata"]["name"].as_str().expect("a name").to_owned();
@@ -354,6 +358,7 @@ fn the_manifest_asks_about_exactly_the_kinds_and_versions_that_are_served() {
         assert_eq!((json!(served_now), &crd["spec"]["names"]["kind"]), (json!(versions), &json!(kind)), "{plural}");
         served.push((json!([group]), json!(plural), json!(versions)));
     }
+    served.extend(OTHERS.iter().map(|(plural, _, group, versions)| (json!([group]), json!(plural), json!(versions))));
     let sorted = |mut all: Vec<(Value, Value, Value)>| {
         all.sort_by_key(|(_, resource, _)| resource.to_string());
         all

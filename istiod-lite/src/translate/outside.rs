@@ -5,6 +5,9 @@ use std::net::IpAddr;
 
 use super::world::MeshSettings;
 
+/// Of the cluster's API, which has the keys of its own tokens.
+pub const IS_API: &str = "is the API of the cluster";
+
 /// Why the mesh never calls this host: a name, or an address with or without brackets. Of a name it is the name that is looked
 /// at; what it resolves to has to be looked at again, by [`refused_address`], when it is called.
 pub fn refused_host(host: &str, mesh: &MeshSettings) -> Option<&'static str> {
@@ -22,7 +25,7 @@ pub fn refused_host(host: &str, mesh: &MeshSettings) -> Option<&'static str> {
     let short = short.unwrap_or(&name);
     let is_api = short == "kubernetes.default" || name == "kubernetes";
     match short.split_once('.') {
-        _ if is_api => Some("is the API of the cluster"),
+        _ if is_api => Some(IS_API),
         Some((service, namespace)) if namespace == mesh.root_namespace && is_istiod(service) => {
             Some("is the control plane")
         }
