@@ -144,6 +144,10 @@ impl Writer {
         Some(Self { answer, length: Some(length), resources: 0, removed: 0, done: false })
     }
 
+    pub fn answer(&self) -> &Answer {
+        &self.answer
+    }
+
     /// All is written.
     pub fn is_done(&self) -> bool {
         self.done

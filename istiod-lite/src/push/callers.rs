@@ -6,7 +6,9 @@ use std::sync::{Arc, Mutex, Weak};
 
 use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
+use tokio::runtime::Runtime;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::task::AbortOnDropHandle;
 
 use super::grpc::MAX_REQUEST;
 use crate::resources::lock;
@@ -24,6 +26,7 @@ const ROOM: usize = 4 * MAX_REQUEST;
 #[derive(Debug, Clone)]
 pub struct Callers {
     room: Arc<Semaphore>,
+    long: Arc<Long>,
     known: Arc<Mutex<HashMap<Who, Weak<Holding>>>>,
 }
 
@@ -34,6 +37,8 @@ type Who = (Arc<str>, Arc<str>, Option<Arc<str>>);
 struct Holding {
     streams: Arc<Semaphore>,
     room: Arc<Semaphore>,
+    /// Of requests that take long: one at a time.
+    turn: Arc<Semaphore>,
 }
 
 /// A caller holds as many streams as it may.
@@ -46,6 +51,7 @@ pub struct TooMany(usize);
 pub struct Entry {
     holding: Arc<Holding>,
     room: Arc<Semaphore>,
+    long: Arc<Long>,
     _stream: OwnedSemaphorePermit,
 }
 
@@ -54,6 +60,40 @@ pub struct Entry {
 pub struct Share {
     own: Arc<Semaphore>,
     all: Arc<Semaphore>,
+    turn: Arc<Semaphore>,
+}
+
+/// The caller's one request that takes long, until it is dropped.
+pub type Turn = OwnedSemaphorePermit;
+
+/// Threads for what takes long, in the order in which it comes: what a client holds of the mesh is read, and what it lacks looked
+/// up, in 10 ms, and behind a thousand of them would wait the tasks of those who have everything and are to hear of a change.
+/// Beside these threads they have theirs to themselves, as far as the kernel shares the cores out.
+#[derive(Debug)]
+pub struct Long(Option<Runtime>);
+
+impl Long {
+    fn new() -> Self {
+        let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let mut builder = tokio::runtime::Builder::new_current_thread();
+        let runtime = builder.max_blocking_threads(threads).thread_name("long").build();
+        Self(Some(runtime.expect("a runtime without sockets and timers opens nothing")))
+    }
+
+    /// Does it on one of the threads; not at all if what is returned is dropped before it is its turn.
+    pub fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> AbortOnDropHandle<T> {
+        let runtime = self.0.as_ref().expect("it is there until it is dropped");
+        AbortOnDropHandle::new(runtime.spawn_blocking(work))
+    }
+}
+
+impl Drop for Long {
+    fn drop(&mut self) {
+        // Waits for nothing: this is on a thread of another one.
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
 }
 
 /// Room for one request, until it is dropped.
@@ -61,7 +101,7 @@ pub type Reserved = [OwnedSemaphorePermit; 2];
 
 impl Default for Callers {
     fn default() -> Self {
-        Self { room: Arc::new(Semaphore::new(ROOM / UNIT)), known: Arc::default() }
+        Self { room: Arc::new(Semaphore::new(ROOM / UNIT)), long: Arc::new(Long::new()), known: Arc::default() }
     }
 }
 
@@ -83,13 +123,17 @@ impl Callers {
                 let holding = Arc::new(Holding {
                     streams: Arc::new(Semaphore::new(most)),
                     room: Arc::new(Semaphore::new(MAX_REQUEST / UNIT)),
+                    turn: Arc::new(Semaphore::new(1)),
                 });
                 *place = Arc::downgrade(&holding);
                 holding
             })
         };
         match Arc::clone(&holding.streams).try_acquire_owned() {
-            Ok(stream) => Ok(Entry { holding, room: Arc::clone(&self.room), _stream: stream }),
+            Ok(stream) => {
+                let (room, long) = (Arc::clone(&self.room), Arc::clone(&self.long));
+                Ok(Entry { holding, room, long, _stream: stream })
+            }
             Err(_) => Err(TooMany(most)),
         }
     }
@@ -97,7 +141,12 @@ impl Callers {
 
 impl Entry {
     pub fn share(&self) -> Share {
-        Share { own: Arc::clone(&self.holding.room), all: Arc::clone(&self.room) }
+        let [own, all, turn] = [&self.holding.room, &self.room, &self.holding.turn].map(Arc::clone);
+        Share { own, all, turn }
+    }
+
+    pub fn long(&self) -> &Long {
+        &self.long
     }
 }
 
@@ -111,6 +160,12 @@ impl Share {
             [take(own).await, take(all).await]
         }
         .boxed()
+    }
+
+    /// Waits until the caller's other one has been handled.
+    pub fn turn(&self) -> BoxFuture<'static, Turn> {
+        let turn = Arc::clone(&self.turn);
+        async move { turn.acquire_owned().await.expect("it is never closed") }.boxed()
     }
 }
 

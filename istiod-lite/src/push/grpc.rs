@@ -11,6 +11,7 @@ use http::HeaderMap;
 use http_body::Frame;
 use http_body_util::BodyExt as _;
 use mesh_proto::ads::DeltaDiscoveryRequest;
+use mesh_proto::workload::{ADDRESS_TYPE, WORKLOAD_TYPE};
 use prost::Message as _;
 use prost::encoding::{DecodeContext, WireType, decode_key, decode_varint, skip_field};
 use tokio::sync::mpsc;
@@ -18,8 +19,8 @@ use tokio::time::{Instant, timeout_at};
 use tonic::Status;
 use tonic::body::Body;
 
-use super::answer::{Answer, Writer};
-use super::callers::{Reserved, Share};
+use super::answer::Writer;
+use super::callers::{Reserved, Share, Turn};
 use super::session::MAX_NAMES;
 
 /// Of a message: whether it is compressed, and its length.
@@ -35,6 +36,8 @@ const ARRIVAL: Duration = Duration::from_secs(30);
 const MAX_HELD: usize = 1_000_000;
 /// What a client says about itself, which nobody reads.
 const MAX_NODE: usize = 256 * 1024;
+/// The types of which there is most.
+const LONG: [&str; 2] = [ADDRESS_TYPE, WORKLOAD_TYPE];
 /// A buffer that is larger is given back once it is empty.
 const KEPT: usize = 16 * 1024;
 
@@ -47,34 +50,82 @@ pub struct Requests {
     waiting: Option<BoxFuture<'static, Reserved>>,
     /// Room for the request that is being read, and until when.
     reserved: Option<(Reserved, Instant)>,
+    /// Kept as `waiting` is. The request is there.
+    in_line: Option<BoxFuture<'static, Turn>>,
+    /// By position in [`LONG`]: whether there was a request of it.
+    begun: [bool; LONG.len()],
 }
 
 impl Requests {
     pub fn new(body: Body, share: Share) -> Self {
-        Self { body, buffer: BytesMut::new(), share, waiting: None, reserved: None }
+        Self {
+            body,
+            buffer: BytesMut::new(),
+            share,
+            waiting: None,
+            reserved: None,
+            in_line: None,
+            begun: [false; LONG.len()],
+        }
     }
 
-    /// Ends with an error when a request has taken too long to come; also while nobody asks for the next one.
-    pub fn overdue(&self) -> impl Future<Output = Status> + use<> {
-        let end = self.reserved.as_ref().map(|(_, end)| *end);
+    /// Ends when a request should have come that now is coming; also while nobody asks for the next one.
+    pub fn due(&self) -> impl Future<Output = ()> + use<> {
+        let end = self.coming();
         async move {
             match end {
                 Some(end) => tokio::time::sleep_until(end).await,
                 None => std::future::pending().await,
             }
-            late()
         }
+    }
+
+    /// # Errors
+    /// A request has taken too long to come.
+    pub fn check_arrival(&self) -> Result<(), Status> {
+        match self.coming() {
+            Some(end) if end <= Instant::now() => Err(late()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Until when the request must be there that has room and is not.
+    fn coming(&self) -> Option<Instant> {
+        self.reserved.as_ref().filter(|_| self.in_line.is_none()).map(|(_, end)| *end)
+    }
+
+    /// It waits for room or for its turn, which are nobody else's once they have come, or has room: `next` is not to be put off.
+    pub fn is_under_way(&self) -> bool {
+        self.waiting.is_some() || self.reserved.is_some() || self.in_line.is_some()
     }
 
     /// The next request; none when there will be none any more, however that came. May be given up and called again.
     ///
     /// # Errors
     /// What the client is told that does not speak the protocol.
-    pub async fn next(&mut self) -> Result<Option<DeltaDiscoveryRequest>, Status> {
+    pub async fn next(&mut self) -> Result<Option<Asked>, Status> {
         loop {
+            if let Some(message) = whole(&self.buffer)? {
+                let (length, type_url) = (message.len(), measure(message)?);
+                let begins = LONG.iter().position(|is| is.as_bytes() == type_url).filter(|at| !self.begun[*at]);
+                if length > SMALL_REQUEST || begins.is_some() {
+                    let share = &self.share;
+                    let turn = self.in_line.get_or_insert_with(|| share.turn()).await;
+                    self.in_line = None;
+                    if let Some(at) = begins {
+                        self.begun[at] = true;
+                    }
+                    self.buffer.advance(HEAD);
+                    let message = self.buffer.split_to(length);
+                    let room = self.reserved.take().map(|(room, _)| room);
+                    if self.buffer.is_empty() {
+                        self.buffer = BytesMut::new();
+                    }
+                    return Ok(Some(Asked::AtLength(LongRequest { message, _room: room, _turn: turn })));
+                }
+            }
             if let Some(request) = take(&mut self.buffer)? {
-                self.reserved = None;
-                return Ok(Some(request));
+                return Ok(Some(Asked::Shortly(request)));
             }
             if let Some(length) = announced(&self.buffer).filter(|length| *length > SMALL_REQUEST)
                 && self.reserved.is_none()
@@ -102,6 +153,35 @@ impl Requests {
     }
 }
 
+/// A request of a client.
+#[derive(Debug)]
+pub enum Asked {
+    Shortly(DeltaDiscoveryRequest),
+    /// One that takes long to handle: most of those that are long say what a client holds, and the first of such a type as there is
+    /// most of is answered with all there is.
+    AtLength(LongRequest),
+}
+
+/// It has its room and its turn until it is dropped.
+#[derive(Debug)]
+pub struct LongRequest {
+    message: BytesMut,
+    _room: Option<Reserved>,
+    _turn: Turn,
+}
+
+impl LongRequest {
+    /// # Errors
+    /// What the client is told that does not speak the protocol.
+    pub fn read(&self) -> Result<DeltaDiscoveryRequest, Status> {
+        decode(&self.message)
+    }
+}
+
+fn decode(message: &[u8]) -> Result<DeltaDiscoveryRequest, Status> {
+    DeltaDiscoveryRequest::decode(message).map_err(|error| Status::internal(format!("an unreadable request: {error}")))
+}
+
 fn late() -> Status {
     Status::resource_exhausted(format!("a request that is not here within {} s", ARRIVAL.as_secs()))
 }
@@ -115,27 +195,34 @@ fn announced(buffer: &[u8]) -> Option<usize> {
 /// Field numbers of `DeltaDiscoveryRequest`.
 mod request {
     pub const NODE: u32 = 1;
+    pub const TYPE_URL: u32 = 2;
     pub const SUBSCRIBE: u32 = 3;
     pub const UNSUBSCRIBE: u32 = 4;
     pub const HELD: u32 = 5;
 }
 
-/// Whether a request holds no more than a client may say.
-fn measure(mut message: &[u8]) -> Result<(), Status> {
+/// The type that a request is of.
+///
+/// # Errors
+/// It holds more than a client may say.
+fn measure(mut message: &[u8]) -> Result<&[u8], Status> {
     let unreadable = |error: prost::DecodeError| Status::internal(format!("an unreadable request: {error}"));
-    let (mut names, mut held, mut node) = (0, 0, 0);
+    let (mut names, mut held, mut node, mut type_url) = (0, 0, 0, &[][..]);
     while !message.is_empty() {
         let (field, wire_type) = decode_key(&mut message).map_err(unreadable)?;
         let before = message.len();
+        let mut content = &[][..];
         match wire_type {
             WireType::LengthDelimited => {
                 let length = decode_varint(&mut message).map_err(unreadable)?;
-                let rest = usize::try_from(length).ok().and_then(|length| message.get(length..));
-                message = rest.ok_or_else(|| Status::internal("an unreadable request: it ends within a field"))?;
+                let parts = usize::try_from(length).ok().and_then(|length| message.split_at_checked(length));
+                (content, message) =
+                    parts.ok_or_else(|| Status::internal("an unreadable request: it ends within a field"))?;
             }
             other => skip_field(other, field, &mut message, DecodeContext::default()).map_err(unreadable)?,
         }
         match field {
+            request::TYPE_URL => type_url = content,
             request::NODE => node += before - message.len(),
             request::SUBSCRIBE | request::UNSUBSCRIBE => names += 1,
             request::HELD => held += 1,
@@ -150,10 +237,11 @@ fn measure(mut message: &[u8]) -> Result<(), Status> {
             return Err(Status::resource_exhausted(format!("node: longer than {MAX_NODE} bytes")));
         }
     }
-    Ok(())
+    Ok(type_url)
 }
 
-fn take(buffer: &mut BytesMut) -> Result<Option<DeltaDiscoveryRequest>, Status> {
+/// The message that begins here, once all of it is there.
+fn whole(buffer: &[u8]) -> Result<Option<&[u8]>, Status> {
     let Some((head, rest)) = buffer.split_at_checked(HEAD) else { return Ok(None) };
     if head[0] != 0 {
         return Err(Status::unimplemented("compressed messages are not read"));
@@ -162,10 +250,14 @@ fn take(buffer: &mut BytesMut) -> Result<Option<DeltaDiscoveryRequest>, Status> 
     if length > MAX_REQUEST {
         return Err(Status::out_of_range(format!("a request of {length} bytes; at most {MAX_REQUEST} are read")));
     }
-    let Some(message) = rest.get(..length) else { return Ok(None) };
+    Ok(rest.get(..length))
+}
+
+fn take(buffer: &mut BytesMut) -> Result<Option<DeltaDiscoveryRequest>, Status> {
+    let Some(message) = whole(buffer)? else { return Ok(None) };
     measure(message)?;
-    let request = DeltaDiscoveryRequest::decode(message)
-        .map_err(|error| Status::internal(format!("an unreadable request: {error}")))?;
+    let length = message.len();
+    let request = decode(message)?;
     buffer.advance(HEAD + length);
     if buffer.is_empty() && HEAD + length > KEPT {
         *buffer = BytesMut::new();
@@ -175,7 +267,7 @@ fn take(buffer: &mut BytesMut) -> Result<Option<DeltaDiscoveryRequest>, Status> 
 
 /// Ours: answers as they come, and how it ends.
 pub struct Answers {
-    queue: mpsc::Receiver<Result<Answer, Status>>,
+    queue: mpsc::Receiver<Result<Writer, Status>>,
     writing: Option<Writer>,
     /// A piece of the answer was just taken. The next comes after everybody else's turn: what follows for a client that has
     /// everything is not to wait for megabytes of each of those that have nothing.
@@ -184,7 +276,7 @@ pub struct Answers {
 }
 
 impl Answers {
-    pub fn new(queue: mpsc::Receiver<Result<Answer, Status>>) -> Self {
+    pub fn new(queue: mpsc::Receiver<Result<Writer, Status>>) -> Self {
         Self { queue, writing: None, pausing: false, ended: false }
     }
 
@@ -222,13 +314,10 @@ impl http_body::Body for Answers {
             }
             self.writing = None;
             let status = match ready!(self.queue.poll_recv(cx)) {
-                Some(Ok(answer)) => match Writer::new(answer) {
-                    Some(writer) => {
-                        self.writing = Some(writer);
-                        continue;
-                    }
-                    None => Status::out_of_range("the answer is larger than a gRPC message may be"),
-                },
+                Some(Ok(answer)) => {
+                    self.writing = Some(answer);
+                    continue;
+                }
                 Some(Err(status)) => status,
                 None => Status::ok(""),
             };
@@ -242,8 +331,9 @@ mod tests {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
-    use mesh_proto::workload::ADDRESS_TYPE;
+    use futures_util::FutureExt as _;
 
+    use super::super::answer::Answer;
     use super::super::session::fixtures::workload;
     use super::*;
 
@@ -315,7 +405,7 @@ mod tests {
             with_aliases: false,
         };
         let (send, queue) = mpsc::channel(1);
-        send.send(Ok(answer)).await.unwrap();
+        send.send(Ok(Writer::new(answer).unwrap())).await.unwrap();
         drop(send);
         let turns = Arc::new(AtomicUsize::new(0));
         let others = Arc::clone(&turns);
@@ -361,8 +451,33 @@ mod tests {
             (whole.next().await, Instant::now())
         });
         assert_eq!(slow.unwrap_err().code(), tonic::Code::ResourceExhausted);
-        assert_eq!(whole.0.unwrap(), Some(large));
+        let Some(Asked::AtLength(read)) = whole.0.unwrap() else { panic!("it is large") };
+        assert_eq!(read.read().unwrap(), large);
         assert!(whole.1 >= started + ARRIVAL, "while the slow one had its time");
+    }
+
+    #[tokio::test]
+    async fn what_takes_long_is_told_apart_and_a_caller_has_one_at_a_time() {
+        let entry = super::super::callers::Callers::default().enter("shop", "cart", Some("uid")).unwrap();
+        let sent = [of(ADDRESS_TYPE, 0), of(ADDRESS_TYPE, 0), of("unknown", 0), of(ADDRESS_TYPE, 10_000)];
+        let body = Bytes::from(sent.iter().flat_map(framed).collect::<Vec<u8>>());
+        let mut requests = Requests::new(Body::new(http_body_util::Full::new(body)), entry.share());
+        let mut held = Vec::new();
+        for (sent, takes_long) in sent.iter().zip([true, false, false, true]) {
+            if takes_long && !held.is_empty() {
+                assert!(requests.next().now_or_never().is_none());
+                assert!(requests.is_under_way());
+                held.clear();
+            }
+            match requests.next().await.unwrap().unwrap() {
+                Asked::Shortly(request) => assert_eq!((&request, false), (sent, takes_long)),
+                Asked::AtLength(request) => {
+                    assert_eq!((&request.read().unwrap(), true), (sent, takes_long));
+                    held.push(request);
+                }
+            }
+        }
+        assert!(!requests.is_under_way());
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //! it when the client's standing changes.
 //!
 //! A slow client costs at most one response per type: requests are read only when all earlier answers have been handed
-//! to the transport, and views that come meanwhile coalesce in the watch channel.
+//! to the transport, but for one that was under way already, and views that come meanwhile coalesce in the watch channel. Clients that begin, which is costly, are handled on
+//! threads of their own (`callers`), so that a fleet that comes back leaves time for those that are there.
 
 use std::collections::{HashMap, VecDeque};
 use std::convert::Infallible;
@@ -13,17 +14,19 @@ use std::time::{Duration, SystemTime};
 use futures_util::future::BoxFuture;
 use http::header::CONTENT_TYPE;
 use mesh::drain::DrainWatcher;
+use mesh_proto::ads::DeltaDiscoveryRequest;
 use mesh_proto::ads::aggregated_discovery_service_server::SERVICE_NAME;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
 use tonic::body::Body;
 use tonic::metadata::GRPC_CONTENT_TYPE;
 use tonic::server::NamedService;
 use tonic::{Request, Status};
 
-use super::answer::Answer;
+use super::answer::Writer;
 use super::callers::{Callers, Entry};
-use super::grpc::{Answers, Requests};
+use super::grpc::{Answers, Asked, LongRequest, Requests};
 use super::session::{Event, Output, ProtocolError, Session};
 use super::type_label;
 use super::view::{Scope, View};
@@ -147,7 +150,34 @@ fn limited(limit: &'static str, message: String) -> Status {
     Status::resource_exhausted(message)
 }
 
-type Responses = mpsc::Sender<Result<Answer, Status>>;
+type Responses = mpsc::Sender<Result<Writer, Status>>;
+
+/// What one input led to.
+#[derive(Default)]
+struct Handled {
+    events: Vec<Event>,
+    answers: Vec<Writer>,
+}
+
+impl Handled {
+    fn new(output: Output) -> Result<Self, Status> {
+        let too_large = || Status::out_of_range("the answer is larger than a gRPC message may be");
+        let written = |answer| Writer::new(answer).ok_or_else(too_large);
+        let answers = output.responses.into_iter().map(written).collect::<Result<_, _>>()?;
+        Ok(Self { events: output.events, answers })
+    }
+}
+
+/// A request that takes long is being handled. Without the session nothing else is.
+type Working = AbortOnDropHandle<(Session, Result<Handled, Status>)>;
+
+fn handle(session: &mut Session, request: DeltaDiscoveryRequest, view: &Arc<View>) -> Result<Handled, Status> {
+    let output = session.handle_request(request, view).map_err(|error| match error {
+        ProtocolError::TooManyNames => limited("names", error.to_string()),
+        ProtocolError::NoType => Status::invalid_argument(error.to_string()),
+    })?;
+    Handled::new(output)
+}
 
 impl Driver {
     async fn run(mut self, requests: Requests, responses: Responses) {
@@ -162,16 +192,17 @@ impl Driver {
 
     /// Runs until the client leaves (`Ok`) or is sent away (`Err`, with what it is told).
     async fn exchange(&mut self, mut requests: Requests, responses: &Responses) -> Result<(), Status> {
-        let mut queue: VecDeque<Answer> = VecDeque::new();
+        let mut queue: VecDeque<Writer> = VecDeque::new();
         let mut recheck = tokio::time::interval(RECHECK);
         let proof_ends = tokio::time::sleep_until(proof_end(&self.client));
         tokio::pin!(proof_ends);
         let mut view = Arc::clone(&self.views.borrow_and_update());
+        let mut working: Option<Working> = None;
         loop {
-            let overdue = requests.overdue();
+            let due = requests.due();
             // Every branch may be cancelled freely: a request stays in the stream, a permit is returned, a view is
             // read again. Endings come first, so that a busy client cannot outlive what it has shown.
-            let output = tokio::select! {
+            let handled = tokio::select! {
                 biased;
                 () = self.drain.draining() => return Err(Status::unavailable("the control plane is shutting down")),
                 () = &mut proof_ends => {
@@ -179,47 +210,65 @@ impl Driver {
                     return Err(Status::unauthenticated(format!("the {proof} has expired")));
                 }
                 () = responses.closed() => return Ok(()),
-                status = overdue => return Err(status),
+                () = due => {
+                    requests.check_arrival()?;
+                    Handled::default()
+                }
                 _ = recheck.tick() => {
                     self.check_standing()?;
                     // Not with each view: this looks at signatures.
                     self.gatekeeper.check_certificate(&self.client.caller)?;
-                    Output::default()
+                    Handled::default()
                 }
                 permit = responses.reserve(), if !queue.is_empty() => {
                     let (Ok(permit), Some(response)) = (permit, queue.pop_front()) else { return Ok(()) };
-                    self.acks.sent(&response.type_url, response.generation);
+                    self.acks.sent(&response.answer().type_url, response.answer().generation);
                     permit.send(Ok(response));
-                    Output::default()
+                    Handled::default()
                 }
-                request = requests.next(), if queue.is_empty() => match request? {
-                    Some(request) => self
-                        .session
-                        .handle_request(request, &view)
-                        .map_err(|error| match error {
-                            ProtocolError::TooManyNames => limited("names", error.to_string()),
-                            ProtocolError::NoType => Status::invalid_argument(error.to_string()),
-                        })?,
+                done = async { working.as_mut().expect("it is there").await }, if working.is_some() => {
+                    working = None;
+                    let (session, handled) = done.map_err(|_| Status::internal("a request could not be handled"))?;
+                    self.session = session;
+                    self.check_standing()?;
+                    handled?
+                }
+                request = requests.next(), if working.is_none() && (queue.is_empty() || requests.is_under_way()) => match request? {
+                    Some(Asked::Shortly(request)) => handle(&mut self.session, request, &view)?,
+                    Some(Asked::AtLength(request)) => {
+                        working = Some(self.handle_at_length(request, &view));
+                        Handled::default()
+                    }
                     // The client has gone; how it went is its affair.
                     None => return Ok(()),
                 },
-                changed = self.views.changed() => {
+                changed = self.views.changed(), if working.is_none() => {
                     if changed.is_err() {
                         return Err(Status::unavailable("the control plane is shutting down"));
                     }
                     self.check_standing()?;
                     view = Arc::clone(&self.views.borrow_and_update());
-                    self.session.handle_view(&view)
+                    Handled::new(self.session.handle_view(&view))?
                 }
             };
-            for event in output.events {
+            for event in handled.events {
                 self.note(event);
             }
-            for response in &output.responses {
-                metrics::counter!("pilot_xds_pushes", "type" => type_label(&response.type_url)).increment(1);
+            for writer in &handled.answers {
+                metrics::counter!("pilot_xds_pushes", "type" => type_label(&writer.answer().type_url)).increment(1);
             }
-            queue.extend(output.responses);
+            queue.extend(handled.answers);
         }
+    }
+
+    /// Lends the session out to where it may take long.
+    fn handle_at_length(&mut self, request: LongRequest, view: &Arc<View>) -> Working {
+        let mut session = std::mem::replace(&mut self.session, Session::new(Scope::default()));
+        let view = Arc::clone(view);
+        self.entry.long().run(move || {
+            let handled = request.read().and_then(|read| handle(&mut session, read, &view));
+            (session, handled)
+        })
     }
 
     /// Sends the client away once its pod is gone, or has become something else than it was let in as.

@@ -18,8 +18,11 @@ use crate::resources::{Audience, Resource, ResourceStore, Snapshot};
 pub const TYPES: [&str; 6] =
     [ADDRESS_TYPE, WORKLOAD_TYPE, AUTHORIZATION_TYPE, POD_ENROLMENT_TYPE, ROUTE_TYPE, HTTP_POLICY_TYPE];
 
-/// Changes are remembered for this many generations; a client further behind is compared with its whole last state.
-const REMEMBERED: usize = 64;
+/// Changes are remembered for this many generations, and this many names; a client further behind is compared with its whole last
+/// state. A client that is told of a hundred thousand resources among a hundred others answers half a minute later, and ten
+/// generations may come in a second.
+const REMEMBERED: usize = 512;
+const REMEMBERED_NAMES: usize = 64 * 1024;
 
 /// Who a client is, as far as audiences go. Derived from its bound token, never from what it says.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -56,6 +59,12 @@ struct Step {
     names: BTreeMap<&'static str, Vec<Arc<str>>>,
 }
 
+impl Step {
+    fn len(&self) -> usize {
+        self.names.values().map(Vec::len).sum()
+    }
+}
+
 /// A snapshot with its recent past.
 #[derive(Debug, Default)]
 pub struct View {
@@ -78,12 +87,13 @@ impl View {
             return Self::new(snapshot);
         }
         let mut steps = self.steps.clone();
-        if steps.len() == REMEMBERED {
-            steps.pop_front();
-        }
         let names = [ADDRESS_TYPE, AUTHORIZATION_TYPE, POD_ENROLMENT_TYPE, ROUTE_TYPE, HTTP_POLICY_TYPE]
             .map(|type_url| (type_url, self.snapshot.differing(&snapshot, type_url)));
         steps.push_back(Arc::new(Step { from: self.snapshot.generation(), names: names.into() }));
+        let mut names: usize = steps.iter().map(|step| step.len()).sum();
+        while steps.len() > REMEMBERED || (names > REMEMBERED_NAMES && steps.len() > 1) {
+            names -= steps.pop_front().map_or(0, |step| step.len());
+        }
         Self { snapshot, steps, demand: OnceLock::new() }
     }
 

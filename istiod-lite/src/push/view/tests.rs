@@ -38,6 +38,20 @@ fn changes_are_the_names_that_differ_and_are_forgotten_after_a_while() {
         view = view.next(store.snapshot());
     }
     assert_eq!(view.changed_since(1, AUTHORIZATION_TYPE), Changed::Everything);
+
+    // Of large changes only as many as fit, and the last in any case.
+    let last = view.generation();
+    let many = |version: usize| {
+        let name = move |at: usize| workload(&format!("w{at}"), &format!("node-{version}"), &[]);
+        (0..REMEMBERED_NAMES / 2 + 1).map(name).collect::<Vec<_>>()
+    };
+    for version in 0..2 {
+        store.publish(many(version));
+        view = view.next(store.snapshot());
+        let is_remembered = matches!(view.changed_since(view.generation() - 1, ADDRESS_TYPE), Changed::Names(_));
+        assert!(is_remembered, "{version}");
+    }
+    assert_eq!(view.changed_since(last, ADDRESS_TYPE), Changed::Everything);
 }
 
 #[tokio::test]
