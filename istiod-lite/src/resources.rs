@@ -684,7 +684,8 @@ pub struct PodInfo {
     pub node: Arc<str>,
     /// `status.phase`, empty if unset.
     pub phase: Arc<str>,
-    pub labels: BTreeMap<String, String>,
+    /// The Gateway that it is a proxy of, by its label; empty if it is of none.
+    pub gateway: Arc<str>,
 }
 
 /// Whether an identity is a machine's.

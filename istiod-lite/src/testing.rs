@@ -36,18 +36,17 @@ impl Pods {
     }
 
     pub fn pod(self, namespace: &str, name: &str, account: &str, node: &str) -> Self {
-        self.add(namespace, name, account, node, BTreeMap::new());
+        self.add(namespace, name, account, node, "");
         self
     }
 
     /// Pod `<gateway>-1` of a waypoint, running as `<gateway>`.
     pub fn waypoint(self, namespace: &str, gateway: &str, node: &str) -> Self {
-        let labels = [("gateway.networking.k8s.io/gateway-name".to_owned(), gateway.to_owned())].into();
-        self.add(namespace, &format!("{gateway}-1"), gateway, node, labels);
+        self.add(namespace, &format!("{gateway}-1"), gateway, node, gateway);
         self
     }
 
-    fn add(&self, namespace: &str, name: &str, account: &str, node: &str, labels: BTreeMap<String, String>) {
+    fn add(&self, namespace: &str, name: &str, account: &str, node: &str, gateway: &str) {
         let info = PodInfo {
             uid: format!("{namespace}/{name}").into(),
             name: name.into(),
@@ -55,7 +54,7 @@ impl Pods {
             service_account: account.into(),
             node: node.into(),
             phase: "Running".into(),
-            labels,
+            gateway: gateway.into(),
         };
         lock(&self.pods).insert((namespace.into(), name.into()), info);
         self.news.send_modify(|count| *count += 1);
@@ -63,7 +62,7 @@ impl Pods {
 
     /// A pod that comes while others look.
     pub fn arrive(&self, namespace: &str, name: &str, account: &str, node: &str) {
-        self.add(namespace, name, account, node, BTreeMap::new());
+        self.add(namespace, name, account, node, "");
     }
 
     /// A WorkloadEntry that comes while others look.

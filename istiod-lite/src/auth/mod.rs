@@ -41,8 +41,6 @@ const AUTHORIZATION: &str = "authorization";
 const USERNAME_PREFIX: &str = "system:serviceaccount:";
 const POD_NAME: &str = "authentication.kubernetes.io/pod-name";
 const POD_UID: &str = "authentication.kubernetes.io/pod-uid";
-/// Pods of a waypoint carry the name of their Gateway here.
-const GATEWAY_LABEL: &str = "gateway.networking.k8s.io/gateway-name";
 
 /// Who calls, as a token or a certificate proves.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -349,11 +347,7 @@ impl Gatekeeper {
             return Err(Status::unauthenticated("authentication failure"));
         };
         let node = (self.trusted.contains(&caller) && !pod.node.is_empty()).then_some(pod.node);
-        let waypoint = pod
-            .labels
-            .get(GATEWAY_LABEL)
-            .filter(|name| !name.is_empty())
-            .map(|name| (Arc::clone(&caller.namespace), name.as_str().into()));
+        let waypoint = (!pod.gateway.is_empty()).then(|| (Arc::clone(&caller.namespace), pod.gateway));
         Ok(Client { caller, node, waypoint })
     }
 }

@@ -245,7 +245,7 @@ impl Facts {
     }
 
     pub fn mutual_tls(&self, pod: &Pod) -> MutualTls {
-        let demand = self.peer_authentications.demand(&pod.key.namespace, pod.labels());
+        let demand = self.peer_authentications.demand(&pod.key.namespace, &pod.template.labels);
         let (ports_by, ports) = demand.ports.map_or_else(Default::default, |(by, ports)| (Some(by.to_string()), ports));
         MutualTls {
             mode: mode(demand.mode),

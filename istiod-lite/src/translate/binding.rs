@@ -2,6 +2,8 @@
 //! not ready or not allowed binds *closed*: the object is given a waypoint address that leads nowhere, so that clients
 //! refuse rather than skip L7 policy, unless the annotation [`FAILURE_MODE`] says `open`.
 
+use std::collections::{BTreeMap, HashMap};
+
 use mesh_proto::workload::{GatewayAddress, NamespacedHostname, WeightedWaypoint, gateway_address};
 
 use super::mesh_config::Limit;
@@ -47,6 +49,28 @@ pub struct Binding {
     pub canary: Option<Box<Canary>>,
     /// The condition `istio.io/WaypointBound`; `None` when nothing was asked for.
     pub condition: Option<Box<Wanted>>,
+}
+
+/// What services are bound to, by their xDS names.
+#[derive(Clone, Copy)]
+pub struct Bindings<'a> {
+    pub cluster_domain: &'a str,
+    pub services: &'a BTreeMap<Key, Binding>,
+    /// Hosts of ServiceEntries.
+    pub hosts: &'a HashMap<String, (Key, Binding)>,
+}
+
+impl<'a> Bindings<'a> {
+    pub fn get(&self, name: &str) -> Option<(Key, &'a Binding)> {
+        if let Some((key, binding)) = self.hosts.get(name) {
+            return Some((key.clone(), binding));
+        }
+        let (namespace, host) = name.split_once('/')?;
+        let of = host.strip_suffix(self.cluster_domain)?.strip_suffix(".svc.")?;
+        let key = Key::new(namespace, of.strip_suffix(namespace)?.strip_suffix('.')?);
+        let binding = self.services.get(&key)?;
+        Some((key, binding))
+    }
 }
 
 /// A waypoint beside the one an object uses. It has all routes and policies of the object, whatever its share.

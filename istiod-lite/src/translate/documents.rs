@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::mesh_config::MeshConfig;
 use super::parameters::{DEFAULTS_FOR, Parameters};
 use super::world::{Table, World};
-use crate::types::{CustomKind, Held, Key, Object, Pod, Service, Slice, gateway, label, networking, security};
+use crate::types::{CustomKind, Held, Key, Node, Object, Pod, Service, Slice, gateway, label, networking, security};
 
 /// Puts an object of one kind where it belongs.
 type Put = fn(&mut World, Value) -> Result<(), String>;
@@ -29,7 +29,11 @@ pub fn add(world: &mut World, object: Value) -> Result<bool, String> {
             world.find_hidden();
             Ok(())
         }),
-        "Node" => ("", |world, object| core(&mut world.nodes, object)),
+        "Node" => ("", |world, object| {
+            let node = Node::new(decoded(object)?);
+            world.nodes.insert(node.key.clone(), Held::new(node));
+            Ok(())
+        }),
         "Pod" => ("", |world, object| {
             let pod = Pod::new(decoded(object)?);
             world.pods.insert(pod.key.clone(), Held::new(pod));

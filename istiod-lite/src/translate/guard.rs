@@ -2,12 +2,12 @@
 //! proxy of the destination is told to deny what did not come from the waypoint. It is ordinary authorization on the
 //! waypoint's identity, so other implementations of the node proxy enforce it too. Routes and mere binding close nothing.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 
 use mesh_proto::security::{Action, Authorization, Clause, Group, Match, Scope, StringMatch, string_match};
 use xxhash_rust::xxh64::xxh64;
 
-use super::binding::Binding;
+use super::binding::{Binding, Bindings};
 use super::http_policy::Reach;
 use super::world::World;
 use crate::types::Key;
@@ -24,14 +24,14 @@ pub fn for_workload(
     namespace: &str,
     workload: &Binding,
     services: &BTreeMap<String, mesh_proto::workload::PortList>,
-    service_bindings: &HashMap<String, (Key, Binding)>,
+    service_bindings: &Bindings<'_>,
     reach: &Reach,
 ) -> Vec<Authorization> {
     let mut guarded = Guarded::new();
     for (name, ports) in services {
         let Some((service, binding)) = service_bindings.get(name) else { continue };
         // A policy of one of them is to hold for all of the traffic; the other is behind the same label.
-        if reach.services.contains(service) || binding.waypoints().any(|waypoint| reach.covers(waypoint)) {
+        if reach.services.contains(&service) || binding.waypoints().any(|waypoint| reach.covers(waypoint)) {
             for port in &ports.ports {
                 guarded.entry(port.target_port).or_default().extend(binding.waypoints().cloned());
             }
@@ -107,6 +107,7 @@ fn authorization(
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
     use std::time::{Duration, Instant};
 
     use mesh_proto::workload::{Port, PortList};
@@ -119,7 +120,8 @@ mod tests {
         let binding = Binding { address: None, waypoint: Some(waypoint.clone()), canary: None, condition: None };
         let port = |number| Port { service_port: number, target_port: number, ..Port::default() };
         let services = BTreeMap::from([("web".to_owned(), PortList { ports: (1..=65535).map(port).collect() })]);
-        let bindings = HashMap::from([("web".to_owned(), (service.clone(), binding.clone()))]);
+        let hosts = HashMap::from([("web".to_owned(), (service.clone(), binding.clone()))]);
+        let bindings = Bindings { cluster_domain: "", services: &BTreeMap::new(), hosts: &hosts };
         let reach =
             Reach { services: BTreeSet::from([service]), waypoints: BTreeSet::from([waypoint]), ..Reach::default() };
         let start = Instant::now();

@@ -21,7 +21,7 @@ use imbl::ordmap::DiffItem;
 use mesh_proto::enrolment::POD_ENROLMENT_TYPE;
 use mesh_proto::workload::ADDRESS_TYPE;
 
-use super::binding::{self, Binding, TrafficType, USE_WAYPOINT};
+use super::binding::{self, Binding, Bindings, TrafficType, USE_WAYPOINT};
 use super::lookups::{Lookups, service_of};
 use super::networks::{self, NETWORK, Networks};
 use super::owner::{self, Owners};
@@ -31,7 +31,7 @@ use super::world::{View, World, differing, in_namespace};
 use super::{Policies, Selecting, Translation, authorization_resource, gateway, guard, peer_authentication, workload};
 use super::{enrolment, policies, routes, service, service_verdict, workload_entry};
 use crate::resources::Resource;
-use crate::types::{Key, Pod, Service, Slice, label, matches_labels};
+use crate::types::{Key, Labels, Pod, Service, Slice, label};
 
 /// Type and name of a resource.
 pub type Named = (&'static str, Arc<str>);
@@ -57,8 +57,8 @@ pub struct Translator {
     lookups: Lookups,
     services: BTreeMap<Key, ServiceUnit>,
     bindings: BTreeMap<Key, Binding>,
-    /// The bindings of Services and of ServiceEntries' hosts, by xDS name.
-    by_name: HashMap<String, (Key, Binding)>,
+    /// The bindings of ServiceEntries' hosts, by xDS name.
+    hosts: HashMap<String, (Key, Binding)>,
     policies: Policies,
     entries: EntrySelectors,
     /// The xDS names of the entries' hosts.
@@ -80,7 +80,8 @@ pub struct Translator {
 #[derive(Debug)]
 struct ServiceUnit {
     names: Vec<Named>,
-    verdict: Verdict,
+    /// `None`: there is nothing to say of it, nor was there.
+    verdict: Option<Box<Verdict>>,
 }
 
 /// What a step emits, by name: a later one of the same name counts.
@@ -164,7 +165,6 @@ impl Translator {
         let mut rebound = BTreeSet::new();
         for key in &seen.services {
             let before = self.bindings.remove(key);
-            self.by_name.remove(&world.service_name(key));
             if let Some(unit) = self.services.remove(key) {
                 out.gone.extend(unit.names);
             }
@@ -175,9 +175,8 @@ impl Translator {
                 for slice in self.view(world).slices_of(key) {
                     names.extend(out.add_all(workload::from_slice(world, object, slice)));
                 }
-                let verdict = service_verdict(key, object, &binding);
+                let verdict = service_verdict(key, object, &binding).map(Box::new);
                 self.services.insert(key.clone(), ServiceUnit { names, verdict });
-                self.by_name.insert(world.service_name(key), (key.clone(), binding.clone()));
                 self.bindings.insert(key.clone(), binding);
             }
             if before.as_ref() != self.bindings.get(key) {
@@ -196,32 +195,31 @@ impl Translator {
         self.entries = entries.selectors();
         self.written = Entries::written(world);
         let view = View { world, lookups: &self.lookups, entries: &self.entries, networks: &self.networks };
-        let select = |namespace: &str, labels: &BTreeMap<String, String>| policies.selecting(namespace, Some(labels));
+        let select = |namespace: &str, labels: &Labels| policies.selecting(namespace, labels);
         let bound = service_entry::translate(view, &entries, &select, &mut made);
 
         let mut changed: Vec<Key> = Vec::new();
         let names: BTreeSet<String> = bound.keys().cloned().collect();
         for gone in self.entry_names.difference(&names) {
-            // A Service may have that name now.
-            if self.by_name.get(gone).is_some_and(|(key, _)| !world.services.contains_key(key)) {
-                changed.extend(self.by_name.remove(gone).map(|(key, _)| key));
-            }
+            changed.extend(self.hosts.remove(gone).map(|(key, _)| key));
         }
         for (name, (key, binding)) in bound {
             let now = (key.clone(), binding);
-            if self.by_name.get(&name) != Some(&now) {
+            if self.hosts.get(&name) != Some(&now) {
                 changed.push(key);
-                self.by_name.insert(name, now);
+                self.hosts.insert(name, now);
             }
         }
         self.entry_names = names;
 
         let mut guards = Vec::new();
+        let bindings =
+            Bindings { cluster_domain: &world.mesh.cluster_domain, services: &self.bindings, hosts: &self.hosts };
         for (key, object) in world.workload_entries.iter() {
-            let mut references = policies.selecting(&key.namespace, Some(&workload_entry::labels(object)));
+            let mut references = policies.selecting(&key.namespace, &workload_entry::labels(object));
             let own = binding::resolve(world, &object.meta, TrafficType::Workload);
             let services = workload_entry::services(view, &entries, object);
-            let needed = guard::for_workload(world, &key.namespace, &own, &services, &self.by_name, &policies.reach);
+            let needed = guard::for_workload(world, &key.namespace, &own, &services, &bindings, &policies.reach);
             for authorization in needed {
                 let reference: Arc<str> = format!("{}/{}", authorization.namespace, authorization.name).into();
                 references.push(reference.to_string());
@@ -251,7 +249,7 @@ impl Translator {
         let names: BTreeSet<Named> = out.add_all(made.resources).into_iter().collect();
         out.gone.extend(self.rest.difference(&names).cloned());
         self.rest = names;
-        let of_services = self.services.values().map(|unit| unit.verdict.clone());
+        let of_services = self.services.values().filter_map(|unit| unit.verdict.as_deref().cloned());
         self.verdicts = of_services.chain(made.verdicts).collect();
         changed
     }
@@ -268,13 +266,15 @@ impl Translator {
 
     /// Returns the names of what comes of a pod.
     fn placed(&mut self, world: &World, key: &Key, pod: &Pod, out: &mut Emitted) -> [Option<Named>; 2] {
-        let mut references = self.policies.selecting(&key.namespace, Some(&pod.template.labels));
+        let mut references = self.policies.selecting(&key.namespace, &pod.template.labels);
         let own = binding::resolve(world, pod, TrafficType::Workload);
         let view = View { world, lookups: &self.lookups, entries: &self.entries, networks: &self.networks };
         let services = workload::services(view, pod);
         let reach = &self.policies.reach;
+        let bindings =
+            Bindings { cluster_domain: &world.mesh.cluster_domain, services: &self.bindings, hosts: &self.hosts };
         let mut guards = Vec::new();
-        for authorization in guard::for_workload(world, &key.namespace, &own, &services, &self.by_name, reach) {
+        for authorization in guard::for_workload(world, &key.namespace, &own, &services, &bindings, reach) {
             let reference: Arc<str> = format!("{}/{}", authorization.namespace, authorization.name).into();
             references.push(reference.to_string());
             take_guard(&mut self.guards, &reference, || authorization_resource(&authorization), out);
@@ -304,7 +304,7 @@ impl Translator {
         };
         stale.pods_where(
             |namespace| differ.iter().any(|of| of.namespace.as_deref().is_none_or(|of| *of == *namespace)),
-            |key, pod| differ.iter().any(|of| of.selects(&key.namespace, Some(&pod.template.labels))),
+            |key, pod| differ.iter().any(|of| of.selects(&key.namespace, &pod.template.labels)),
         );
         let root = &*stale.world.mesh.root_namespace;
         for (key, was, is) in differing(&stale.old.peer_authentications, &stale.world.peer_authentications) {
@@ -314,8 +314,7 @@ impl Translator {
             stale.pods_where(
                 |namespace| *namespace == *key.namespace || (of_all && *key.namespace == *root),
                 |_, pod| {
-                    of_all
-                        || policies().any(|policy| peer_authentication::may_select(policy, Some(&pod.template.labels)))
+                    of_all || policies().any(|policy| peer_authentication::may_select(policy, &pod.template.labels))
                 },
             );
         }
@@ -331,12 +330,10 @@ impl Translator {
             }
         }
         let differs = |waypoint: &Key| was.covers(waypoint) != is.covers(waypoint);
-        let behind: Vec<Key> = self
-            .by_name
-            .values()
-            .filter(|(_, binding)| binding.waypoints().any(differs))
-            .map(|(key, _)| key.clone())
-            .collect();
+        let hosts = self.hosts.values().map(|(key, binding)| (key, binding));
+        let bound = self.bindings.iter().chain(hosts);
+        let behind: Vec<Key> =
+            bound.filter(|(_, binding)| binding.waypoints().any(differs)).map(|(key, _)| key.clone()).collect();
         for key in &behind {
             match stale.world.services.contains_key(key) {
                 true => self.mark_by_service(key, stale),
@@ -379,7 +376,7 @@ impl Translator {
             if let Some(selector) = workload::selector(service) {
                 stale.pods_where(
                     |namespace| *namespace == *key.namespace,
-                    |_, pod| matches_labels(selector, Some(&pod.template.labels)),
+                    |_, pod| selector.are_among(&pod.template.labels),
                 );
             } else {
                 for slice in self.view(stale.world).slices_of(key) {
@@ -456,7 +453,7 @@ impl Seen {
             || !old.gateway_classes.ptr_eq(&new.gateway_classes)
             || owner::differ(old, new);
         let nodes = differing(&old.nodes, &new.nodes)
-            .filter(|(_, was, is)| was.and_then(workload::locality_of) != is.and_then(workload::locality_of))
+            .filter(|(_, was, is)| was.map(|node| &node.locality) != is.map(|node| &node.locality))
             .map(|(key, _, _)| key.name.to_string())
             .collect();
         let mut this = Self { namespaces, nodes, waypoints, beyond, ..Self::default() };

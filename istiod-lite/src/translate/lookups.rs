@@ -9,7 +9,7 @@ use super::networks;
 use super::workload_entry;
 use super::world::{World, differing};
 use crate::types::networking::WorkloadEntrySpec;
-use crate::types::{Key, Labels, Object, Pod, Service, Slice, label, matches_labels};
+use crate::types::{Key, Labels, Object, Pod, Service, Slice, label};
 
 #[derive(Debug, Default)]
 pub struct Lookups {
@@ -39,7 +39,7 @@ impl Beyond {
     /// The identities of those with these labels.
     pub fn selected(&self, selector: &Labels) -> BTreeSet<String> {
         let all = self.pods.values().chain(self.entries.values());
-        let selected = all.filter(|abroad| matches_labels(selector, Some(&abroad.labels)));
+        let selected = all.filter(|abroad| selector.are_among(&abroad.labels));
         selected.map(|abroad| abroad.identity.clone()).collect()
     }
 

@@ -50,7 +50,7 @@ use self::verdict::{Kind, Report, Status, Verdict, Wanted};
 use self::world::World;
 use crate::resources::{Audience, Resource};
 use crate::types::security::{AuthorizationPolicySpec, WorkloadSelector};
-use crate::types::{Key, Service, matches_labels};
+use crate::types::{Key, Labels, Service};
 
 /// Everything that follows from a world.
 #[derive(Debug, Default)]
@@ -74,9 +74,8 @@ struct Selecting {
 }
 
 impl Selecting {
-    fn selects(&self, namespace: &str, labels: Option<&BTreeMap<String, String>>) -> bool {
-        self.namespace.as_deref().is_none_or(|of| *of == *namespace)
-            && matches_labels(&self.selector.match_labels, labels)
+    fn selects(&self, namespace: &str, labels: &Labels) -> bool {
+        self.namespace.as_deref().is_none_or(|of| *of == *namespace) && self.selector.match_labels.are_among(labels)
     }
 }
 
@@ -143,7 +142,7 @@ fn policies(world: &World, bindings: &BTreeMap<Key, Binding>, out: &mut Translat
 
 impl Policies {
     /// Those that select what has these labels.
-    fn selecting(&self, namespace: &str, labels: Option<&BTreeMap<String, String>>) -> Vec<String> {
+    fn selecting(&self, namespace: &str, labels: &Labels) -> Vec<String> {
         let selected = self.selected.iter().filter(|policy| policy.selects(namespace, labels));
         let mut references: Vec<String> = selected.map(|policy| policy.reference.clone()).collect();
         references.extend(self.peer_authentications.policy_of(namespace, labels));
@@ -151,17 +150,17 @@ impl Policies {
     }
 }
 
-/// The verdict on a Service.
-fn service_verdict(key: &Key, service: &Service, binding: &Binding) -> Verdict {
-    Verdict {
+/// The verdict on a Service; `None` where there is none to give or to take back, as for almost all.
+fn service_verdict(key: &Key, service: &Service, binding: &Binding) -> Option<Verdict> {
+    const OWNED: &[&str] = &["istio.io/WaypointBound"];
+    let has_any = || service.conditions.iter().any(|condition| OWNED.contains(&&*condition.type_));
+    let wanted: Vec<Wanted> = binding.condition.as_deref().cloned().into_iter().collect();
+    (!wanted.is_empty() || has_any()).then(|| Verdict {
         kind: Kind::Service,
         key: key.clone(),
         generation: service.generation,
-        report: Report::Conditions {
-            owned: &["istio.io/WaypointBound"],
-            wanted: binding.condition.as_deref().cloned().into_iter().collect(),
-        },
-    }
+        report: Report::Conditions { owned: OWNED, wanted },
+    })
 }
 
 /// The number of routes each waypoint carries out.

@@ -52,7 +52,7 @@ pub fn of_pod<'a>(world: &'a World, pod: &'a Pod) -> &'a str {
 
 /// The network of what an entry lists: its field's, its label's, that of the entry's label, else the cluster's.
 pub fn of_entry<'a>(world: &'a World, meta: &'a ObjectMeta, spec: &'a WorkloadEntrySpec) -> &'a str {
-    let labelled = || spec.labels.get(NETWORK).map(String::as_str).or_else(|| label(meta, NETWORK));
+    let labelled = || spec.labels.get(NETWORK).or_else(|| label(meta, NETWORK));
     let written = Some(&*spec.network).filter(|network| !network.is_empty());
     written.or_else(labelled).filter(|network| !network.is_empty()).unwrap_or_else(|| world.network())
 }

@@ -10,7 +10,7 @@ use mesh_proto::security::{Action, Authorization, Clause, Group, Match, Scope, S
 use super::verdict::{EXPLAIN, Problem, Status, Wanted, joined};
 use super::world::World;
 use crate::types::security::{MutualTls, PeerAuthenticationSpec};
-use crate::types::{Held, Key, Object, matches_labels};
+use crate::types::{Held, Key, Labels, Object};
 
 pub const CONDITION: &str = "Accepted";
 /// The common one.
@@ -61,8 +61,8 @@ pub fn has_selector(policy: &Policy) -> bool {
 }
 
 /// Whether it may speak of what has these labels.
-pub fn may_select(policy: &Policy, labels: Option<&BTreeMap<String, String>>) -> bool {
-    selector(spec_of(policy)).is_none_or(|selector| matches_labels(selector, labels))
+pub fn may_select(policy: &Policy, labels: &Labels) -> bool {
+    selector(spec_of(policy)).is_none_or(|selector| selector.are_among(labels))
 }
 
 /// All PeerAuthentications, sorted into levels.
@@ -108,7 +108,7 @@ impl PeerAuthentications {
     }
 
     /// The reference a workload carries, `<namespace>/<name>`.
-    pub fn policy_of(&self, namespace: &str, labels: Option<&BTreeMap<String, String>>) -> Option<String> {
+    pub fn policy_of(&self, namespace: &str, labels: &Labels) -> Option<String> {
         let selected = self.selected(namespace, labels);
         if let Some(policy) = selected
             && self.own(policy).is_some()
@@ -119,7 +119,7 @@ impl PeerAuthentications {
     }
 
     /// What [`Self::policy_of`] comes to, and who says so.
-    pub fn demand(&self, namespace: &str, labels: Option<&BTreeMap<String, String>>) -> Demand {
+    pub fn demand(&self, namespace: &str, labels: &Labels) -> Demand {
         let selected = self.selected(namespace, labels);
         let (mode, by) = self.base(namespace, selected);
         let exceptions = selected.map(|policy| (policy.key(), exceptions(spec_of(policy), mode).collect()));
@@ -128,7 +128,7 @@ impl PeerAuthentications {
     }
 
     /// The one that speaks of workloads with these labels in particular.
-    fn selected(&self, namespace: &str, labels: Option<&BTreeMap<String, String>>) -> Option<&Policy> {
+    fn selected(&self, namespace: &str, labels: &Labels) -> Option<&Policy> {
         let level = self.namespaces.get(namespace).filter(|_| namespace != self.root_namespace)?;
         level.selecting.iter().find(|policy| may_select(policy, labels)).map(|policy| &**policy)
     }
@@ -229,7 +229,7 @@ pub fn condition(world: &World, policy: &Policy) -> Option<Wanted> {
 /// What mends a mode that there is not.
 const MODES: &str = "write STRICT, PERMISSIVE, DISABLE or UNSET";
 
-fn selector(spec: &PeerAuthenticationSpec) -> Option<&BTreeMap<String, String>> {
+fn selector(spec: &PeerAuthenticationSpec) -> Option<&Labels> {
     spec.selector.as_ref().map(|selector| &selector.match_labels).filter(|labels| !labels.is_empty())
 }
 
@@ -283,7 +283,7 @@ mod tests {
             policy("unset/api", 1, "{selector: {matchLabels: {app: api}}, portLevelMtls: {'80': {mode: DISABLE}, '81': {mode: STRICT}}}"),
         ].concat());
         let policies = PeerAuthentications::new(&world);
-        let labels = |app: &str| BTreeMap::from([("app".to_owned(), app.to_owned())]);
+        let labels = |app: &str| Labels::from(BTreeMap::from([("app".to_owned(), app.to_owned())]));
         use Mode::{Permissive, Strict};
         for (namespace, app, mode, by, port, sent) in [
             (
@@ -314,13 +314,13 @@ mod tests {
             ),
         ] {
             let (of, labels) = (format!("{namespace}/{app}"), labels(app));
-            let demand = policies.demand(namespace, Some(&labels));
+            let demand = policies.demand(namespace, &labels);
             assert_eq!((demand.mode, demand.by.map(|by| by.to_string())), (mode, by.map(str::to_owned)), "{of}");
             let ports = demand.ports.map(|(by, ports)| (by.to_string(), ports));
             assert_eq!(ports, port.map(|port| (of.clone(), BTreeMap::from([(port, Permissive)]))), "{of}");
-            assert_eq!(policies.policy_of(namespace, Some(&labels)).as_deref(), sent, "{of}");
+            assert_eq!(policies.policy_of(namespace, &labels).as_deref(), sent, "{of}");
         }
-        let none = PeerAuthentications::new(&World::default()).demand("shop", None);
+        let none = PeerAuthentications::new(&World::default()).demand("shop", &Labels::default());
         assert_eq!(none, Demand { mode: Permissive, by: None, ports: None });
     }
 }

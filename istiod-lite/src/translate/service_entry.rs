@@ -22,7 +22,7 @@ use super::workload_entry::{self, Endpoint, Unusable};
 use super::world::{View, World};
 use super::{Translation, address_bytes, address_resource};
 use crate::types::networking::{self, ServiceEntrySpec, WorkloadEntrySpec};
-use crate::types::{Key, Lenient, Object, label, matches_labels};
+use crate::types::{Key, Labels, Lenient, Object, label};
 
 /// Whether all of an entry is enforced.
 pub const ACCEPTED: &str = "Accepted";
@@ -80,7 +80,7 @@ pub struct Entry<'a> {
 /// What one entry selects of its namespace's pods, and the services that they are then behind.
 #[derive(Debug, Clone, PartialEq)]
 pub struct EntrySelector {
-    labels: BTreeMap<String, String>,
+    labels: Labels,
     services: BTreeMap<String, PortList>,
 }
 
@@ -184,13 +184,9 @@ impl<'a> Entries<'a> {
     }
 
     /// Those that select what has these labels.
-    fn selecting<'s>(
-        &'s self,
-        namespace: &str,
-        labels: Option<&'s BTreeMap<String, String>>,
-    ) -> impl Iterator<Item = &'s Entry<'a>> {
+    fn selecting<'s>(&'s self, namespace: &str, labels: &'s Labels) -> impl Iterator<Item = &'s Entry<'a>> {
         let entries = self.by_namespace.get(namespace).into_iter().flatten();
-        entries.filter(move |entry| entry.selector().is_some_and(|wanted| matches_labels(wanted, labels)))
+        entries.filter(move |entry| entry.selector().is_some_and(|wanted| wanted.are_among(labels)))
     }
 }
 
@@ -343,7 +339,7 @@ impl<'a> Entry<'a> {
         });
     }
 
-    fn selector(&self) -> Option<&BTreeMap<String, String>> {
+    fn selector(&self) -> Option<&Labels> {
         let is_used = !matches!(self.resolution, None | Some(Resolution::None));
         let labels = &self.spec.workload_selector.as_ref()?.labels;
         (is_used && !self.is_beyond && !labels.is_empty()).then_some(labels)
@@ -375,10 +371,10 @@ pub fn names(namespace: &str, host: &str) -> (Key, String) {
 pub fn services_selecting_pod(
     selectors: &EntrySelectors,
     namespace: &str,
-    labels: Option<&BTreeMap<String, String>>,
+    labels: &Labels,
 ) -> BTreeMap<String, PortList> {
     let selecting = selectors.get(namespace).into_iter().flatten();
-    let selecting = selecting.filter(|selector| matches_labels(&selector.labels, labels));
+    let selecting = selecting.filter(|selector| selector.labels.are_among(labels));
     selecting.flat_map(|selector| selector.services.clone()).collect()
 }
 
@@ -386,14 +382,14 @@ pub fn services_selecting_pod(
 pub fn services_selecting(
     entries: &Entries<'_>,
     namespace: &str,
-    labels: Option<&BTreeMap<String, String>>,
+    labels: &Labels,
     named: &BTreeMap<String, u16>,
 ) -> BTreeMap<String, PortList> {
     entries.selecting(namespace, labels).flat_map(|entry| entry.services(&entry.hosts, named)).collect()
 }
 
 /// The policies that select these labels in this namespace.
-pub type Selecting<'s> = dyn Fn(&str, &BTreeMap<String, String>) -> Vec<String> + 's;
+pub type Selecting<'s> = dyn Fn(&str, &Labels) -> Vec<String> + 's;
 
 /// Emits all of them; returns what each service is bound to, by its name.
 pub fn translate(

@@ -13,12 +13,11 @@ use super::world::World;
 use crate::enrol::rules::DATAPLANE_MODE;
 use crate::revision::{self, Revision};
 use crate::strategic;
-use crate::types::gateway::{GatewaySpec, Listener};
+use crate::types::gateway::{GATEWAY_NAME, GatewaySpec, Listener};
 use crate::types::{Key, Object};
 
 /// Value of [`MANAGED_LABEL`]; a label cannot hold the slash of the controller's name.
 pub const MANAGED_BY: &str = "istio.io-mesh-controller";
-const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
 const GATEWAY_CLASS: &str = "gateway.networking.k8s.io/gateway-class-name";
 const CONTAINER: &str = "istio-proxy";
 /// From the signal to the kill, as the waypoint is told.

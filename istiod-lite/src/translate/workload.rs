@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use k8s_openapi::api::core::v1::Node;
 use mesh_proto::workload::{
     Address, Locality, NetworkMode, Port, PortList, TunnelProtocol, Workload, WorkloadStatus, WorkloadType, address,
 };
@@ -17,7 +16,7 @@ use super::{address_bytes, address_resource};
 use crate::enrol;
 use crate::resources::Resource;
 use crate::types::{
-    AddressType, Key, Meta, Pod, Service, ServicePort, Slice, TargetPort, annotation, label, matches_labels,
+    self, AddressType, Key, Labels, Meta, Pod, Service, ServicePort, Slice, TargetPort, annotation, label,
 };
 
 /// The label by which a pod says that it answers HBONE itself.
@@ -116,7 +115,7 @@ pub fn services(view: View<'_>, pod: &Pod) -> BTreeMap<String, PortList> {
     let mut services = BTreeMap::new();
     for (name, service) in view.services_in(&key.namespace) {
         let ports = match selector(service) {
-            Some(selector) if matches_labels(selector, Some(&pod.template.labels)) => selected_ports(service, pod),
+            Some(selector) if selector.are_among(&pod.template.labels) => selected_ports(service, pod),
             Some(_) => continue,
             // A name, whatever slices say that are called so.
             None if service.is_external() => continue,
@@ -128,7 +127,7 @@ pub fn services(view: View<'_>, pod: &Pod) -> BTreeMap<String, PortList> {
         };
         services.insert(world.service_name(name), PortList { ports });
     }
-    services.extend(services_selecting_pod(view.entries, &key.namespace, Some(&pod.template.labels)));
+    services.extend(services_selecting_pod(view.entries, &key.namespace, &pod.template.labels));
     services
 }
 
@@ -136,12 +135,12 @@ pub fn services(view: View<'_>, pod: &Pod) -> BTreeMap<String, PortList> {
 pub fn services_of_labels(
     view: View<'_>,
     namespace: &str,
-    labels: &BTreeMap<String, String>,
+    labels: &Labels,
     named: &BTreeMap<String, u16>,
 ) -> BTreeMap<String, PortList> {
     let selected = view
         .services_in(namespace)
-        .filter(|(_, service)| selector(service).is_some_and(|wanted| matches_labels(wanted, Some(labels))));
+        .filter(|(_, service)| selector(service).is_some_and(|wanted| wanted.are_among(labels)));
     let own = |name: &str| named.get(name).copied().map(i32::from);
     selected
         .map(|(key, service)| {
@@ -159,7 +158,7 @@ pub fn services_of_labels(
         .collect()
 }
 
-pub fn selector(service: &Service) -> Option<&BTreeMap<String, String>> {
+pub fn selector(service: &Service) -> Option<&Labels> {
     let spec = service.spec.as_ref()?;
     (!spec.selector.is_empty() && !spec.is_external).then_some(&spec.selector)
 }
@@ -203,18 +202,11 @@ fn slice_ports(service: &Service, slice: &Slice) -> Vec<Port> {
         .collect()
 }
 
-fn locality(world: &World, node: &str) -> Option<Locality> {
-    locality_of(world.nodes.get(&Key::new("", node))?)
-}
-
 /// Where a node says that it is.
-pub fn locality_of(node: &Node) -> Option<Locality> {
-    let get = |key| label(&node.metadata, key).unwrap_or_default().to_owned();
-    let locality = Locality {
-        region: get("topology.kubernetes.io/region"),
-        zone: get("topology.kubernetes.io/zone"),
-        subzone: get("topology.istio.io/subzone"),
-    };
+fn locality(world: &World, node: &str) -> Option<Locality> {
+    let types::Locality { region, zone, subzone } =
+        types::Locality::clone(&world.nodes.get(&Key::new("", node))?.locality);
+    let locality = Locality { region, zone, subzone };
     (locality != Locality::default()).then_some(locality)
 }
 

@@ -17,7 +17,7 @@ use super::world::View;
 use super::{address_bytes, address_resource};
 use crate::resources::Resource;
 use crate::types::networking::{self, WorkloadEntrySpec};
-use crate::types::{Key, Object, annotation};
+use crate::types::{Key, Labels, Object, annotation};
 
 const OWNED: &[&str] = &[service_entry::ACCEPTED, "istio.io/WaypointBound"];
 /// `true`: the condition `Healthy` says whether the workload may receive connections.
@@ -35,18 +35,18 @@ pub struct Endpoint {
 }
 
 /// Labels of the object and of the workload, the latter's first.
-pub fn labels(object: &Object<WorkloadEntrySpec>) -> BTreeMap<String, String> {
+pub fn labels(object: &Object<WorkloadEntrySpec>) -> Labels {
     match &object.spec {
         Ok(spec) => labels_of(&object.meta, spec),
-        Err(_) => object.meta.labels.clone().unwrap_or_default(),
+        Err(_) => object.meta.labels.clone().unwrap_or_default().into(),
     }
 }
 
 /// The same for any workload that `meta`'s object lists.
-pub fn labels_of(meta: &ObjectMeta, spec: &WorkloadEntrySpec) -> BTreeMap<String, String> {
+pub fn labels_of(meta: &ObjectMeta, spec: &WorkloadEntrySpec) -> Labels {
     let mut labels = meta.labels.clone().unwrap_or_default();
-    labels.extend(spec.labels.clone());
-    labels
+    labels.extend(spec.labels.iter().map(|(name, value)| (name.to_owned(), value.to_owned())));
+    labels.into()
 }
 
 /// The services that select it, its ports behind each.
@@ -58,7 +58,7 @@ pub fn services(
     let Ok(spec) = &object.spec else { return BTreeMap::new() };
     let labels = labels(object);
     let mut services = workload::services_of_labels(view, object.namespace(), &labels, &spec.ports);
-    let selecting = service_entry::services_selecting(entries, object.namespace(), Some(&labels), &spec.ports);
+    let selecting = service_entry::services_selecting(entries, object.namespace(), &labels, &spec.ports);
     services.extend(selecting);
     services
 }
@@ -183,9 +183,9 @@ pub fn resource(view: View<'_>, meta: &ObjectMeta, endpoint: &Endpoint, by_name:
     };
     let key = Key::of(meta);
     let labels = labels_of(meta, spec);
-    let first = |keys: &[&str]| keys.iter().find_map(|key| labels.get(*key)).cloned();
+    let first = |keys: &[&str]| keys.iter().find_map(|key| labels.get(key)).map(str::to_owned);
     // Only who says so itself: nobody captures it.
-    let native_tunnel = labels.get(NATIVE_TUNNEL).is_some_and(|value| value == "http");
+    let native_tunnel = labels.get(NATIVE_TUNNEL) == Some("http");
     let mut place = spec.locality.split('/').map(str::to_owned);
     let mut next = || place.next().unwrap_or_default();
     let locality = Locality { region: next(), zone: next(), subzone: next() };

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use imbl::OrdMap;
 use imbl::ordmap::DiffItem;
 use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Node, ServiceAccount};
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace, ServiceAccount};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use super::allocate::Prefixes;
@@ -21,7 +21,7 @@ use crate::revision::Revision;
 use crate::types::gateway::{GatewayClassSpec, GatewaySpec, HttpRouteSpec};
 use crate::types::networking::{ServiceEntrySpec, WorkloadEntrySpec};
 use crate::types::security::{AuthorizationPolicySpec, PeerAuthenticationSpec};
-use crate::types::{Held, Key, Object, Pod, Service, Slice, label};
+use crate::types::{Held, Key, Node, Object, Pod, Service, Slice, label};
 
 /// Objects of one kind. A clone shares all of it; two tables are compared at the cost of what differs.
 pub type Table<T> = OrdMap<Key, Held<T>>;

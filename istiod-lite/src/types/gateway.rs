@@ -9,6 +9,8 @@ use serde_json::Value;
 use super::{CustomKind, Lenient};
 
 pub const GROUP: &str = "gateway.networking.k8s.io";
+/// The label by which what belongs to a Gateway, its proxies too, carries the Gateway's name.
+pub const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
 pub const WAYPOINT_CLASS: &str = "istio-waypoint";
 pub const MESH_CONTROLLER: &str = "istio.io/mesh-controller";
 /// Writes the status of mesh routes.

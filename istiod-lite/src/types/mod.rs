@@ -3,7 +3,9 @@
 //! rule) and not the whole list. What a value means is decided in `translate`, which also reports what it did not like.
 
 pub mod gateway;
+mod labels;
 pub mod networking;
+mod node;
 mod pod;
 pub mod security;
 mod service;
@@ -23,12 +25,11 @@ use serde_json::Value;
 
 use crate::resources::lock;
 
+pub use labels::Labels;
+pub use node::{Locality, Node};
 pub use pod::{Phase, Pod, STATIC_POD_UID};
 pub use service::{Service, ServicePort, TargetPort};
 pub use slice::{AddressType, SERVICE_NAME, Slice};
-
-/// Labels or annotations.
-pub type Labels = BTreeMap<String, String>;
 
 /// Namespace (empty for cluster-scoped objects) and name.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -114,8 +115,8 @@ impl<T> Deref for Held<T> {
 /// What labels and annotations are read from.
 pub trait Meta {
     fn namespace_name(&self) -> &str;
-    fn labels(&self) -> Option<&Labels>;
-    fn annotations(&self) -> Option<&Labels>;
+    fn label(&self, name: &str) -> Option<&str>;
+    fn annotation(&self, name: &str) -> Option<&str>;
 }
 
 impl Meta for ObjectMeta {
@@ -123,12 +124,12 @@ impl Meta for ObjectMeta {
         self.namespace.as_deref().unwrap_or_default()
     }
 
-    fn labels(&self) -> Option<&Labels> {
-        self.labels.as_ref()
+    fn label(&self, name: &str) -> Option<&str> {
+        self.labels.as_ref()?.get(name).map(String::as_str)
     }
 
-    fn annotations(&self) -> Option<&Labels> {
-        self.annotations.as_ref()
+    fn annotation(&self, name: &str) -> Option<&str> {
+        self.annotations.as_ref()?.get(name).map(String::as_str)
     }
 }
 
@@ -197,11 +198,11 @@ pub fn created(meta: &ObjectMeta) -> i64 {
 }
 
 pub fn label<'a>(meta: &'a (impl Meta + ?Sized), key: &str) -> Option<&'a str> {
-    meta.labels()?.get(key).map(String::as_str)
+    meta.label(key)
 }
 
 pub fn annotation<'a>(meta: &'a (impl Meta + ?Sized), key: &str) -> Option<&'a str> {
-    meta.annotations()?.get(key).map(String::as_str)
+    meta.annotation(key)
 }
 
 /// A yes or no among the annotations, as Go's `strconv.ParseBool` reads it; `None` where there is none.
@@ -262,9 +263,4 @@ pub fn selects(selector: &LabelSelector, labels: Option<&BTreeMap<String, String
                 _ => false,
             }
         })
-}
-
-/// Whether all of `wanted` are among `labels`.
-pub fn matches_labels(wanted: &BTreeMap<String, String>, labels: Option<&BTreeMap<String, String>>) -> bool {
-    wanted.iter().all(|(key, value)| labels.is_some_and(|labels| labels.get(key) == Some(value)))
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Deserialize;
 
-use super::{CustomKind, Lenient};
+use super::{CustomKind, Labels, Lenient};
 
 pub const GROUP: &str = "networking.istio.io";
 
@@ -55,7 +55,7 @@ pub struct Port {
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
 pub struct Selector {
-    pub labels: BTreeMap<String, String>,
+    pub labels: Labels,
 }
 
 /// An endpoint, on its own or inside a ServiceEntry.
@@ -66,7 +66,7 @@ pub struct WorkloadEntrySpec {
     pub address: String,
     /// By the name of the service's port.
     pub ports: BTreeMap<String, u16>,
-    pub labels: BTreeMap<String, String>,
+    pub labels: Labels,
     pub network: String,
     /// `region/zone/subzone`, the latter ones optional.
     pub locality: String,

@@ -172,7 +172,7 @@ impl Pod {
             uid: meta.uid.filter(|uid| is_uid(uid)).map(Arc::from),
             version: ObjectVersion::new(meta.resource_version.unwrap_or_default()),
             node: spec.node_name.clone().filter(|node| !node.is_empty()).map(ArcIntern::new),
-            template: ArcIntern::new(Template::new(spec, owner, labels, annotations)),
+            template: ArcIntern::new(Template::new(spec, owner, labels.into(), annotations.into())),
             addresses: addresses.into(),
             phase: match status.phase.as_deref() {
                 Some("Pending") => Phase::Pending,
@@ -212,7 +212,7 @@ impl Pod {
     pub fn workload_name(&self) -> &str {
         let Some(owner) = &self.template.owner else { return &self.key.name };
         let hash = self.template.labels.get("pod-template-hash").filter(|_| owner.kind == "ReplicaSet");
-        hash.and_then(|hash| owner.name.strip_suffix(&**hash)?.strip_suffix('-')).unwrap_or(&owner.name)
+        hash.and_then(|hash| owner.name.strip_suffix(hash)?.strip_suffix('-')).unwrap_or(&owner.name)
     }
 
     /// The port of this name.
@@ -226,12 +226,12 @@ impl Meta for Pod {
         &self.key.namespace
     }
 
-    fn labels(&self) -> Option<&Labels> {
-        Some(&self.template.labels)
+    fn label(&self, name: &str) -> Option<&str> {
+        self.template.labels.get(name)
     }
 
-    fn annotations(&self) -> Option<&Labels> {
-        Some(&self.template.annotations)
+    fn annotation(&self, name: &str) -> Option<&str> {
+        self.template.annotations.get(name)
     }
 }
 
@@ -316,6 +316,8 @@ fn number(port: i32) -> Option<u16> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use serde_json::json;
 
     use super::*;
@@ -343,9 +345,8 @@ mod tests {
     fn pods_of_one_template_share_what_they_have_in_common() {
         let (one, other) = (pod("web-1"), pod("web-2"));
         assert!(std::ptr::eq(&*one.template, &*other.template));
-        let mut own = one.template.labels.clone();
-        own.insert("statefulset.kubernetes.io/pod-name".into(), "web-1".into());
-        let own = Template { labels: own, ..Template::clone(&one.template) };
+        let own = BTreeMap::from([("statefulset.kubernetes.io/pod-name".to_owned(), "web-1".to_owned())]);
+        let own = Template { labels: own.into(), ..Template::clone(&one.template) };
         assert!(std::ptr::eq(&*own, &**other.template), "labels of its own cost a pod its labels");
         assert_eq!(one.template.annotations.len(), 1, "only what is read is kept");
         assert_eq!(

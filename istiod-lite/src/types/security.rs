@@ -6,7 +6,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
-use super::{CustomKind, Lenient};
+use super::{CustomKind, Labels, Lenient};
 
 pub const GROUP: &str = "security.istio.io";
 
@@ -27,7 +27,7 @@ impl CustomKind for PeerAuthenticationSpec {
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct WorkloadSelector {
-    pub match_labels: BTreeMap<String, String>,
+    pub match_labels: Labels,
 }
 
 /// Decodes from anything: what cannot be read is left out and named, so that the policy can be closed as far as it reaches.

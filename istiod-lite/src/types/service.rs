@@ -1,5 +1,6 @@
 //! Services as the control plane remembers them: as with pods, only what is looked at is kept.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use internment::ArcIntern;
@@ -73,10 +74,10 @@ impl Service {
         let meta = service.metadata;
         let key = Key::of(&meta);
         let created = created(&meta);
-        let kept = |labels: Option<Labels>| {
+        let kept = |labels: Option<BTreeMap<String, String>>| {
             let mut labels = labels.unwrap_or_default();
             labels.retain(|name, _| is_read(name));
-            ArcIntern::new(labels)
+            ArcIntern::new(Labels::from(labels))
         };
         Self {
             version: meta.resource_version.unwrap_or_default().into(),
@@ -114,12 +115,12 @@ impl Meta for Service {
         &self.key.namespace
     }
 
-    fn labels(&self) -> Option<&Labels> {
-        Some(&self.labels)
+    fn label(&self, name: &str) -> Option<&str> {
+        self.labels.get(name)
     }
 
-    fn annotations(&self) -> Option<&Labels> {
-        Some(&self.annotations)
+    fn annotation(&self, name: &str) -> Option<&str> {
+        self.annotations.get(name)
     }
 }
 
@@ -135,7 +136,7 @@ impl ServiceSpec {
         let families = spec.ip_families.unwrap_or_default();
         Self {
             is_external: spec.type_.as_deref() == Some("ExternalName"),
-            selector: ArcIntern::new(spec.selector.unwrap_or_default()),
+            selector: ArcIntern::new(spec.selector.unwrap_or_default().into()),
             ports: ArcIntern::new(spec.ports.into_iter().flatten().map(ServicePort::new).collect()),
             vips: many.iter().chain(one).filter_map(|ip| ip.parse().ok()).collect(),
             cluster_ip: spec.cluster_ip.map(Box::from),

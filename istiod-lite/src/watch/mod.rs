@@ -12,7 +12,7 @@ use std::time::Duration;
 use futures_util::{StreamExt, pin_mut};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
-use k8s_openapi::api::core::v1::{self as api, ConfigMap, Namespace, Node, ServiceAccount};
+use k8s_openapi::api::core::v1::{self as api, ConfigMap, Namespace, ServiceAccount};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -31,8 +31,9 @@ use crate::translate::binding::MANAGED_LABEL;
 use crate::translate::mesh_config::Chosen;
 use crate::translate::parameters::{DEFAULTS_FOR, Parameters};
 use crate::translate::world::{MeshSettings, Table, World};
+use crate::types::gateway::GATEWAY_NAME;
 use crate::types::networking::WorkloadEntrySpec;
-use crate::types::{CustomKind, Held, Key, Labels, Object, Pod, Service, Slice};
+use crate::types::{CustomKind, Held, Key, Node, Object, Pod, Service, Slice, label};
 
 /// Between attempts while the API does not answer; doubled up to the second.
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
@@ -69,7 +70,14 @@ impl Watch {
         let all = watcher::Config::default;
         let managed = || all().labels(MANAGED_LABEL);
         start.core::<Namespace>("Namespace", all(), |world| &mut world.namespaces);
-        start.core::<Node>("Node", all(), |world| &mut world.nodes);
+        start.compact(
+            "Node",
+            |world| &mut world.nodes,
+            |node: api::Node| {
+                let node = Node::new(node);
+                (node.key.clone(), node)
+            },
+        );
         start.compact(
             "Pod",
             |world| &mut world.pods,
@@ -197,7 +205,7 @@ impl PodDirectory for Watch {
             service_account: pod.template.service_account.as_str().into(),
             node: pod.node().unwrap_or_default().into(),
             phase: pod.phase.name().into(),
-            labels: Labels::clone(&pod.template.labels),
+            gateway: label(&**pod, GATEWAY_NAME).unwrap_or_default().into(),
         })
     }
 
