@@ -58,9 +58,9 @@ pub struct Entry {
 /// What its requests are read with.
 #[derive(Debug, Clone)]
 pub struct Share {
-    own: Arc<Semaphore>,
+    /// Kept while anything of it is held, whether the stream is there or not: who comes back has what is left.
+    own: Arc<Holding>,
     all: Arc<Semaphore>,
-    turn: Arc<Semaphore>,
 }
 
 /// The caller's one request that takes long, until it is dropped.
@@ -141,8 +141,7 @@ impl Callers {
 
 impl Entry {
     pub fn share(&self) -> Share {
-        let [own, all, turn] = [&self.holding.room, &self.room, &self.holding.turn].map(Arc::clone);
-        Share { own, all, turn }
+        Share { own: Arc::clone(&self.holding), all: Arc::clone(&self.room) }
     }
 
     pub fn long(&self) -> &Long {
@@ -154,7 +153,7 @@ impl Share {
     /// Waits for room for a request of so many bytes: first for the caller's other ones, then for those of others.
     pub fn reserve(&self, length: usize) -> BoxFuture<'static, Reserved> {
         let units = u32::try_from(length.min(MAX_REQUEST).div_ceil(UNIT)).unwrap_or(u32::MAX);
-        let (own, all) = (Arc::clone(&self.own), Arc::clone(&self.all));
+        let (own, all) = (Arc::clone(&self.own.room), Arc::clone(&self.all));
         async move {
             let take = async |of: Arc<Semaphore>| of.acquire_many_owned(units).await.expect("they are never closed");
             [take(own).await, take(all).await]
@@ -164,7 +163,7 @@ impl Share {
 
     /// Waits until the caller's other one has been handled.
     pub fn turn(&self) -> BoxFuture<'static, Turn> {
-        let turn = Arc::clone(&self.turn);
+        let turn = Arc::clone(&self.own.turn);
         async move { turn.acquire_owned().await.expect("it is never closed") }.boxed()
     }
 }

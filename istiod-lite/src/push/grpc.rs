@@ -22,6 +22,7 @@ use tonic::body::Body;
 use super::answer::Writer;
 use super::callers::{Reserved, Share, Turn};
 use super::session::MAX_NAMES;
+use super::view::TYPES;
 
 /// Of a message: whether it is compressed, and its length.
 const HEAD: usize = 5;
@@ -38,6 +39,10 @@ const MAX_HELD: usize = 1_000_000;
 const MAX_NODE: usize = 256 * 1024;
 /// The types of which there is most.
 const LONG: [&str; 2] = [ADDRESS_TYPE, WORKLOAD_TYPE];
+/// Of a type's URL: one that is not known is answered with its name.
+const MAX_TYPE: usize = 256;
+/// Nonce, error, and whatever else there may be.
+const MAX_OTHERS: usize = 1024;
 /// A buffer that is larger is given back once it is empty.
 const KEPT: usize = 16 * 1024;
 
@@ -51,9 +56,9 @@ pub struct Requests {
     /// Room for the request that is being read, and until when.
     reserved: Option<(Reserved, Instant)>,
     /// Kept as `waiting` is. The request is there.
-    in_line: Option<BoxFuture<'static, Turn>>,
-    /// By position in [`LONG`]: whether there was a request of it.
-    begun: [bool; LONG.len()],
+    in_line: Option<InLine>,
+    /// By position in [`TYPES`]: whether there was a request of it.
+    begun: [bool; TYPES.len()],
 }
 
 impl Requests {
@@ -65,7 +70,7 @@ impl Requests {
             waiting: None,
             reserved: None,
             in_line: None,
-            begun: [false; LONG.len()],
+            begun: [false; TYPES.len()],
         }
     }
 
@@ -105,23 +110,20 @@ impl Requests {
     /// What the client is told that does not speak the protocol.
     pub async fn next(&mut self) -> Result<Option<Asked>, Status> {
         loop {
+            if let Some(InLine { length, of, turn }) = &mut self.in_line {
+                let (length, of, turn) = (*length, *of, turn.await);
+                self.in_line = None;
+                return Ok(Some(Asked::AtLength(self.long_request(length, of, turn))));
+            }
             if let Some(message) = whole(&self.buffer)? {
-                let (length, type_url) = (message.len(), measure(message)?);
-                let begins = LONG.iter().position(|is| is.as_bytes() == type_url).filter(|at| !self.begun[*at]);
-                if length > SMALL_REQUEST || begins.is_some() {
-                    let share = &self.share;
-                    let turn = self.in_line.get_or_insert_with(|| share.turn()).await;
-                    self.in_line = None;
-                    if let Some(at) = begins {
-                        self.begun[at] = true;
-                    }
-                    self.buffer.advance(HEAD);
-                    let message = self.buffer.split_to(length);
-                    let room = self.reserved.take().map(|(room, _)| room);
-                    if self.buffer.is_empty() {
-                        self.buffer = BytesMut::new();
-                    }
-                    return Ok(Some(Asked::AtLength(LongRequest { message, _room: room, _turn: turn })));
+                let measured = measure(message)?;
+                let of = TYPES.iter().position(|is| is.as_bytes() == measured.type_url);
+                let is_first = of.is_some_and(|at| !std::mem::replace(&mut self.begun[at], true));
+                let length = message.len();
+                let takes_long = of.is_some_and(|at| LONG.contains(&TYPES[at]) && (is_first || measured.has_star));
+                if length > SMALL_REQUEST || takes_long {
+                    self.in_line = Some(InLine { length, of: of.map(|at| TYPES[at]), turn: self.share.turn() });
+                    continue;
                 }
             }
             if let Some(request) = take(&mut self.buffer)? {
@@ -151,6 +153,23 @@ impl Requests {
             }
         }
     }
+
+    /// Takes the request out that is there.
+    fn long_request(&mut self, length: usize, of: Option<&'static str>, turn: Turn) -> LongRequest {
+        self.buffer.advance(HEAD);
+        let message = self.buffer.split_to(length);
+        // Of its own, or it would keep the memory of the other.
+        self.buffer = BytesMut::from(&self.buffer[..]);
+        let room = self.reserved.take().map(|(room, _)| room);
+        LongRequest { message, of, _held: (room, turn, self.share.clone()) }
+    }
+}
+
+/// A request that is there and takes long waits for its caller's turn.
+struct InLine {
+    length: usize,
+    of: Option<&'static str>,
+    turn: BoxFuture<'static, Turn>,
 }
 
 /// A request of a client.
@@ -166,11 +185,16 @@ pub enum Asked {
 #[derive(Debug)]
 pub struct LongRequest {
     message: BytesMut,
-    _room: Option<Reserved>,
-    _turn: Turn,
+    of: Option<&'static str>,
+    _held: (Option<Reserved>, Turn, Share),
 }
 
 impl LongRequest {
+    /// The type, if it is one that is served.
+    pub fn type_url(&self) -> Option<&'static str> {
+        self.of
+    }
+
     /// # Errors
     /// What the client is told that does not speak the protocol.
     pub fn read(&self) -> Result<DeltaDiscoveryRequest, Status> {
@@ -201,13 +225,19 @@ mod request {
     pub const HELD: u32 = 5;
 }
 
-/// The type that a request is of.
-///
+/// What is seen of a request without decoding it.
+struct Measured<'a> {
+    type_url: &'a [u8],
+    /// It asks for everything.
+    has_star: bool,
+}
+
 /// # Errors
 /// It holds more than a client may say.
-fn measure(mut message: &[u8]) -> Result<&[u8], Status> {
+fn measure(mut message: &[u8]) -> Result<Measured<'_>, Status> {
     let unreadable = |error: prost::DecodeError| Status::internal(format!("an unreadable request: {error}"));
-    let (mut names, mut held, mut node, mut type_url) = (0, 0, 0, &[][..]);
+    let (mut names, mut held, mut node, mut others) = (0, 0, 0, 0);
+    let mut measured = Measured { type_url: &[], has_star: false };
     while !message.is_empty() {
         let (field, wire_type) = decode_key(&mut message).map_err(unreadable)?;
         let before = message.len();
@@ -222,11 +252,18 @@ fn measure(mut message: &[u8]) -> Result<&[u8], Status> {
             other => skip_field(other, field, &mut message, DecodeContext::default()).map_err(unreadable)?,
         }
         match field {
-            request::TYPE_URL => type_url = content,
+            request::TYPE_URL => measured.type_url = content,
             request::NODE => node += before - message.len(),
-            request::SUBSCRIBE | request::UNSUBSCRIBE => names += 1,
+            request::SUBSCRIBE | request::UNSUBSCRIBE => {
+                names += 1;
+                measured.has_star |= content == b"*";
+            }
             request::HELD => held += 1,
-            _ => {}
+            _ => others += 1,
+        }
+        if measured.type_url.len() > MAX_TYPE || others > MAX_OTHERS {
+            let most = format!("a longer type than {MAX_TYPE} bytes, or more other fields than {MAX_OTHERS}");
+            return Err(Status::resource_exhausted(most));
         }
         if names > MAX_NAMES || held > MAX_HELD {
             let most =
@@ -237,7 +274,7 @@ fn measure(mut message: &[u8]) -> Result<&[u8], Status> {
             return Err(Status::resource_exhausted(format!("node: longer than {MAX_NODE} bytes")));
         }
     }
-    Ok(type_url)
+    Ok(measured)
 }
 
 /// The message that begins here, once all of it is there.
@@ -386,6 +423,11 @@ mod tests {
         let id = "x".repeat(MAX_NODE);
         let node = Some(mesh_proto::ads::Node { id, ..Default::default() });
         assert_eq!(code(&DeltaDiscoveryRequest { node, ..of("node", 0) }), exhausted);
+        assert_eq!(code(&of(&"x".repeat(MAX_TYPE + 1), 0)), exhausted);
+        let others = [[0x48, 0]; MAX_OTHERS + 1].concat();
+        let length = u32::try_from(others.len()).unwrap().to_be_bytes();
+        let message = [&[0], &length[..], &others].concat();
+        assert_eq!(take(&mut BytesMut::from(&message[..])).map_err(|it| it.code()), exhausted);
         // Two bytes for each of a client's, which would be 64 in memory.
         let held = [[0x2a, 0]; MAX_HELD + 1].concat();
         let length = u32::try_from(held.len()).unwrap().to_be_bytes();
@@ -459,11 +501,13 @@ mod tests {
     #[tokio::test]
     async fn what_takes_long_is_told_apart_and_a_caller_has_one_at_a_time() {
         let entry = super::super::callers::Callers::default().enter("shop", "cart", Some("uid")).unwrap();
-        let sent = [of(ADDRESS_TYPE, 0), of(ADDRESS_TYPE, 0), of("unknown", 0), of(ADDRESS_TYPE, 10_000)];
+        let everything =
+            DeltaDiscoveryRequest { resource_names_subscribe: vec!["*".to_owned()], ..of(ADDRESS_TYPE, 0) };
+        let sent = [of(ADDRESS_TYPE, 0), of(ADDRESS_TYPE, 0), of("unknown", 0), of(ADDRESS_TYPE, 10_000), everything];
         let body = Bytes::from(sent.iter().flat_map(framed).collect::<Vec<u8>>());
         let mut requests = Requests::new(Body::new(http_body_util::Full::new(body)), entry.share());
         let mut held = Vec::new();
-        for (sent, takes_long) in sent.iter().zip([true, false, false, true]) {
+        for (sent, takes_long) in sent.iter().zip([true, false, false, true, true]) {
             if takes_long && !held.is_empty() {
                 assert!(requests.next().now_or_never().is_none());
                 assert!(requests.is_under_way());

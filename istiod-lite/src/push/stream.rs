@@ -166,10 +166,15 @@ impl Handled {
         let answers = output.responses.into_iter().map(written).collect::<Result<_, _>>()?;
         Ok(Self { events: output.events, answers })
     }
+
+    fn add(&mut self, later: Self) {
+        self.events.extend(later.events);
+        self.answers.extend(later.answers);
+    }
 }
 
 /// A request that takes long is being handled. Without the session nothing else is.
-type Working = AbortOnDropHandle<(Session, Result<Handled, Status>)>;
+type Working = AbortOnDropHandle<(Session, Arc<View>, Result<Handled, Status>)>;
 
 fn handle(session: &mut Session, request: DeltaDiscoveryRequest, view: &Arc<View>) -> Result<Handled, Status> {
     let output = session.handle_request(request, view).map_err(|error| match error {
@@ -228,27 +233,38 @@ impl Driver {
                 }
                 done = async { working.as_mut().expect("it is there").await }, if working.is_some() => {
                     working = None;
-                    let (session, handled) = done.map_err(|_| Status::internal("a request could not be handled"))?;
+                    let (session, seen, handled) =
+                        done.map_err(|_| Status::internal("a request could not be handled"))?;
                     self.session = session;
                     self.check_standing()?;
-                    handled?
+                    let mut handled = handled?;
+                    // What has come meanwhile, which nobody has looked at.
+                    if view.generation() > seen.generation() {
+                        handled.add(Handled::new(self.session.handle_view(&view))?);
+                    } else {
+                        view = seen;
+                    }
+                    handled
                 }
                 request = requests.next(), if working.is_none() && (queue.is_empty() || requests.is_under_way()) => match request? {
                     Some(Asked::Shortly(request)) => handle(&mut self.session, request, &view)?,
                     Some(Asked::AtLength(request)) => {
-                        working = Some(self.handle_at_length(request, &view));
+                        working = Some(self.handle_at_length(request));
                         Handled::default()
                     }
                     // The client has gone; how it went is its affair.
                     None => return Ok(()),
                 },
-                changed = self.views.changed(), if working.is_none() => {
+                changed = self.views.changed() => {
                     if changed.is_err() {
                         return Err(Status::unavailable("the control plane is shutting down"));
                     }
                     self.check_standing()?;
                     view = Arc::clone(&self.views.borrow_and_update());
-                    Handled::new(self.session.handle_view(&view))?
+                    match working {
+                        None => Handled::new(self.session.handle_view(&view))?,
+                        Some(_) => Handled::default(),
+                    }
                 }
             };
             for event in handled.events {
@@ -262,12 +278,17 @@ impl Driver {
     }
 
     /// Lends the session out to where it may take long.
-    fn handle_at_length(&mut self, request: LongRequest, view: &Arc<View>) -> Working {
+    fn handle_at_length(&mut self, request: LongRequest) -> Working {
+        // From now on the client is waited for, as it will be told of a view that is not older than this one.
+        if let Some(type_url) = request.type_url() {
+            self.acks.subscribed(type_url);
+        }
         let mut session = std::mem::replace(&mut self.session, Session::new(Scope::default()));
-        let view = Arc::clone(view);
+        let views = self.views.clone();
         self.entry.long().run(move || {
+            let view = Arc::clone(&views.borrow());
             let handled = request.read().and_then(|read| handle(&mut session, read, &view));
-            (session, handled)
+            (session, view, handled)
         })
     }
 
