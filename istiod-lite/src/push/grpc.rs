@@ -40,7 +40,7 @@ const MAX_NODE: usize = 256 * 1024;
 /// The types of which there is most.
 const LONG: [&str; 2] = [ADDRESS_TYPE, WORKLOAD_TYPE];
 /// Of a type's URL: one that is not known is answered with its name.
-const MAX_TYPE: usize = 256;
+const MAX_TYPE: usize = 2048;
 /// Nonce, error, and whatever else there may be.
 const MAX_OTHERS: usize = 1024;
 /// A buffer that is larger is given back once it is empty.
