@@ -1,5 +1,5 @@
-//! What one caller may hold of the control plane's memory: streams, and bytes of requests that are being read. Whoever has a
-//! token may ask for as much as a proxy needs, and for no more by asking often.
+//! What one caller may hold of the control plane's memory and time: streams, bytes of requests that are being read, and one
+//! request that takes long. Whoever has a token may ask for as much as a proxy needs, and for no more by asking often.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, Weak};
@@ -188,6 +188,21 @@ mod tests {
         assert!(lock(&callers.known).len() < 100);
         assert_eq!(callers.enter("a", "b", Some("c")).map(|_| ()), Ok(()));
         assert_eq!(streams.len(), STREAMS_OF_POD - 1);
+    }
+
+    #[tokio::test]
+    async fn who_comes_back_has_what_its_former_streams_have_left() {
+        let callers = Callers::default();
+        let enter = || callers.enter("a", "b", Some("c")).unwrap().share();
+        // Its stream has gone, as that of a request has that waits for a thread.
+        let held = enter();
+        let (room, turn) = (held.reserve(MAX_REQUEST).await, held.turn().await);
+        let back = enter();
+        assert!(back.reserve(UNIT).now_or_never().is_none());
+        assert!(back.turn().now_or_never().is_none());
+        drop((room, turn, held));
+        assert!(back.reserve(UNIT).now_or_never().is_some());
+        assert!(back.turn().now_or_never().is_some());
     }
 
     #[tokio::test]

@@ -2,8 +2,9 @@
 //! it when the client's standing changes.
 //!
 //! A slow client costs at most one response per type: requests are read only when all earlier answers have been handed
-//! to the transport, but for one that was under way already, and views that come meanwhile coalesce in the watch channel. Clients that begin, which is costly, are handled on
-//! threads of their own (`callers`), so that a fleet that comes back leaves time for those that are there.
+//! to the transport, but for one that was under way already, and views that come meanwhile coalesce in the watch channel.
+//! Clients that begin, which is costly, are handled on threads of their own (`callers`), so that a fleet that comes back
+//! leaves time for those that are there.
 
 use std::collections::{HashMap, VecDeque};
 use std::convert::Infallible;

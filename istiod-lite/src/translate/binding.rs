@@ -52,15 +52,22 @@ pub struct Binding {
 }
 
 /// What services are bound to, by their xDS names.
-#[derive(Clone, Copy)]
 pub struct Bindings<'a> {
-    pub cluster_domain: &'a str,
-    pub services: &'a BTreeMap<Key, Binding>,
-    /// Hosts of ServiceEntries.
-    pub hosts: &'a HashMap<String, (Key, Binding)>,
+    cluster_domain: &'a str,
+    services: &'a BTreeMap<Key, Binding>,
+    hosts: &'a HashMap<String, (Key, Binding)>,
 }
 
 impl<'a> Bindings<'a> {
+    /// Those of Services, and those of ServiceEntries' hosts.
+    pub fn new(
+        world: &'a World,
+        services: &'a BTreeMap<Key, Binding>,
+        hosts: &'a HashMap<String, (Key, Binding)>,
+    ) -> Self {
+        Self { cluster_domain: &world.mesh.cluster_domain, services, hosts }
+    }
+
     pub fn get(&self, name: &str) -> Option<(Key, &'a Binding)> {
         if let Some((key, binding)) = self.hosts.get(name) {
             return Some((key.clone(), binding));

@@ -121,7 +121,8 @@ mod tests {
         let port = |number| Port { service_port: number, target_port: number, ..Port::default() };
         let services = BTreeMap::from([("web".to_owned(), PortList { ports: (1..=65535).map(port).collect() })]);
         let hosts = HashMap::from([("web".to_owned(), (service.clone(), binding.clone()))]);
-        let bindings = Bindings { cluster_domain: "", services: &BTreeMap::new(), hosts: &hosts };
+        let (world, none) = (World::default(), BTreeMap::new());
+        let bindings = Bindings::new(&world, &none, &hosts);
         let reach =
             Reach { services: BTreeSet::from([service]), waypoints: BTreeSet::from([waypoint]), ..Reach::default() };
         let start = Instant::now();

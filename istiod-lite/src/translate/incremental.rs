@@ -213,8 +213,7 @@ impl Translator {
         self.entry_names = names;
 
         let mut guards = Vec::new();
-        let bindings =
-            Bindings { cluster_domain: &world.mesh.cluster_domain, services: &self.bindings, hosts: &self.hosts };
+        let bindings = Bindings::new(world, &self.bindings, &self.hosts);
         for (key, object) in world.workload_entries.iter() {
             let mut references = policies.selecting(&key.namespace, &workload_entry::labels(object));
             let own = binding::resolve(world, &object.meta, TrafficType::Workload);
@@ -271,8 +270,7 @@ impl Translator {
         let view = View { world, lookups: &self.lookups, entries: &self.entries, networks: &self.networks };
         let services = workload::services(view, pod);
         let reach = &self.policies.reach;
-        let bindings =
-            Bindings { cluster_domain: &world.mesh.cluster_domain, services: &self.bindings, hosts: &self.hosts };
+        let bindings = Bindings::new(world, &self.bindings, &self.hosts);
         let mut guards = Vec::new();
         for authorization in guard::for_workload(world, &key.namespace, &own, &services, &bindings, reach) {
             let reference: Arc<str> = format!("{}/{}", authorization.namespace, authorization.name).into();
